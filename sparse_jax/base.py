@@ -1,0 +1,93 @@
+"""The words every other file shares: paths of leaves, and checks of ranges."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+PyTree = Any
+Path = str
+
+# Attribute keys that a framework adds below the name of a parameter (NNX).
+_WRAPPERS = ('value', 'raw_value')
+
+
+def check_sparsity(name: str, value: float) -> float:
+  """Returns `value` if it is a number in [0, 1), else raises ValueError."""
+  return _check(name, value, lambda v: 0 <= v < 1, 'in [0, 1)')
+
+
+def check_fraction(name: str, value: float) -> float:
+  """Returns `value` if it is a number in [0, 1], else raises ValueError."""
+  return _check(name, value, lambda v: 0 <= v <= 1, 'in [0, 1]')
+
+
+def check_non_negative(name: str, value: float) -> float:
+  """Returns `value` if it is finite and at least 0, else raises ValueError."""
+  return _check(name, value, lambda v: 0 <= v < float('inf'),
+                'finite and at least 0')
+
+
+def check_count(name: str, value: int, *, least: int = 0) -> int:
+  """Returns `value` if it is an integer >= `least`, else raises ValueError."""
+  whole = (isinstance(value, (int, np.integer))
+           and not isinstance(value, (bool, np.bool_)))
+  if not whole or value < least:
+    raise ValueError(f'`{name}` (={value!r}) must be an integer of at least '
+                     f'{least}.')
+  return int(value)
+
+
+def _check(name, value, accepts: Callable[[float], bool], wanted: str) -> float:
+  try:
+    number = float(value)
+  except (TypeError, ValueError):
+    number = float('nan')
+  if not accepts(number):  # NaN is accepted by no comparison.
+    raise ValueError(f'`{name}` (={value!r}) must be {wanted}.')
+  return number
+
+
+def path_name(path: tuple[Any, ...]) -> Path:
+  """Joins the keys of a JAX key path by '/', without NNX's '.value'.
+
+  Example:
+    >>> tree = {'Dense_0': {'kernel': 1.}}
+    >>> [path_name(p) for p, _ in jax.tree.leaves_with_path(tree)]
+    ['Dense_0/kernel']
+  """
+  names = [_key_name(key) for key in path]
+  if path and isinstance(path[-1], jax.tree_util.GetAttrKey):
+    if names[-1] in _WRAPPERS:
+      names = names[:-1]
+  return '/'.join(names)
+
+
+def _key_name(key: Any) -> str:
+  for field in ('key', 'name', 'idx'):
+    if hasattr(key, field):
+      return str(getattr(key, field))
+  return str(key)
+
+
+def leaves_by_path(tree: PyTree) -> dict[Path, Any]:
+  """The leaves of a tree as `{path: leaf}`, in the tree's own order."""
+  return {path_name(p): leaf for p, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def map_leaves(fn: Callable[..., Any], params: PyTree, *others: PyTree):
+  """Maps `fn(path, leaf, *other leaves)` over the leaves of `params`.
+
+  The other trees are matched by path, not by structure, and a leaf that one
+  of them lacks is passed as None. So trees from a different container (a
+  `nnx.State` and its pure dict), or with leaves left out by `optax.masked`,
+  still fit together.
+  """
+  tables = [leaves_by_path(tree) for tree in others]
+
+  def visit(path, leaf):
+    name = path_name(path)
+    return fn(name, leaf, *(table.get(name) for table in tables))
+
+  return jax.tree.map_with_path(visit, params)

@@ -1,0 +1,314 @@
+"""Choosing the k largest entries of one array: exactly k, without sorting.
+
+A float is turned into an unsigned integer of the same order. The k-th largest
+integer is then found by narrowing an interval: each pass counts how many keys
+reach a candidate. A pass reads the array once and leaves one number, so the
+search costs a handful of reads, and on a sharded array each pass is a single
+scalar all-reduce; the array itself is never gathered.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_jax import base
+
+_LARGEST_SIZE = 2**31 - 1
+# Up to this many competitors along one axis, or entries in all, each is
+# compared with each other directly.
+_FEW, _TINY = 16, 128
+
+
+def keep_count(size: int, sparsity: float | jax.Array) -> int | jax.Array:
+  """How many of `size` entries stay at a sparsity: max(1, round((1 - s) n)).
+
+  Halves round to even. A Python sparsity gives a Python integer, exact for
+  every size below 2**31; a traced one gives an int32, worked out in integers,
+  so that it does not lose counts above 2**24 as float32 arithmetic would.
+
+  Args:
+    size: the number of entries, at least 1.
+    sparsity: fraction that becomes zero, in [0, 1).
+
+  Returns:
+    The count, an int (or int32[] if `sparsity` is an array).
+
+  Raises:
+    ValueError: if `size` is below 1 or too large, or `sparsity` out of range.
+
+  Example:
+    >>> keep_count(10, 0.8), keep_count(4, 0.999), keep_count(5, 0.5)
+    (2, 1, 2)
+  """
+  base.check_count('size', size, least=1)
+  if size > _LARGEST_SIZE:
+    raise ValueError(f'`size` (={size}) must be below 2**31.')
+  if isinstance(sparsity, jax.Array):
+    return _traced_keep_count(size, sparsity)
+  sparsity = base.check_sparsity('sparsity', sparsity)
+  return max(1, round((1 - sparsity) * size))
+
+
+def _traced_keep_count(size: int, sparsity: jax.Array) -> jax.Array:
+  """max(1, round(size * density)) with the density as a multiple of 2**-31."""
+  scale = jnp.float32(2.0**31)
+  sparse = (jnp.clip(sparsity.astype(jnp.float32), 0, 1) * scale)
+  density = jnp.uint32(2**31) - sparse.astype(jnp.uint32)
+  high, low = _wide_product(density, size)
+  whole = (high << 1) | (low >> 31)
+  rest, half = low & jnp.uint32(2**31 - 1), jnp.uint32(2**30)
+  up = (rest > half) | ((rest == half) & (whole & 1 == 1))
+  return jnp.maximum(whole + up, 1).astype(jnp.int32)
+
+
+def _wide_product(x: jax.Array, y: int) -> tuple[jax.Array, jax.Array]:
+  """The upper and lower 32 bits of x * y, by products of 16-bit halves."""
+  mask = jnp.uint32(0xFFFF)
+  x1, x0 = x >> 16, x & mask
+  y1, y0 = jnp.uint32(y >> 16), jnp.uint32(y & 0xFFFF)
+  outer, inner, lowest = x0 * y1, x1 * y0, x0 * y0
+  middle = (lowest >> 16) + (outer & mask) + (inner & mask)
+  high = x1 * y1 + (outer >> 16) + (inner >> 16) + (middle >> 16)
+  return high, (middle << 16) | (lowest & mask)
+
+
+def sortable_keys(scores: jax.Array) -> jax.Array:
+  """Unsigned integers in the order of the scores; NaN is 0, below them all.
+
+  Works on the bits alone: -0 equals +0, subnormals keep their order even
+  where arithmetic would flush them to zero.
+
+  Args:
+    scores: any floating dtype or int32, any shape.
+
+  Returns:
+    uint32 (uint64 for 64-bit scores), same shape, below 2**width - 1.
+  """
+  if scores.dtype == jnp.int32:  # The two lowest integers share a key.
+    above = lax.bitcast_convert_type(jnp.maximum(scores, -2**31 + 1),
+                                     jnp.uint32)
+    return above + jnp.uint32(2**31 - 1)
+  width, half, infinity = _key_constants(scores.dtype)
+  bits = lax.bitcast_convert_type(scores, jnp.dtype(f'uint{width}'))
+  bits = bits.astype(jnp.uint64 if width == 64 else jnp.uint32)
+  half, infinity = bits.dtype.type(half), bits.dtype.type(infinity)
+  magnitude = bits & (half - bits.dtype.type(1))
+  keys = jnp.where(bits >= half, half - magnitude, half + magnitude)
+  return jnp.where(magnitude > infinity, bits.dtype.type(0), keys)
+
+
+def _key_constants(dtype) -> tuple[int, int, int]:
+  """Bits of a dtype, the weight of its sign bit, its largest magnitude."""
+  if dtype == jnp.int32:
+    return 32, 2**31, 2**31 - 2
+  width = jnp.dtype(dtype).itemsize * 8
+  infinity = np.asarray(jnp.inf, dtype).view(f'uint{width}')
+  return width, 2**(width - 1), int(infinity)
+
+
+def _as_ordered(scores: jax.Array) -> jax.Array:
+  """Integers and bools in a form that `sortable_keys` reads in order."""
+  if jnp.issubdtype(scores.dtype, jnp.floating):
+    return scores
+  if scores.dtype == jnp.bool_ or scores.dtype.itemsize < 4:
+    return scores.astype(jnp.float32)
+  if scores.dtype != jnp.int32:
+    raise ValueError(f'`scores` (of dtype {scores.dtype}) must be floating, '
+                     'bool or an integer of at most 32 signed bits.')
+  return scores
+
+
+def top_k_mask(scores: jax.Array, k: int | jax.Array, *,
+               axes: tuple[int, ...] | None = None) -> jax.Array:
+  """Marks the k largest entries of an array.
+
+  Exactly k entries are True. Equal scores are settled by position: the
+  earlier in row-major order wins. NaN ranks below every number. Nothing is
+  sorted, and a sharded array is never gathered (its masks come out sharded
+  alike; each pass of the search is one scalar all-reduce).
+
+  Law: for k1 <= k2 the mask of k1 lies inside the mask of k2. It is why a
+  forward set lies inside its backward set when both use one score.
+
+  Args:
+    scores: [...], the worth of each entry; only their order matters. Floating
+      (float32, bfloat16, float16 are all exact), integer or bool; fewer than
+      2**31 entries.
+    k: how many to keep: an int, or a traced integer array that broadcasts
+      against `scores` reduced over `axes` (kept as 1). A traced k outside
+      [0, size] is clipped.
+    axes: the axes over which entries compete; every other axis indexes
+      independent competitions. None means all.
+
+  Returns:
+    bool[...], the shape of `scores`.
+
+  Raises:
+    ValueError: if a concrete `k` is outside [0, size] or `scores` too large.
+
+  Example:
+    >>> scores = jnp.array([[3., -5., 1.], [1., 0., 2.]])
+    >>> top_k_mask(scores, 3).astype(int)
+    Array([[1, 0, 1],
+           [0, 0, 1]], dtype=int32)
+
+  Reference:
+    Jayakumar et al., Top-KAST, 2020, https://arxiv.org/abs/2106.03517, sets A
+    and B. The paper ranks by magnitude; here the caller does that first.
+  """
+  scores = jnp.asarray(scores)
+  if axes is None:
+    axes = tuple(range(scores.ndim))
+  axes = tuple(axis % scores.ndim for axis in axes)
+  size = math.prod(scores.shape[axis] for axis in axes)
+  if size > _LARGEST_SIZE:
+    raise ValueError(f'`scores` (of shape {scores.shape}) must have fewer than '
+                     '2**31 competing entries.')
+  k = _checked_k(k, size)
+  if size == 0 or scores.size == 0:
+    return jnp.zeros(scores.shape, bool)
+  return _mask(_as_ordered(scores), k, tuple(sorted(axes)))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _mask(scores: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  keys = sortable_keys(scores)
+  if len(axes) == 1 and scores.shape[axes[0]] <= _FEW:
+    return _rank_mask(keys, k, axes[0])
+  if keys.size <= _TINY and k.ndim == 0 and len(axes) == keys.ndim:
+    return _rank_mask(keys.ravel(), k, 0).reshape(keys.shape)
+  _, half, infinity = _key_constants(scores.dtype)
+  return _search_mask(keys, k, axes, (0, half + infinity + 1))
+
+
+def _checked_k(k: int | jax.Array, size: int) -> jax.Array:
+  if not isinstance(k, jax.core.Tracer):
+    values = np.asarray(k)
+    if not np.issubdtype(values.dtype, np.integer):
+      raise ValueError(f'`k` (={k!r}) must be an integer.')
+    if values.size and (values.min() < 0 or values.max() > size):
+      raise ValueError(f'`k` (={k!r}) must be in [0, {size}], the number of '
+                       'competing entries.')
+  return jnp.clip(jnp.asarray(k, jnp.int32), 0, size)
+
+
+def _rank_mask(keys: jax.Array, k: jax.Array, axis: int) -> jax.Array:
+  """Few competitors: an entry stays if fewer than k others beat it."""
+  size = keys.shape[axis]
+  keys = jnp.moveaxis(keys, axis, -1)
+  k = jnp.moveaxis(_like(k, keys.ndim), axis, -1)
+  earlier = np.tri(size, size, -1, bool)
+  earlier = earlier.reshape((1,) * (keys.ndim - 1) + (size, size))
+  mine, rival = keys[..., :, None], keys[..., None, :]
+  beaten = (rival > mine) | ((rival == mine) & earlier)
+  mask = jnp.sum(beaten, axis=-1, dtype=jnp.int32) < k
+  return jnp.moveaxis(mask, -1, axis)
+
+
+def _like(k: jax.Array, ndim: int) -> jax.Array:
+  return k if k.ndim == ndim else jnp.broadcast_to(k, (1,) * ndim)
+
+
+def _search_mask(keys: jax.Array, k: jax.Array, axes, bounds) -> jax.Array:
+  """Keys above the k-th largest, and of its equals the earliest."""
+  shape = tuple(1 if i in axes else n for i, n in enumerate(keys.shape))
+  k = jnp.broadcast_to(_like(k, keys.ndim), shape)
+  cut = _search(keys, k, axes, bounds)
+  exact = cut.reached == k
+
+  def earliest():
+    size = math.prod(keys.shape[axis] for axis in axes)
+    place = keys.dtype.type(size) - _flat_index(keys.shape, axes, keys.dtype)
+    place = jnp.where(keys == cut.low, place, keys.dtype.type(0))
+    # Positions differ, so this second search always ends with an exact count.
+    last = _search(place, k - cut.passed, axes, (0, size + 1))
+    chosen = (place >= last.low) & (k > cut.passed)
+    return (keys > cut.low) | chosen
+
+  return lax.cond(jnp.all(exact), lambda: keys >= cut.low, earliest)
+
+
+def _flat_index(shape, axes, dtype) -> jax.Array:
+  """Row-major position of each entry among those it competes with."""
+  index, stride = jnp.zeros(shape, dtype), 1
+  for axis in sorted(axes, reverse=True):
+    index += lax.broadcasted_iota(dtype, shape, axis) * dtype.type(stride)
+    stride *= shape[axis]
+  return index
+
+
+class _Cut(NamedTuple):
+  """An interval of keys that holds the k-th largest."""
+
+  low: jax.Array  # `reached` keys are >= low, at least k.
+  high: jax.Array  # `passed` keys are >= high, fewer than k.
+  reached: jax.Array
+  passed: jax.Array
+
+
+def _search(keys: jax.Array, k: jax.Array, axes, bounds) -> _Cut:
+  """Narrows to the k-th largest key, or to any key that k keys reach.
+
+  `bounds` are two numbers with low <= every key < high.
+  """
+  def unfinished(cut):
+    return jnp.any((cut.reached != k) & (cut.high - cut.low > 1))
+
+  def narrow(cut):
+    probes = _probes(cut)
+    return _tighten(cut, probes, _counts(keys, probes, axes), k)
+
+  size = math.prod(keys.shape[axis] for axis in axes)
+  low, high = (keys.dtype.type(end) for end in bounds)
+  # k = 0 wants an interval above every key.
+  start = _Cut(jnp.where(k > 0, low, high), jnp.full(k.shape, high),
+               jnp.where(k > 0, size, 0), jnp.zeros_like(k))
+  return lax.while_loop(unfinished, narrow, start)
+
+
+def _tighten(cut: _Cut, probes, reached, k) -> _Cut:
+  """The narrowest interval that the old ends and the probes bound."""
+  enough = reached >= k[None]
+  low = jnp.max(jnp.where(enough, probes, cut.low[None]), axis=0)
+  high = jnp.min(jnp.where(enough, cut.high[None], probes), axis=0)
+  # Fewer keys reach a higher probe: the counts follow the ends.
+  fewest = jnp.min(jnp.where(enough, reached, cut.reached[None]), axis=0)
+  most = jnp.max(jnp.where(enough, cut.passed[None], reached), axis=0)
+  return _Cut(low, high, fewest, most)
+
+
+def _probes(cut: _Cut) -> jax.Array:
+  """The quarters of the interval: at most 16 passes for 32 bits.
+
+  Measured on CPU: interpolating halves the passes, but costs more in each
+  pass and in compile time than it saves.
+  """
+  width = cut.high - cut.low
+  step = (width >> 2) + (width & 3 > 0).astype(width.dtype)
+  return jnp.stack([jnp.minimum(cut.low + step * width.dtype.type(i),
+                                cut.high - 1) for i in (1, 2, 3)])
+
+
+def _counts(keys: jax.Array, probes: jax.Array, axes) -> jax.Array:
+  """int32[probes, ...]: how many keys reach each probe, in one pass.
+
+  On one device a reduction of several operands reads the keys once; XLA's
+  CPU compiler would turn a plain sum into several slower passes. On several
+  devices a plain sum becomes one small all-reduce.
+  """
+  if jax.device_count() > 1:
+    return jnp.sum(keys[None] >= probes, axis=tuple(a + 1 for a in axes),
+                   keepdims=True, dtype=jnp.int32)
+  reach = tuple((keys >= probe).astype(jnp.int32) for probe in probes)
+  zeros = (jnp.int32(0),) * len(reach)
+  totals = lax.reduce(reach, zeros, _add_all, axes)
+  return jnp.stack([lax.expand_dims(total, axes) for total in totals])
+
+
+def _add_all(xs, ys):
+  return tuple(x + y for x, y in zip(xs, ys))

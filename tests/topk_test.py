@@ -1,0 +1,186 @@
+"""Tests of the exact, sort-free choice of the k largest entries."""
+
+import re
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_jax import topk
+
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+GATHERS = r'= \S+ (all-gather|all-to-all|collective-permute)'
+
+
+def slow_top_k_mask(scores, k):
+  """The definition: repeatedly take the first of the largest left."""
+  values = np.asarray(scores).astype(np.float64)
+  flat = values.ravel()
+  left, mask = list(range(flat.size)), np.zeros(flat.size, bool)
+  for _ in range(k):
+    best = left[0]
+    for i in left:
+      if flat[i] > flat[best] or (np.isnan(flat[best])
+                                  and not np.isnan(flat[i])):
+        best = i
+    mask[best] = True
+    left.remove(best)
+  return mask.reshape(values.shape)
+
+
+def awkward_scores(rng, size, kind):
+  if kind == 'normal':
+    return rng.normal(size=size)
+  if kind == 'ties':
+    return rng.integers(-2, 3, size)
+  if kind == 'nan':
+    return np.where(rng.random(size) < .3, np.nan, rng.integers(-2, 3, size))
+  return rng.choice([0., -0., 6e-8, -6e-8, 1.2e-7, np.inf, -np.inf, np.nan],
+                    size)
+
+
+class KeepCountTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      (10, .8, 2), (10, .9, 1), (4, .999, 1), (1, .5, 1), (5, .5, 2),
+      (7, .5, 4), (6, 0., 6), (2**31 - 1, .5, 2**30), (50_000_000, .9,
+                                                        5_000_000))
+  def test_count_is_rounded_half_to_even_and_at_least_one(self, n, s, want):
+    self.assertEqual(topk.keep_count(n, s), want)
+
+  @parameterized.product(size=(1, 3, 10, 1000, 2**24 + 3, 50_000_001,
+                               2**31 - 1),
+                         sparsity=(0., .1, .25, .5, .8, .9, .99, .9999))
+  def test_traced_sparsity_gives_the_count_of_its_float32_value(
+      self, size, sparsity):
+    traced = jax.jit(lambda s: topk.keep_count(size, s))(
+        jnp.float32(sparsity))
+    value = float(np.float32(sparsity))
+    self.assertEqual(int(traced), topk.keep_count(size, value))
+
+  @parameterized.parameters(1., -.1, float('nan'), 'x', None)
+  def test_impossible_sparsity_is_named(self, sparsity):
+    with self.assertRaisesRegex(ValueError, r'`sparsity` \(='):
+      topk.keep_count(10, sparsity)
+
+  @parameterized.parameters(0, 2**31, 1.5)
+  def test_impossible_size_is_named(self, size):
+    with self.assertRaisesRegex(ValueError, r'`size` \(='):
+      topk.keep_count(size, .5)
+
+
+class TopKMaskTest(parameterized.TestCase):
+
+  @parameterized.product(dtype=DTYPES,
+                         kind=('normal', 'ties', 'nan', 'extremes'),
+                         size=(1, 30, 150))
+  def test_equals_the_slow_loop_for_every_k(self, dtype, kind, size):
+    rng = np.random.default_rng([size, len(kind)])
+    scores = awkward_scores(rng, size, kind).astype(dtype)
+    compiled = jax.jit(topk.top_k_mask)
+    for k in range(0, size + 1, 1 + size // 8):
+      want = slow_top_k_mask(scores, k)
+      np.testing.assert_array_equal(compiled(scores, k), want)
+    np.testing.assert_array_equal(topk.top_k_mask(scores, size // 2),
+                                  slow_top_k_mask(scores, size // 2))
+
+  def test_subnormals_are_ordered(self):
+    tiny = np.array([1e-45, 3e-45, 0., -1e-45, 1e-40, 2e-40], np.float32)
+    ballast = np.full(20, -1, np.float32)
+    mask = topk.top_k_mask(np.concatenate([tiny, ballast]), 3)
+    np.testing.assert_array_equal(mask[:6], [0, 1, 0, 0, 1, 1])
+
+  def test_signed_zeros_tie_and_the_earlier_wins(self):
+    scores = jnp.array([-0., 0.] * 20)
+    np.testing.assert_array_equal(topk.top_k_mask(scores, 3),
+                                  np.arange(40) < 3)
+
+  def test_smaller_k_is_subset_of_larger(self):
+    scores = jnp.round(jax.random.normal(jax.random.key(0), (30, 20)) * 3)
+    masks = [np.asarray(topk.top_k_mask(scores, k))
+             for k in range(0, 601, 60)]
+    for inner, outer in zip(masks, masks[1:]):
+      self.assertFalse(np.any(inner & ~outer))
+
+  @parameterized.parameters(-5, 0, 3, 1000)
+  def test_traced_k_is_clipped(self, k):
+    scores = jnp.arange(100.)
+    mask = jax.jit(topk.top_k_mask)(scores, k)
+    self.assertEqual(int(mask.sum()), min(max(k, 0), 100))
+
+  @parameterized.parameters(-1, 101, 2.5)
+  def test_impossible_k_is_named(self, k):
+    with self.assertRaisesRegex(ValueError, r'`k` \(='):
+      topk.top_k_mask(jnp.arange(100.), k)
+
+  def test_integers_and_bools_are_ranked(self):
+    ints = jnp.array([5, -7, 2**31 - 1, 0, -2**31, 2**31 - 2] * 4)
+    np.testing.assert_array_equal(topk.top_k_mask(ints, 8),
+                                  np.tile([0, 0, 1, 0, 0, 1], 4))
+    self.assertEqual(int(topk.top_k_mask(ints > 0, 13).sum()), 13)
+    with self.assertRaisesRegex(ValueError, 'uint32'):
+      topk.top_k_mask(ints.astype(jnp.uint32), 1)
+
+  @parameterized.parameters((0,), (1,), (2,), (0, 2), (1, 2), (-1,))
+  def test_entries_compete_only_along_axes(self, *axes):
+    scores = np.random.default_rng(3).integers(0, 4, (3, 20, 5)) * 1.
+    mask = np.asarray(topk.top_k_mask(scores, 2, axes=axes))
+    others = [a for a in range(3) if a not in [b % 3 for b in axes]]
+    for index in np.ndindex(*[scores.shape[a] for a in others]):
+      pick = [slice(None)] * 3
+      for axis, i in zip(others, index):
+        pick[axis] = i
+      np.testing.assert_array_equal(mask[tuple(pick)],
+                                    slow_top_k_mask(scores[tuple(pick)], 2))
+
+  def test_each_competition_may_have_its_own_k(self):
+    scores = jax.random.normal(jax.random.key(1), (4, 50))
+    k = jnp.array([[0], [1], [25], [50]])
+    mask = topk.top_k_mask(scores, k, axes=(1,))
+    np.testing.assert_array_equal(mask.sum(1), [0, 1, 25, 50])
+
+  def test_vmap_equals_axes(self):
+    scores = jnp.round(jax.random.normal(jax.random.key(2), (4, 50)) * 2)
+    np.testing.assert_array_equal(
+        jax.vmap(lambda s: topk.top_k_mask(s, 7))(scores),
+        topk.top_k_mask(scores, 7, axes=(1,)))
+
+  def test_count_is_exact_at_fifty_million_entries_with_ties(self):
+    scores = np.random.default_rng(4).integers(0, 1000, 50_000_000)
+    scores = scores.astype(np.float32)
+    mask = np.asarray(jax.jit(topk.top_k_mask)(scores, 4_999_999))
+    self.assertEqual(int(mask.sum()), 4_999_999)
+    cut = scores[mask].min()
+    self.assertTrue(mask[scores > cut].all())
+    equal = mask[scores == cut]
+    self.assertTrue(np.all(equal[:-1] >= equal[1:]), 'the earlier ties win')
+
+  def test_compiles_to_no_sort(self):
+    text = jax.jit(topk.top_k_mask).lower(
+        jnp.zeros((300, 100)), 5).compile().as_text()
+    self.assertEqual(re.findall(r'= \S+ (?:sort|topk|custom-call)\(', text), [])
+
+  @parameterized.product(axis_type=(AxisType.Auto, AxisType.Explicit),
+                         spec=(('x', None), (None, 'x'), ('x', 'y'),
+                               (('x', 'y'), None)))
+  def test_sharded_array_is_never_gathered(self, axis_type, spec):
+    mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(axis_type,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    plain = np.round(np.random.default_rng(5).normal(size=(64, 32)) * 4)
+    with jax.set_mesh(mesh):
+      scores = jax.device_put(plain.astype(np.float32), sharding)
+      compiled = jax.jit(topk.top_k_mask).lower(scores, 700).compile()
+      mask = compiled(scores, 700)
+    self.assertEqual(re.findall(GATHERS, compiled.as_text()), [])
+    self.assertIn('all-reduce', compiled.as_text())
+    self.assertTrue(mask.sharding.is_equivalent_to(sharding, 2))
+    np.testing.assert_array_equal(mask, slow_top_k_mask(plain, 700))
+
+
+if __name__ == '__main__':
+  absltest.main()
