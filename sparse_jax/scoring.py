@@ -1,0 +1,32 @@
+"""What a weight is worth: by magnitude, by gradient, by chance."""
+
+import jax
+import jax.numpy as jnp
+
+
+def magnitude(weight: jax.Array, grad=None, key=None) -> jax.Array:
+  """|w|, same shape and dtype. The score of GMP, RigL's drop, Top-KAST."""
+  del grad, key
+  return jnp.abs(weight)
+
+
+def gradient_magnitude(weight, grad: jax.Array, key=None) -> jax.Array:
+  """|dL/dw|, same shape and dtype. The score by which RigL grows."""
+  del weight, key
+  return jnp.abs(grad)
+
+
+def saliency(weight: jax.Array, grad: jax.Array, key=None) -> jax.Array:
+  """|w dL/dw|, same shape, float32: the first-order effect of removing w.
+
+  Reference:
+    Lee et al., SNIP, 2019, https://arxiv.org/abs/1810.02340, equation 4.
+  """
+  del key
+  return jnp.abs(weight.astype(jnp.float32) * grad.astype(jnp.float32))
+
+
+def random(weight: jax.Array, grad, key: jax.Array) -> jax.Array:
+  """Uniform in [0, 1), float32 of the weight's shape. SET's growth."""
+  del grad
+  return jax.random.uniform(key, weight.shape)
