@@ -1,0 +1,476 @@
+"""What a run writes down: metrics by step, a progress line, results, tables.
+
+A row of metrics belongs to the step that made it, counted from 1, as a
+checkpoint named N is the state after step N. A run that resumes from
+checkpoint N therefore starts at step N + 1 and drops the rows from there on:
+
+  writers = reporting.open_writers(workdir, start_step=start + 1)
+  progress = reporting.Progress(train_steps, start_step=start)
+  for step in range(start + 1, train_steps + 1):
+    ...
+    writers.write_scalars(step, {'train_loss': loss})
+    progress.update(step, loss=loss)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import io
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from typing import Any, Protocol, TextIO
+
+from absl import logging
+import jax
+import numpy as np
+
+
+class Writer(Protocol):
+  """Where metrics go. A writer ignores the kinds that it cannot hold."""
+
+  def write_scalars(self, step: int, scalars: Mapping[str, float]):
+    """Writes numbers by name."""
+
+  def write_image(self, step: int, name: str, image: Any):
+    """Writes a picture: see TensorBoardWriter."""
+
+  def write_histogram(self, step: int, name: str, values: Any):
+    """Writes the distribution of an array's entries."""
+
+  def flush(self):
+    """Hands what was written to the operating system."""
+
+  def close(self):
+    """Flushes, then releases the file."""
+
+
+class JsonlWriter:
+  """Appends scalars to a file, one JSON object a line.
+
+  A line holds the step, the time in seconds since 1970, and the scalars;
+  an infinite or undefined one as null, which is what JSON has for it.
+
+  Law: a run killed at any moment and resumed at `start_step` leaves the lines
+  of an unbroken run, the times aside.
+
+  Args:
+    path: the file; made if absent.
+    start_step: the first step that will be written. Lines of this step and
+      later are dropped, and so is a last line that was cut short.
+  """
+
+  def __init__(self, path: str | os.PathLike, start_step: int = 0):
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _drop_lines(path, start_step)
+    self._file = path.open('a', buffering=1, encoding='utf-8')
+
+  def write_scalars(self, step: int, scalars: Mapping[str, float]):
+    row = {'step': int(step), 'time': round(time.time(), 3)}
+    for name, value in scalars.items():
+      row[name] = _as_number(name, value)
+    self._file.write(json.dumps(row, allow_nan=False) + '\n')
+
+  def write_image(self, step: int, name: str, image: Any):
+    del step, name, image
+
+  def write_histogram(self, step: int, name: str, values: Any):
+    del step, name, values
+
+  def flush(self):
+    self._file.flush()
+
+  def close(self):
+    self._file.close()
+
+
+class TensorBoardWriter:
+  """Writes TensorBoard event files, without TensorFlow.
+
+  Args:
+    logdir: the folder; a resumed run adds a file to it.
+    start_step: the first step that will be written. TensorBoard is told to
+      forget what earlier files say of this step and later.
+  """
+
+  def __init__(self, logdir: str | os.PathLike, start_step: int = 0):
+    from tensorboard.compat.proto import event_pb2
+    from tensorboard.compat.proto import summary_pb2
+    from tensorboard.summary.writer import event_file_writer
+    self._event = event_pb2.Event
+    self._summary = summary_pb2.Summary
+    self._histogram = summary_pb2.HistogramProto
+    self._writer = event_file_writer.EventFileWriter(os.fspath(logdir))
+    session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._writer.add_event(event_pb2.Event(
+        wall_time=time.time(), step=int(start_step), session_log=session))
+
+  def write_scalars(self, step: int, scalars: Mapping[str, float]):
+    self._add(step, [self._summary.Value(tag=name, simple_value=float(value))
+                     for name, value in scalars.items()])
+
+  def write_image(self, step: int, name: str, image: Any):
+    """Writes a picture.
+
+    Args:
+      step: the step it belongs to.
+      name: its tag.
+      image: a path to a PNG file, its bytes, or uint8[height, width] or
+        uint8[height, width, 3].
+
+    Raises:
+      ValueError: if it is an array of another kind.
+    """
+    png = _as_png(image)
+    # A PNG states its size at a fixed place.
+    width, height = (int.from_bytes(png[i:i + 4], 'big') for i in (16, 20))
+    self._add(step, [self._summary.Value(tag=name, image=self._summary.Image(
+        height=height, width=width, encoded_image_string=png))])
+
+  def write_histogram(self, step: int, name: str, values: Any):
+    """Writes the distribution of the finite entries, if there are any."""
+    values = np.asarray(values, np.float64).ravel()
+    values = values[np.isfinite(values)]
+    if not values.size:
+      return
+    counts, edges = np.histogram(values, bins=30)
+    self._add(step, [self._summary.Value(tag=name, histo=self._histogram(
+        min=values.min(), max=values.max(), num=values.size,
+        sum=values.sum(), sum_squares=np.square(values).sum(),
+        bucket_limit=edges[1:].tolist(), bucket=counts.tolist()))])
+
+  def flush(self):
+    self._writer.flush()
+
+  def close(self):
+    self._writer.close()
+
+  def _add(self, step, values):
+    self._writer.add_event(self._event(
+        wall_time=time.time(), step=int(step),
+        summary=self._summary(value=values)))
+
+
+class Writers:
+  """Writes everything to each of several writers; a context manager."""
+
+  def __init__(self, writers: Sequence[Writer]):
+    self._writers = tuple(writers)
+
+  def __enter__(self) -> 'Writers':
+    return self
+
+  def __exit__(self, *exc_info):
+    self.close()
+
+  def write_scalars(self, step: int, scalars: Mapping[str, float]):
+    for writer in self._writers:
+      writer.write_scalars(step, scalars)
+
+  def write_image(self, step: int, name: str, image: Any):
+    for writer in self._writers:
+      writer.write_image(step, name, image)
+
+  def write_histogram(self, step: int, name: str, values: Any):
+    for writer in self._writers:
+      writer.write_histogram(step, name, values)
+
+  def flush(self):
+    for writer in self._writers:
+      writer.flush()
+
+  def close(self):
+    for writer in self._writers:
+      writer.close()
+
+
+def open_writers(workdir: str | os.PathLike, start_step: int = 0) -> Writers:
+  """Opens `metrics.jsonl` in a folder and, if it can, TensorBoard files.
+
+  Args:
+    workdir: the folder; made if absent. TensorBoard files go to `tensorboard`
+      in it, or nowhere if that package is not installed.
+    start_step: the first step that will be written.
+
+  Returns:
+    The writers; none at all, which is no error to write to, in every process
+    but the first.
+  """
+  if jax.process_index() != 0:
+    return Writers(())
+  workdir = pathlib.Path(workdir)
+  writers = [JsonlWriter(workdir / 'metrics.jsonl', start_step)]
+  try:
+    writers.append(TensorBoardWriter(workdir / 'tensorboard', start_step))
+  except ImportError:
+    logging.info('tensorboard is not installed: metrics go to JSON lines only')
+  return Writers(writers)
+
+
+class Progress:
+  """Shows how far a run is: a bar on a terminal, else a line now and then.
+
+  Rates count this session's steps only, from the end of its first, which is
+  the one that compiles. Nothing is shown by any process but the first.
+
+  Args:
+    total_steps: steps of the whole run.
+    start_step: steps done before this session.
+    log_every: steps between lines where there is no terminal; at least 1.
+    batch_size: examples in a step over all processes; None shows no examples/s.
+    stream: where to show it; standard error if None.
+    clock: seconds now.
+  """
+
+  def __init__(self, total_steps: int, start_step: int = 0,
+               log_every: int = 100, batch_size: int | None = None,
+               stream: TextIO | None = None,
+               clock: Callable[[], float] = time.monotonic):
+    if log_every < 1:
+      raise ValueError(f'log_every (={log_every}) must be at least 1')
+    self._total, self._log_every = total_steps, log_every
+    self._batch_size, self._clock = batch_size, clock
+    self._stream = stream or sys.stderr
+    self._step, self._time = start_step, clock()
+    self._first = self._step, self._time
+    self._begun = False
+    self._shown = jax.process_index() == 0
+    self._bar = self._open_bar() if self._shown else None
+
+  def __enter__(self) -> 'Progress':
+    return self
+
+  def __exit__(self, *exc_info):
+    self.close()
+
+  def update(self, step: int, **values: float):
+    """Notes that `step` steps are done; `values` are shown beside them."""
+    self._step, self._time = step, self._clock()
+    line = self.describe(values)
+    if not self._begun:
+      self._first, self._begun = (self._step, self._time), True
+    if self._bar is not None:
+      self._bar.set_postfix_str(_values_text(values), refresh=False)
+      self._bar.update(step - self._bar.n)
+    elif self._shown and (step % self._log_every == 0 or step == self._total):
+      print(line, file=self._stream, flush=True)
+
+  def steps_per_second(self) -> float:
+    """The rate so far; nan before there is one."""
+    seconds = self._time - self._first[1]
+    return (self._step - self._first[0]) / seconds if seconds else math.nan
+
+  def describe(self, values: Mapping[str, float] | None = None) -> str:
+    """The line: steps, share, rates, time to go, then `values`."""
+    rate = self.steps_per_second()
+    parts = [f'step {self._step}/{self._total}',
+             f'{self._step / max(1, self._total):4.0%}',
+             f'{_short(rate)} steps/s']
+    if self._batch_size is not None:
+      parts.append(f'{_short(rate * self._batch_size)} examples/s')
+    left = (self._total - self._step) / rate if rate else math.nan
+    parts += [f'eta {_clock_text(left)}', _values_text(values or {})]
+    return '  '.join(part for part in parts if part)
+
+  def close(self):
+    """Leaves the last state of the bar on the terminal."""
+    if self._bar is not None:
+      self._bar.close()
+      self._bar = None
+
+  def _open_bar(self):
+    if not getattr(self._stream, 'isatty', lambda: False)():
+      return None
+    try:
+      import tqdm
+    except ImportError:
+      return None
+    # Tqdm's own rate counts from `initial`. Its rate is a moving average.
+    return tqdm.tqdm(total=self._total, initial=self._step, file=self._stream,
+                     dynamic_ncols=True, unit='step')
+
+
+def write_json(path: str | os.PathLike, value: Any):
+  """Writes a JSON file, whole or not at all.
+
+  Args:
+    path: the file; an old one is replaced, and kept if this fails.
+    value: dicts, lists, strings and numbers, NumPy's and JAX's included; an
+      infinite or undefined number becomes null.
+  """
+  text = json.dumps(_as_json(value), indent=2, allow_nan=False) + '\n'
+  _replace(pathlib.Path(path), text)
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """Reads the rows of a JSON lines file.
+
+  Law: the rows are those that JsonlWriter was given, with step and time, an
+  infinite number having become nan. A last line cut short is left out.
+
+  Raises:
+    ValueError: if any other line is not a JSON object, naming it.
+  """
+  rows = _parse_lines(pathlib.Path(path))
+  return [{name: math.nan if value is None else value
+           for name, value in row.items()} for _, row in rows]
+
+
+def markdown_table(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None,
+    formats: Mapping[str, str | Callable[[Any], str]] | None = None) -> str:
+  """Makes a Markdown table that also reads well in a terminal.
+
+  Args:
+    rows: a dict for each row; a value that is absent or None is left blank.
+    columns: which to show, in order; None is all, in order of appearance.
+    formats: for a column, a format specification such as '.2f', or a function
+      that gives the text.
+
+  Returns:
+    The lines, ended by a newline, in equal width. Columns of numbers are
+    aligned to the right.
+
+  Raises:
+    ValueError: if `formats` has a column that is not shown.
+
+  Example:
+    >>> rows = [{'method': 'rigl', 'accuracy': 74.63},
+    ...         {'method': 'top_kast', 'accuracy': 75.0}]
+    >>> print(markdown_table(rows, formats={'accuracy': '.1f'}), end='')
+    | method   | accuracy |
+    |:---------|---------:|
+    | rigl     |     74.6 |
+    | top_kast |     75.0 |
+  """
+  if columns is None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+  formats = formats or {}
+  if unknown := sorted(set(formats) - set(columns)):
+    raise ValueError(f'formats (={unknown}) must be among columns (={columns})')
+  shown = [_column(name, rows, formats.get(name, '')) for name in columns]
+  return ''.join(f'|{"|".join(cells)}|\n' for cells in zip(*shown))
+
+
+def _column(name, rows, format_spec):
+  """The cells of one column, padded: head, rule, body."""
+  values = [row.get(name) for row in rows]
+  right = _all_numbers(values)
+  texts = [_cell(name, '')] + [_cell(value, format_spec) for value in values]
+  width = max(3, *map(len, texts))
+  pad = str.rjust if right else str.ljust
+  head, *body = [f' {pad(text, width)} ' for text in texts]
+  rule = '-' * (width + 1)
+  return [head, f'{rule}:' if right else f':{rule}', *body]
+
+
+def _all_numbers(values):
+  values = [value for value in values if value is not None]
+  return bool(values) and all(
+      isinstance(value, (int, float, np.number)) for value in values)
+
+
+def _cell(value, format_spec):
+  if value is None:
+    return ''
+  if callable(format_spec):
+    text = format_spec(value)
+  else:
+    text = format(value, format_spec)
+  return text.replace('|', '\\|').replace('\n', ' ')
+
+
+def _as_number(name, value):
+  """A Python number of a scalar, None if it is not finite."""
+  if isinstance(value, (np.generic, np.ndarray, jax.Array)) and value.size == 1:
+    value = value.item()
+  if not isinstance(value, (int, float)):
+    raise ValueError(f'scalar {name} (={value!r}) must be a number')
+  return value if math.isfinite(value) else None
+
+
+def _as_json(value):
+  if isinstance(value, Mapping):
+    return {str(name): _as_json(item) for name, item in value.items()}
+  if isinstance(value, (np.generic, np.ndarray, jax.Array)):
+    return _as_json(np.asarray(value).tolist())
+  if isinstance(value, (list, tuple)):
+    return [_as_json(item) for item in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def _as_png(image):
+  if isinstance(image, bytes):
+    return image
+  if isinstance(image, (str, os.PathLike)):
+    return pathlib.Path(image).read_bytes()
+  from PIL import Image
+  image = np.asarray(image)
+  if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)):
+    raise ValueError(f'image (={image.dtype}{list(image.shape)}) must be '
+                     'uint8[height, width] or uint8[height, width, 3]')
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, 'PNG')
+  return buffer.getvalue()
+
+
+def _parse_lines(path) -> list[tuple[str, dict[str, Any]]]:
+  """The lines that hold a row, each with its row."""
+  lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
+  rows = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      row = json.loads(line)
+      if not isinstance(row, dict):
+        raise ValueError('not an object')
+    except ValueError as error:
+      if number == len(lines):
+        break
+      raise ValueError(f'{path} line {number} (={line[:60]!r}) is not a row: '
+                       f'{error}') from error
+    rows.append((line, row))
+  return rows
+
+
+def _drop_lines(path, start_step):
+  """Rewrites a JSON lines file without rows from `start_step` on, if any."""
+  if not path.exists():
+    return
+  kept = [line for line, row in _parse_lines(path)
+          if row.get('step', -1) < start_step]
+  text = ''.join(line + '\n' for line in kept)
+  if text.encode() != path.read_bytes():
+    _replace(path, text)
+
+
+def _replace(path, text):
+  temporary = path.with_name(path.name + '.tmp')
+  with temporary.open('w', encoding='utf-8') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  temporary.replace(path)
+
+
+def _values_text(values: Mapping[str, float]) -> str:
+  return '  '.join(f'{name} {_short(value)}' for name, value in values.items())
+
+
+def _short(value) -> str:
+  """Three or four digits, never in scientific notation where it is large."""
+  value = float(value)
+  return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.4g}'
+
+
+def _clock_text(seconds: float) -> str:
+  if not math.isfinite(seconds):
+    return '?'
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f'{hours}:{minutes:02}:{seconds:02}'
+  return f'{minutes}:{seconds:02}'
