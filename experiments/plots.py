@@ -1,0 +1,360 @@
+"""Pictures of a run, of a comparison, and of where the weights are.
+
+Every function takes rows (dicts), writes one PNG, whole or not at all, and
+leaves matplotlib's global state alone. Accuracies, churn and densities are
+fractions in the rows and percent in the pictures. The colours are those of
+Okabe and Ito, chosen to be told apart by colour-blind readers; methods differ
+in marker as well.
+"""
+
+from collections.abc import Mapping, Sequence
+import math
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+_BLUE, _ORANGE, _GREEN = '#0072b2', '#d55e00', '#009e73'
+_COLOURS = (_BLUE, _ORANGE, _GREEN, '#cc79a7', '#e69f00', '#56b4e9', '#222222',
+            '#882255', '#999933', '#5b3fa0', '#7f7f7f', '#8c5a2b')
+_MARKERS = 'osD^vPX<>hp*'
+_GREY, _PALE = '#666666', '#e6e6e6'
+
+_STYLE = {
+    'font.family': 'sans-serif', 'font.size': 9.5, 'axes.titlesize': 11,
+    'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
+    'axes.titlepad': 10, 'axes.labelcolor': '#333333',
+    'axes.edgecolor': '#999999', 'axes.linewidth': 0.8,
+    'axes.spines.top': False, 'axes.spines.right': False,
+    'axes.axisbelow': True, 'axes.grid': True, 'axes.grid.axis': 'y',
+    'grid.color': _PALE, 'grid.linewidth': 0.8, 'xtick.color': '#999999',
+    'ytick.color': '#999999', 'xtick.labelcolor': '#333333',
+    'ytick.labelcolor': '#333333', 'legend.frameon': False,
+    'lines.solid_capstyle': 'round', 'lines.markersize': 5.5,
+}
+
+
+def training_curves(rows: Sequence[Mapping[str, Any]],
+                    path: str | os.PathLike, title: str):
+  """Draws accuracy, and below it how much the masks change, by step.
+
+  Args:
+    rows: metrics with `step` and any of `train_accuracy`, `test_accuracy`,
+      `churn_min`, `churn_mean`, `churn_max`: over the layers, the share of
+      the forward set that changed at a refresh. Without churn there is one
+      panel and a note. Missing values and nan are gaps.
+    path: the PNG file.
+    title: stands above it.
+
+  Raises:
+    ValueError: if there are no rows, or a fraction is outside [0, 1].
+  """
+  _check(rows, ('train_accuracy', 'test_accuracy', 'churn_min', 'churn_mean',
+                'churn_max'))
+  has_churn = _series(rows, 'churn_mean')[0].size > 0
+
+  def draw(figure):
+    if has_churn:
+      top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+      _draw_churn(bottom, rows)
+    else:
+      top = bottom = figure.subplots()
+      figure.supxlabel('no churn panel: this method has no masks that change',
+                       fontsize=8, color=_GREY, x=0.99, ha='right')
+    _draw_accuracy(top, rows)
+    top.set_title(title)
+    bottom.set_xlabel('step')
+    bottom.xaxis.set_major_formatter(_format_step)
+    bottom.margins(x=0.01)
+  _save(path, (6.4, 4.8 if has_churn else 3.4), draw)
+
+
+def accuracy_vs_sparsity(rows: Sequence[Mapping[str, Any]],
+                         path: str | os.PathLike, title: str):
+  """Draws a line for each method, and a dashed one where nothing is sparse.
+
+  The axis is logarithmic in density, so that 80, 90, 95 and 98 percent stand
+  apart.
+
+  Args:
+    rows: dicts with `method`, `sparsity` in [0, 1), `accuracy`, and perhaps
+      `accuracy_std`, drawn as an error bar. Methods take colour and marker in
+      order of appearance. A row of sparsity 0 is a reference, not a point.
+    path: the PNG file.
+    title: stands above it.
+
+  Raises:
+    ValueError: if there are no rows, or a fraction is outside [0, 1].
+  """
+  _check(rows, ('sparsity', 'accuracy', 'accuracy_std'))
+  lines, references = _by_method(rows)
+
+  def draw(figure):
+    axes = figure.subplots()
+    ends = [_draw_method(axes, index, points)
+            for index, points in enumerate(lines.values())]
+    for row in references:
+      axes.axhline(100 * row['accuracy'], color=_GREY, linestyle=(0, (4, 3)),
+                   linewidth=1, zorder=1)
+    axes.set_title(title)
+    axes.set_xlabel('sparsity (percent of the weights that are zero)')
+    axes.set_ylabel('test accuracy (%)')
+    _scale_sparsity(axes, lines)
+    _label_ends(axes, list(lines), ends, references)
+  _save(path, (6.8, 4.2), draw)
+
+
+def layer_density(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
+                  title: str = 'Density of each layer'):
+  """Draws how much of each layer is kept, the first layer on top.
+
+  The bar of the forward set lies inside that of the backward set, as the sets
+  do.
+
+  Args:
+    rows: dicts with `layer`, `forward_density` and perhaps `backward_density`.
+    path: the PNG file.
+    title: stands above it.
+
+  Raises:
+    ValueError: if there are no rows, or a fraction is outside [0, 1].
+  """
+  _check(rows, ('forward_density', 'backward_density'))
+  height = 0.24 if len(rows) <= 30 else 0.17
+
+  def draw(figure):
+    axes = figure.subplots()
+    _draw_bars(axes, rows, fontsize=9 if len(rows) <= 30 else 7)
+    axes.set_title(title)
+    axes.set_xlabel('density (percent of the weights that are kept)')
+    # Outside: a layer may reach into any corner.
+    figure.legend(loc='outside lower right', ncols=2, handlelength=1.2)
+  _save(path, (6.4, 1.2 + height * len(rows)), draw)
+
+
+# ------------------------------------------------------------------- panels
+
+
+def _draw_accuracy(axes, rows):
+  step, value = _series(rows, 'train_accuracy')
+  if step.size:
+    axes.plot(step, 100 * value, color=_BLUE, alpha=0.22, linewidth=0.8)
+    axes.plot(step, 100 * _running_mean(value), color=_BLUE, linewidth=1.8,
+              label='train, running mean')
+  step, value = _series(rows, 'test_accuracy')
+  if step.size:
+    axes.plot(step, 100 * value, color=_ORANGE, linewidth=1.2, marker='o',
+              markersize=4.5, markeredgecolor='white', markeredgewidth=0.6,
+              label=f'test, {100 * value[-1]:.2f}% at the end', zorder=3)
+  axes.set_ylabel('accuracy (%)')
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend(loc='best')
+
+
+def _draw_churn(axes, rows):
+  step, mean = _series(rows, 'churn_mean')
+  low, high = _series(rows, 'churn_min'), _series(rows, 'churn_max')
+  positive = mean[mean > 0]
+  logarithmic = positive.size > 1 and (
+      np.quantile(positive, 0.9) > 50 * np.quantile(positive, 0.1))
+  if low[0].size and np.array_equal(low[0], high[0]):
+    floor = 100 * positive.min() / 3 if logarithmic else 0.
+    axes.fill_between(low[0], np.maximum(100 * low[1], floor),
+                      100 * high[1], color=_GREEN, alpha=0.18, linewidth=0,
+                      label='least to most, over layers')
+  axes.plot(step, np.where(mean > 0, 100 * mean, np.nan) if logarithmic
+            else 100 * mean, color=_GREEN, linewidth=1.6, marker='o',
+            markersize=2.6 if step.size < 80 else 0, label='mean of layers')
+  if logarithmic:
+    axes.set_yscale('log')
+    axes.yaxis.set_major_formatter(_format_percent)
+  else:
+    axes.set_ylim(bottom=0)
+  axes.set_ylabel('mask churn (%)')
+  axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2,
+              borderaxespad=0.1, borderpad=0)
+
+
+def _draw_method(axes, index, points):
+  """Draws one line; returns where it ends."""
+  colour, marker = _look(index)
+  points = sorted(points, key=lambda row: row['sparsity'])
+  x = [1 - row['sparsity'] for row in points]
+  y = [100 * row['accuracy'] for row in points]
+  error = [100 * (row.get('accuracy_std') or 0.) for row in points]
+  axes.errorbar(x, y, error if any(error) else None, color=colour,
+                marker=marker, markeredgecolor='white', markeredgewidth=0.6,
+                linewidth=1.5, elinewidth=1, capsize=2.5,
+                zorder=3)
+  return x[-1], y[-1]
+
+
+def _scale_sparsity(axes, lines):
+  from matplotlib import ticker
+  densities = sorted({1 - row['sparsity']
+                      for points in lines.values() for row in points})
+  if not densities:
+    return
+  axes.set_xscale('log')
+  axes.set_xlim(densities[-1] * 1.12, densities[0] / 1.12)
+  axes.xaxis.set_major_locator(ticker.FixedLocator(_apart(densities)))
+  axes.xaxis.set_minor_locator(ticker.NullLocator())
+  axes.xaxis.set_major_formatter(lambda d, _: f'{100 * (1 - d):.4g}%')
+
+
+def _apart(densities, factor=1.1):
+  """Of ascending densities, those that leave room for their labels."""
+  kept = []
+  for density in densities:
+    if not kept or density >= factor * kept[-1]:
+      kept.append(density)
+  return kept
+
+
+def _label_ends(axes, names, ends, references):
+  """Writes each name at the height where its line ends, or close to it."""
+  axes.set_ylim(axes.get_ylim())  # Settled: it would move while drawing.
+  to_axes = axes.transData + axes.transAxes.inverted()
+  starts = [to_axes.transform(end) for end in ends]
+  starts += [(1., to_axes.transform((1., 100 * row['accuracy']))[1])
+             for row in references]
+  looks = [_look(i) for i in range(len(names))]
+  looks += [(_GREY, '')] * len(references)
+  names = names + [row['method'] for row in references]
+  heights = _spread([y for _, y in starts], gap=0.052)
+  place = {'transform': axes.transAxes, 'clip_on': False, 'zorder': 1}
+  for name, (colour, marker), (x, y), height in zip(
+      names, looks, starts, heights):
+    axes.plot([x, 1.025], [y, height], color=colour, linewidth=0.8, **place)
+    axes.plot([1.04], [height], color=colour, marker=marker, **place)
+    axes.text(1.062 if marker else 1.033, height, name, color=colour,
+              va='center', transform=axes.transAxes)
+
+
+def _draw_bars(axes, rows, fontsize):
+  places = np.arange(len(rows))
+  forward = [100 * row['forward_density'] for row in rows]
+  backward = [100 * _number(row.get('backward_density')) for row in rows]
+  widest = np.nanmax([*forward, *backward])
+  if np.isfinite(backward).any():
+    axes.barh(places, backward, height=0.82, color='#a9cfe6',
+              label='backward: gets a gradient')
+  axes.barh(places, forward, height=0.44, color=_BLUE,
+            label='forward: is read')
+  for place, *values in zip(places, forward, backward):
+    values = [value for value in values if not math.isnan(value)]
+    axes.text(max(values) + 0.012 * widest, place,
+              ' / '.join(f'{value:.3g}' for value in values), va='center',
+              fontsize=fontsize - 1.5, color=_GREY)
+  axes.set_yticks(places, [row['layer'] for row in rows], fontsize=fontsize)
+  axes.tick_params(axis='y', length=0)
+  axes.set_ylim(len(rows) - 0.4, -0.6)
+  axes.set_xlim(0, min(112, 1.12 * widest))
+  axes.grid(False, axis='y')
+  axes.grid(True, axis='x')
+
+
+# ------------------------------------------------------------------- values
+
+
+def _check(rows, names):
+  if not rows:
+    raise ValueError(f'rows (={rows}) must not be empty')
+  for row in rows:
+    for name in names:
+      value = _number(row.get(name))
+      if not math.isnan(value) and not 0 <= value <= 1:
+        raise ValueError(f'rows: {name} (={value}) must be a fraction, '
+                         'in [0, 1]')
+
+
+def _number(value):
+  return math.nan if value is None else float(value)
+
+
+def _series(rows, name):
+  """Steps and values where there is a value, in order of step."""
+  pairs = sorted((row['step'], _number(row.get(name))) for row in rows
+                 if not math.isnan(_number(row.get(name))))
+  return np.array(pairs, float).reshape(-1, 2).T
+
+
+def _running_mean(values):
+  """The mean over a window of a fiftieth of the run, narrower at its ends."""
+  total = np.concatenate([[0.], np.cumsum(values)])
+  index = np.arange(values.size)
+  begin = np.maximum(index - values.size // 100, 0)
+  end = np.minimum(index + values.size // 100 + 1, values.size)
+  return (total[end] - total[begin]) / (end - begin)
+
+
+def _by_method(rows):
+  """Sparse rows by method, and the dense rows."""
+  lines, references = {}, []
+  for row in rows:
+    if row['sparsity'] == 0:
+      references.append(row)
+    else:
+      lines.setdefault(row['method'], []).append(row)
+  return lines, references
+
+
+def _spread(heights, gap):
+  """Moves heights apart to at least `gap`, keeping order, as little as may be.
+
+  Neighbours that are too close form a group, which is centred on its members.
+  """
+  order = sorted(range(len(heights)), key=heights.__getitem__)
+  groups = []
+  for index in order:
+    groups.append([index])
+    while len(groups) > 1 and (
+        _centre(groups[-1], heights) - _centre(groups[-2], heights)
+        < gap * (len(groups[-1]) + len(groups[-2])) / 2):
+      last = groups.pop()
+      groups[-1] += last
+  moved = [0.] * len(heights)
+  for group in groups:
+    for place, index in enumerate(group):
+      moved[index] = (_centre(group, heights)
+                      + gap * (place - (len(group) - 1) / 2))
+  return moved
+
+
+def _centre(group, heights):
+  return sum(heights[index] for index in group) / len(group)
+
+
+def _look(index):
+  return (_COLOURS[index % len(_COLOURS)],
+          _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)])
+
+
+def _format_step(step, _):
+  for size, unit in ((1e6, 'M'), (1e3, 'k')):
+    if abs(step) >= size:
+      return f'{step / size:.4g}{unit}'
+  return f'{step:.4g}'
+
+
+def _format_percent(value, _):
+  return f'{value:g}'
+
+
+def _save(path, size, draw):
+  """Draws on a fresh figure and writes it under a temporary name first."""
+  import matplotlib
+  from matplotlib.backends import backend_agg
+  from matplotlib.figure import Figure
+  path = pathlib.Path(path)
+  temporary = path.with_name(path.name + '.tmp')
+  with matplotlib.rc_context(_STYLE):
+    figure = Figure(figsize=size, layout='constrained')
+    backend_agg.FigureCanvasAgg(figure)
+    draw(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A tight box: names beside the axes would otherwise be cut.
+    figure.savefig(temporary, format='png', dpi=150, facecolor='white',
+                   bbox_inches='tight', pad_inches=0.12)
+  temporary.replace(path)

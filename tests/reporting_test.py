@@ -1,0 +1,364 @@
+"""Laws of experiments/reporting.py and that experiments/plots.py draws."""
+
+import contextlib
+import io
+import json
+import math
+import pathlib
+import subprocess
+import sys
+import tempfile
+from unittest import mock
+
+from absl.testing import absltest
+from absl.testing import parameterized
+from experiments import plots
+from experiments import reporting
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_ROOT = pathlib.Path(__file__).parents[1]
+
+
+class ReportingTestCase(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    # Not create_tempdir: it wants parsed flags, which pytest has none of.
+    scratch = tempfile.TemporaryDirectory()
+    self.addCleanup(scratch.cleanup)
+    self.directory = pathlib.Path(scratch.name)
+
+
+class JsonlWriterTest(ReportingTestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.path = self.directory / 'sub' / 'metrics.jsonl'
+
+  def write(self, steps, start_step=0):
+    with contextlib.closing(
+        reporting.JsonlWriter(self.path, start_step)) as writer:
+      for step in steps:
+        writer.write_scalars(step, {'loss': 1 / (step + 1)})
+
+  def rows(self):
+    return [{**row, 'time': 0} for row in reporting.read_jsonl(self.path)]
+
+  @parameterized.product(
+      resumed=[0, 1, 4, 7],
+      torn=['', '{"step": 7, "ti', '{"step": 7}', '\xff', '7'])
+  def test_killed_and_resumed_file_is_that_of_an_unbroken_run(
+      self, resumed, torn):
+    self.write(range(10))
+    want = self.rows()
+    self.path.unlink()
+    self.write(range(7))
+    with self.path.open('a', encoding='latin-1') as file:
+      file.write(torn)
+    self.write(range(resumed, 10), start_step=resumed)
+    self.assertEqual(self.rows(), want)
+    self.assertEndsWith(self.path.read_text(), '\n')
+
+  def test_a_last_row_that_lacks_only_its_newline_is_kept(self):
+    self.write(range(3))
+    want = self.rows()
+    self.path.write_text(self.path.read_text().rstrip())
+    self.write([3], start_step=3)
+    self.assertEqual(self.rows()[:3], want)
+    self.assertLen(self.rows(), 4)
+
+  def test_each_row_is_on_disk_when_the_call_returns(self):
+    writer = reporting.JsonlWriter(self.path)
+    writer.write_scalars(0, {'loss': 1.})
+    self.assertLen(self.rows(), 1)
+    writer.close()
+
+  def test_every_line_is_valid_json(self):
+    values = {'nan': math.nan, 'inf': -math.inf, 'int': np.int64(3),
+              'jax': jnp.float32(0.5), 'count': jnp.int32(7), 'yes': True,
+              'half': jnp.bfloat16(1.5)}
+    with contextlib.closing(reporting.JsonlWriter(self.path)) as writer:
+      writer.write_scalars(np.int32(4), values)
+    row = json.loads(self.path.read_text(), parse_constant=self.fail)
+    self.assertGreater(row.pop('time'), 0)
+    self.assertEqual(row, {'step': 4, 'nan': None, 'inf': None, 'int': 3,
+                           'jax': 0.5, 'count': 7, 'yes': True, 'half': 1.5})
+    self.assertIsInstance(row['count'], int)
+    self.assertTrue(math.isnan(reporting.read_jsonl(self.path)[0]['inf']))
+
+  @parameterized.named_parameters(
+      ('text', '0.5'), ('array', jnp.zeros(2)), ('none', None))
+  def test_refuses_what_is_no_number(self, value):
+    with contextlib.closing(reporting.JsonlWriter(self.path)) as writer:
+      with self.assertRaisesRegex(ValueError, r'scalar loss \(=.* a number'):
+        writer.write_scalars(0, {'loss': value})
+    self.assertEmpty(self.rows())
+
+  def test_a_broken_line_in_the_middle_is_an_error_and_changes_nothing(self):
+    self.path.parent.mkdir()
+    self.path.write_text('{"step": 0}\nnonsense\n{"step": 2}\n')
+    before = self.path.read_bytes()
+    for use in (reporting.read_jsonl, reporting.JsonlWriter):
+      with self.assertRaisesRegex(ValueError, r"line 2 \(='nonsense'\)"):
+        use(self.path)
+    self.assertEqual(self.path.read_bytes(), before)
+
+
+class TensorBoardWriterTest(ReportingTestCase):
+
+  def read(self):
+    from tensorboard.backend.event_processing import event_accumulator
+    events = event_accumulator.EventAccumulator(
+        str(self.directory), size_guidance={'scalars': 0})
+    return events.Reload()
+
+  def test_what_is_written_reads_back(self):
+    with contextlib.closing(reporting.TensorBoardWriter(
+        self.directory)) as writer:
+      writer.write_scalars(3, {'loss': jnp.float32(0.25)})
+      writer.write_image(3, 'mask', np.zeros((5, 7, 3), np.uint8))
+      writer.write_histogram(3, 'weight', [1., 2., 3., math.nan])
+      writer.write_histogram(3, 'nothing', [math.nan])
+    events = self.read()
+    scalar, = events.Scalars('loss')
+    self.assertEqual((scalar.step, scalar.value), (3, 0.25))
+    image, = events.Images('mask')
+    self.assertEqual((image.height, image.width), (5, 7))
+    histogram = events.Histograms('weight')[0].histogram_value
+    self.assertEqual((histogram.num, histogram.sum, histogram.sum_squares),
+                     (3, 6, 14))
+    self.assertEqual(events.Tags()['histograms'], ['weight'])
+
+  def test_resuming_forgets_later_steps(self):
+    for start, stop in ((1, 6), (4, 8)):
+      with contextlib.closing(reporting.TensorBoardWriter(
+          self.directory, start)) as writer:
+        for step in range(start, stop):
+          writer.write_scalars(step, {'loss': start})
+    got = [(event.step, event.value) for event in self.read().Scalars('loss')]
+    self.assertEqual(got, [(1, 1), (2, 1), (3, 1), (4, 4), (5, 4), (6, 4),
+                           (7, 4)])
+
+  def test_image_from_a_file_equals_its_bytes(self):
+    path = self.directory / 'density.png'
+    plots.layer_density([{'layer': 'a', 'forward_density': .1}], path)
+    with contextlib.closing(reporting.TensorBoardWriter(
+        self.directory)) as writer:
+      writer.write_image(0, 'file', path)
+      writer.write_image(0, 'bytes', path.read_bytes())
+    events = self.read()
+    self.assertEqual(events.Images('file')[0].encoded_image_string,
+                     events.Images('bytes')[0].encoded_image_string)
+
+  def test_refuses_an_image_of_floats(self):
+    with contextlib.closing(reporting.TensorBoardWriter(
+        self.directory)) as writer:
+      with self.assertRaisesRegex(ValueError, r'image \(=float64\[2, 2\]\)'):
+        writer.write_image(0, 'mask', np.zeros((2, 2)))
+
+
+class WritersTest(ReportingTestCase):
+
+  def test_every_writer_gets_everything(self):
+    each = [mock.create_autospec(reporting.Writer, instance=True)
+            for _ in range(2)]
+    with reporting.Writers(each) as writers:
+      writers.write_scalars(1, {'loss': 2.})
+      writers.write_image(1, 'mask', b'')
+      writers.write_histogram(1, 'weight', [1.])
+      writers.flush()
+    for writer in each:
+      self.assertEqual(writer.mock_calls, [
+          mock.call.write_scalars(1, {'loss': 2.}),
+          mock.call.write_image(1, 'mask', b''),
+          mock.call.write_histogram(1, 'weight', [1.]),
+          mock.call.flush(), mock.call.close()])
+
+  def test_writes_both_files(self):
+    with reporting.open_writers(self.directory / 'run') as writers:
+      writers.write_scalars(1, {'loss': 2.})
+      writers.write_histogram(1, 'weight', [1.])
+      writers.write_image(1, 'mask', np.zeros((2, 2), np.uint8))
+    self.assertLen(reporting.read_jsonl(
+        self.directory / 'run' / 'metrics.jsonl'), 1)
+    self.assertLen(list((self.directory / 'run' / 'tensorboard').iterdir()), 1)
+
+  def test_only_the_first_process_writes(self):
+    with mock.patch.object(jax, 'process_index', return_value=1):
+      with reporting.open_writers(self.directory / 'run') as writers:
+        writers.write_scalars(1, {'loss': 2.})
+    self.assertEmpty(list(self.directory.iterdir()))
+
+  def test_tensorboard_is_optional(self):
+    with mock.patch.dict(sys.modules, {'tensorboard.compat.proto': None}):
+      with reporting.open_writers(self.directory) as writers:
+        writers.write_scalars(1, {'loss': 2.})
+    self.assertEqual([p.name for p in self.directory.iterdir()],
+                     ['metrics.jsonl'])
+
+
+class _Terminal(io.StringIO):
+
+  def isatty(self):
+    return True
+
+
+class ProgressTest(ReportingTestCase):
+
+  def run_session(self, start, stop, stream, total=1000, **kwargs):
+    """Steps take 0.1 s, the first of the session 60 s."""
+    now = [0.]
+    with reporting.Progress(
+        total, start_step=start, log_every=100, stream=stream,
+        clock=lambda: now[0], **kwargs) as progress:
+      for step in range(start + 1, stop + 1):
+        now[0] += 60. if step == start + 1 else 0.1
+        progress.update(step, loss=0.5)
+    return progress
+
+  def test_a_line_every_so_often_and_at_the_end(self):
+    stream = io.StringIO()
+    self.run_session(0, 250, stream, total=250, batch_size=32)
+    self.assertEqual(stream.getvalue().splitlines(), [
+        'step 100/250   40%  10 steps/s  320 examples/s  eta 0:15  loss 0.5',
+        'step 200/250   80%  10 steps/s  320 examples/s  eta 0:05  loss 0.5',
+        'step 250/250  100%  10 steps/s  320 examples/s  eta 0:00  loss 0.5'])
+
+  def test_rate_after_a_resume_counts_this_session_only(self):
+    stream = io.StringIO()
+    progress = self.run_session(899, 1000, stream)
+    self.assertAlmostEqual(progress.steps_per_second(), 10)
+    self.assertEqual(stream.getvalue().splitlines()[0],
+                     'step 900/1000   90%  0.01667 steps/s  eta 1:40:00'
+                     '  loss 0.5')
+
+  def test_no_rate_before_the_first_step(self):
+    progress = reporting.Progress(10, stream=io.StringIO())
+    self.assertTrue(math.isnan(progress.steps_per_second()))
+    self.assertEqual(progress.describe(),
+                     'step 0/10    0%  nan steps/s  eta ?')
+
+  def test_a_bar_on_a_terminal_starts_where_the_run_resumed(self):
+    stream = _Terminal()
+    self.run_session(899, 1000, stream)
+    text = stream.getvalue()
+    self.assertRegex(text, r'90%.*899/1000')
+    self.assertRegex(text, r'100%.*1000/1000.*loss 0.5')
+    self.assertNotIn('steps/s', text)
+
+  def test_other_processes_show_nothing(self):
+    stream = io.StringIO()
+    with mock.patch.object(jax, 'process_index', return_value=1):
+      self.run_session(0, 1000, stream)
+    self.assertEmpty(stream.getvalue())
+
+  def test_refuses_log_every_below_one(self):
+    with self.assertRaisesRegex(ValueError, r'log_every \(=0\)'):
+      reporting.Progress(10, log_every=0)
+
+
+class WriteJsonTest(ReportingTestCase):
+
+  def test_numbers_of_every_kind(self):
+    path = self.directory / 'result.json'
+    reporting.write_json(path, {
+        'accuracy': jnp.float32(0.5), 'nan': [math.nan, np.float32(np.inf)],
+        'layers': {'a': np.arange(2)}, 'name': 'rigl', 'none': None})
+    self.assertEqual(json.loads(path.read_text(), parse_constant=self.fail), {
+        'accuracy': 0.5, 'nan': [None, None], 'layers': {'a': [0, 1]},
+        'name': 'rigl', 'none': None})
+
+  def test_a_failure_keeps_the_old_file(self):
+    path = self.directory / 'result.json'
+    reporting.write_json(path, {'a': 1})
+    with self.assertRaises(TypeError):
+      reporting.write_json(path, {'a': object()})
+    with mock.patch.object(pathlib.Path, 'replace', side_effect=OSError):
+      with self.assertRaises(OSError):
+        reporting.write_json(path, {'a': 2})
+    self.assertEqual(json.loads(path.read_text()), {'a': 1})
+
+
+class MarkdownTableTest(parameterized.TestCase):
+
+  def test_columns_are_aligned_and_gaps_blank(self):
+    rows = [{'method': 'dense', 'accuracy': 76.81}, {
+        'method': 'a|b', 'accuracy': 5, 'note': None}]
+    self.assertEqual(
+        reporting.markdown_table(rows, formats={'accuracy': '.1f'}),
+        '| method | accuracy | note |\n'
+        '|:-------|---------:|:-----|\n'
+        '| dense  |     76.8 |      |\n'
+        '| a\\|b   |      5.0 |      |\n')
+
+  def test_columns_choose_and_order_and_formats_may_be_functions(self):
+    rows = [{'a': 1, 'b': 2, 'c': 3}]
+    self.assertEqual(
+        reporting.markdown_table(rows, ['c', 'a'], {'a': lambda x: f'{x} ± 0'}),
+        '|   c |     a |\n|----:|------:|\n|   3 | 1 ± 0 |\n')
+
+  def test_no_rows(self):
+    self.assertEqual(reporting.markdown_table([], ['a']),
+                     '| a   |\n|:----|\n')
+
+  def test_refuses_a_format_of_no_column(self):
+    with self.assertRaisesRegex(ValueError, r"formats \(=\['b'\]\)"):
+      reporting.markdown_table([{'a': 1}], formats={'b': '.1f'})
+
+
+class PlotsTest(ReportingTestCase):
+
+  def assert_png(self, path):
+    self.assertEqual(path.read_bytes()[:8], b'\x89PNG\r\n\x1a\n')
+    self.assertEqual([p.name for p in self.directory.iterdir()], [path.name])
+
+  @parameterized.named_parameters(
+      ('with_masks', True), ('without_masks', False))
+  def test_training_curves(self, masks):
+    rows = [{'step': step, 'train_accuracy': step / 100} for step in range(50)]
+    rows += [{'step': 25, 'test_accuracy': 0.2, 'train_accuracy': math.nan}]
+    if masks:
+      rows += [{'step': 20, 'churn_min': 0., 'churn_mean': .1, 'churn_max': .2}]
+    path = self.directory / 'curves.png'
+    plots.training_curves(rows, path, 'A run')
+    self.assert_png(path)
+
+  def test_accuracy_vs_sparsity(self):
+    rows = [{'method': method, 'sparsity': sparsity, 'accuracy': 0.7}
+            for method in 'abcdefghij' for sparsity in (0.8, 0.9)]
+    rows.append({'method': 'dense', 'sparsity': 0., 'accuracy': .77,
+                 'accuracy_std': .01})
+    path = self.directory / 'sparsity.png'
+    plots.accuracy_vs_sparsity(rows, path, 'Ten methods')
+    self.assert_png(path)
+
+  def test_layer_density(self):
+    path = self.directory / 'density.png'
+    plots.layer_density([{'layer': 'conv', 'forward_density': 0.1,
+                          'backward_density': 0.2}], path)
+    self.assert_png(path)
+
+  @parameterized.named_parameters(
+      ('curves', lambda path: plots.training_curves([], path, '')),
+      ('sparsity', lambda path: plots.accuracy_vs_sparsity([], path, '')),
+      ('density', lambda path: plots.layer_density([], path)))
+  def test_refuses_no_rows(self, draw):
+    with self.assertRaisesRegex(ValueError, r'rows \(=\[\]\)'):
+      draw(self.directory / 'nothing.png')
+
+
+class ImportTest(absltest.TestCase):
+
+  def test_importing_is_cheap(self):
+    code = ('import sys; from experiments import checkpointing, plots, '
+            'reporting; print({"orbax", "matplotlib", "tensorboard", "tqdm", '
+            '"tensorflow", "PIL"} & set(sys.modules))')
+    output = subprocess.run([sys.executable, '-c', code], cwd=_ROOT, check=True,
+                            stdout=subprocess.PIPE, text=True).stdout
+    self.assertEqual(output, 'set()\n')
+
+
+if __name__ == '__main__':
+  absltest.main()
