@@ -127,8 +127,9 @@ def _predicate(is_sparse, batch_axes, leaves):
                        f'found in none of {sorted(leaves)}.')
 
   def first_rule(path, leaf):
-    found = (value for pattern, value in rules if pattern.search(path))
-    return next(found, None) if any(
-        pattern.search(path) for pattern, _ in rules) else default(path, leaf)
+    for pattern, value in rules:
+      if pattern.search(path):
+        return value
+    return default(path, leaf)
 
   return first_rule

@@ -1,0 +1,206 @@
+"""Where a method works: which leaves, how grouped, how sparse each."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from sparse_jax import allocation as allocation_lib
+from sparse_jax import base
+from sparse_jax import masking
+from sparse_jax import selection
+from sparse_jax import structures
+
+
+class Leaf(NamedTuple):
+  """One sparse leaf: its place, its groups, its sparsity."""
+
+  path: base.Path
+  index: int  # Among the sparse leaves; makes its random numbers its own.
+  layout: masking.Layout
+  sparsity: float
+
+  @property
+  def count(self) -> int:
+    """Groups kept in each competition."""
+    return self.layout.keep_count(self.sparsity)
+
+  def random_scores(self, key: jax.Array) -> jax.Array:
+    """float32 of the groups' shape, uniform in [0, 1)."""
+    return jax.random.uniform(jax.random.fold_in(key, self.index),
+                              self.layout.group_shape)
+
+  def magnitudes(self, weight: jax.Array) -> jax.Array:
+    """Scores of the groups by the absolute values of their entries."""
+    return self.layout.group(jnp.abs(weight))
+
+
+class Sites(NamedTuple):
+  """The common keywords of every method, checked."""
+
+  sparsity: float
+  allocation: allocation_lib.Allocation | Mapping[base.Path, float] = (
+      allocation_lib.uniform)
+  structure: structures.Structure = structures.Unstructured()
+  is_sparse: selection.IsSparse = None
+  batch_axes: selection.Axes = ()
+  contracting: selection.Axes | None = None
+
+  def checked(self) -> 'Sites':
+    """Returns itself, or raises ValueError naming the bad argument."""
+    base.check_sparsity('sparsity', self.sparsity)
+    structures.check_structure(self.structure)
+    masking.check_fixed_sparsity(self.structure, self.sparsity)
+    if isinstance(self.structure, structures.NM) and (
+        self.allocation is not allocation_lib.uniform):
+      raise ValueError(f'`allocation` (={self.allocation!r}) must be uniform '
+                       f'with `structure` ={self.structure}, which fixes the '
+                       'sparsity of every leaf.')
+    if not callable(self.allocation) and not isinstance(self.allocation,
+                                                        Mapping):
+      raise ValueError(f'`allocation` (={self.allocation!r}) must be a '
+                       'function or a mapping of paths to sparsities.')
+    return self
+
+  def leaves(self, params: base.PyTree) -> dict[base.Path, Leaf]:
+    """The sparse leaves of a parameter tree, by path."""
+    chosen = selection.select(params, self.is_sparse, self.batch_axes)
+    layouts = {path: self._layout(path, leaf) for path, leaf in chosen.items()}
+    sparsities = _slice_sparsities(self.allocation, layouts, self.sparsity)
+    return {path: Leaf(path, index, layouts[path], sparsities[path])
+            for index, path in enumerate(layouts)}
+
+  def at(self, sparsity: float) -> 'Sites':
+    """The same sites at another sparsity; a mapping is scaled along."""
+    if callable(self.allocation):
+      return self._replace(sparsity=sparsity)
+    ratio = sparsity / self.sparsity if self.sparsity else 0.
+    scaled = {path: min(value * ratio, value)
+              for path, value in self.allocation.items()}
+    return self._replace(sparsity=sparsity, allocation=scaled)
+
+  def _layout(self, path, leaf):
+    stacked = selection.batch_axes_of(self.batch_axes, path, leaf)
+    contracting = self.contracting
+    if contracting is not None:
+      contracting = selection.axes_of(contracting, path, leaf)
+    return masking.layout(leaf.shape, path=path, structure=self.structure,
+                          batch_axes=stacked, contracting=contracting)
+
+
+def _slice_sparsities(allocation, layouts, sparsity):
+  """Allocates over single layers: each slice of a stacked leaf is one.
+
+  An allocation function sees a stacked leaf as `path[0]`, `path[1]`, ...
+  """
+  if not callable(allocation):
+    shapes = {path: leaf.shape for path, leaf in layouts.items()}
+    return allocation_lib.allocate(allocation, shapes, sparsity)
+  shapes, first = {}, {}
+  for path, leaf in layouts.items():
+    own = [n for i, n in enumerate(leaf.shape) if i not in leaf.stacked]
+    layers = 1
+    for axis in leaf.stacked:
+      layers *= leaf.shape[axis]
+    names = [f'{path}[{i}]' for i in range(layers)] if leaf.stacked else [path]
+    shapes.update({name: tuple(own) for name in names})
+    first[path] = names[0]
+  shares = allocation_lib.allocate(allocation, shapes, sparsity)
+  return {path: shares[name] for path, name in first.items()}
+
+
+def levels(leaf: Leaf, forward: jax.Array, backward: jax.Array) -> jax.Array:
+  """uint8 of the leaf's shape: 2 in A, 1 in B \\ A, 0 elsewhere.
+
+  `forward` and `backward` are bool of the groups' shape.
+  """
+  groups = (forward | backward).astype(jnp.uint8) + forward.astype(jnp.uint8)
+  return leaf.layout.spread(groups)
+
+
+def drop_and_grow(leaf: Leaf, active: jax.Array, worth: jax.Array,
+                  growth: jax.Array, fraction) -> jax.Array:
+  """Drops the least worthy of the active groups, grows the most promising.
+
+  Of n active groups the keep_count(n, fraction) of largest `worth` stay; the
+  n - kept groups of largest `growth` among all others, the just dropped
+  included, become active. The count never changes, whatever the scores.
+
+  Args:
+    leaf: the leaf whose groups these are.
+    active: bool of the groups' shape, `leaf.count` in each competition.
+    worth, growth: float of the groups' shape.
+    fraction: share of the active groups that is dropped, in [0, 1]: a Python
+      number or a traced float32[].
+
+  Returns:
+    bool of the groups' shape.
+
+  Reference:
+    Evci et al., RigL, 2020, https://arxiv.org/abs/1911.11134, section 3. The
+    official code truncates the number dropped and ranks inactive entries as
+    zero when dropping; here the count is rounded and only active ones drop.
+  """
+  kept_count = _kept(leaf.count, fraction)
+  kept = leaf.layout.top(_only(active, worth), kept_count)
+  grown = leaf.layout.top(_only(~kept, growth), leaf.count - kept_count)
+  return kept | grown
+
+
+def _kept(count: int, fraction):
+  """keep_count, at a fraction of 1 too, where one group still survives."""
+  if isinstance(fraction, jax.Array):
+    return masking.topk.keep_count(count, fraction)
+  return masking.topk.keep_count(count, fraction) if fraction < 1 else 1
+
+
+def _only(choosable: jax.Array, scores: jax.Array) -> jax.Array:
+  """Scores with NaN, the lowest of all, where a group may not be chosen."""
+  scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+  return jnp.where(choosable, scores, jnp.nan)
+
+
+def active_groups(leaf: Leaf, marks: jax.Array) -> jax.Array:
+  """bool of the groups' shape: those whose entries are in A."""
+  forward = masking.forward_mask(marks).astype(jnp.float32)
+  return leaf.layout.group(forward) > 0
+
+
+def first_marks(params: base.PyTree, leaves: dict[base.Path, Leaf],
+                choose: Callable[[Leaf, jax.Array], jax.Array]) -> base.PyTree:
+  """Marks of a new state: `choose(leaf, weight)` gives each leaf's levels."""
+  def visit(path, weight):
+    if path not in leaves:
+      return None
+    levels_ = choose(leaves[path], weight)
+    # Ties the marks to the weight's sharding where arrays are eager.
+    levels_ = jnp.where(weight == weight, levels_, levels_)
+    return masking.mark(levels_.astype(jnp.uint8))
+
+  return base.map_leaves(visit, params)
+
+
+def next_marks(due: bool | jax.Array, choose: Callable[..., jax.Array],
+               leaves: dict[base.Path, Leaf], params: base.PyTree,
+               grads: base.PyTree, marks: base.PyTree) -> base.PyTree:
+  """Marks after a step: chosen anew where `due`, else as they were.
+
+  `choose(leaf, weight, grad, marks)` gives new levels. There is one `cond` a
+  leaf, which carries marks alone, so that an ordinary step pays only for
+  passing them on.
+  """
+  def visit(path, weight, grad, old):
+    if not masking.is_marked(old):
+      return old
+
+    def renew(weight, grad, old):
+      return masking.mark(choose(leaves[path], weight, grad, old), old)
+
+    if isinstance(due, bool):
+      return renew(weight, grad, old) if due else old
+    return lax.cond(due, renew, lambda w, g, old: old, weight, grad, old)
+
+  return base.map_leaves(visit, params, grads, marks)

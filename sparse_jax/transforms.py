@@ -1,0 +1,264 @@
+"""Methods and masks as Optax gradient transformations."""
+
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparse_jax import base
+from sparse_jax import losses
+from sparse_jax import masking
+from sparse_jax import state as state_lib
+
+
+class SparsifyState(NamedTuple):
+  """State of `sparsify`."""
+
+  sparse: state_lib.SparseState
+  inner: Any
+
+
+def sparsify(optimizer: optax.GradientTransformation,
+             method: state_lib.SparseMethod, *,
+             key: int | jax.Array | None = None,
+             penalty: bool = True) -> optax.GradientTransformationExtraArgs:
+  """Makes an optimizer train by a sparse method.
+
+  Each update: the penalty's gradient is added, the gradient is masked to the
+  backward set, the optimizer steps (with fresh slots outside that set), its
+  update is masked likewise, and the method refreshes its masks on the
+  parameters that result. After `optax.apply_updates` the parameters are what
+  the method says: exactly 0 where it zeroes them, bit-identical to before
+  outside the backward set.
+
+  Whatever scales or changes updates outside of it breaks exact zeros, so
+  `sparsify` goes outermost; `MultiSteps` and `apply_if_finite` are fine.
+
+  Laws: at sparsity 0 it is the optimizer; penalty=True gives the updates that
+  penalty=False gives with `method.penalty` added to the loss.
+
+  Args:
+    optimizer: any Optax optimizer. Its extra arguments are passed on.
+    method: a method of this library.
+    key: seed of the method's random choices: None (a fixed one), an int, or a
+      key. Every replica must be given the same.
+    penalty: whether to add the gradient of the method's penalty.
+
+  Returns:
+    An Optax transformation. `update` needs `params`.
+
+  Raises:
+    ValueError: if `method` is none, or `update` is called without `params`.
+
+  Example:
+    >>> import sparse_jax
+    >>> method = sparse_jax.static(sparsity=0.5)
+    >>> tx = sparse_jax.sparsify(optax.sgd(0.1), method)
+    >>> params = {'kernel': jnp.ones((2, 4))}
+    >>> updates, _ = tx.update(params, tx.init(params), params)
+    >>> sorted(optax.apply_updates(params, updates)['kernel'].ravel().tolist())
+    [0.0, 0.0, 0.0, 0.0, 0.8999999761581421, 0.8999999761581421,
+    0.8999999761581421, 0.8999999761581421]
+  """
+  if not isinstance(method, state_lib.SparseMethod):
+    raise ValueError(f'`method` (={method!r}) must be a SparseMethod, such as '
+                     'sparse_jax.top_kast(...).')
+  optimizer = optax.with_extra_args_support(optimizer)
+
+  def init_fn(params):
+    return SparsifyState(method.init(params, key), optimizer.init(params))
+
+  def update_fn(grads, state, params=None, **extra_args):
+    if params is None:
+      raise ValueError('`params` (=None) must be given to update().')
+    sparse, slots = state
+    if penalty:
+      grads = _add_penalty(method, grads, params, sparse)
+    updates, new_slots = optimizer.update(
+        _mask(grads, sparse.marks), _refresh_slots(
+            slots, optimizer.init(params), params, sparse.marks),
+        params, **extra_args)
+    updates = _mask(updates, sparse.marks, still=-0.)
+    if method.skips is not None:
+      updates, new_slots = _skip(method.skips(sparse), updates,
+                                 (slots, new_slots))
+    stepped = jax.tree.map(_apply, params, updates)
+    refreshed, sparse = method.refresh(stepped, grads, sparse)
+    updates = jax.tree.map(_updates_to, params, updates, stepped, refreshed)
+    return updates, SparsifyState(sparse, new_slots)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def mask_updates() -> optax.GradientTransformationExtraArgs:
+  """Stops updates outside the masks given at each update.
+
+  `update(..., backward_masks=masks)` takes a tree of bool like the
+  parameters; a leaf without a mask (None) passes unchanged. Outside a mask the
+  update is -0, so that p + u is p bit for bit.
+
+  Example:
+    >>> tx = optax.chain(optax.sgd(1.), mask_updates())
+    >>> params = jnp.ones(2)
+    >>> updates, _ = tx.update(params, tx.init(params), params,
+    ...                        backward_masks=jnp.array([True, False]))
+    >>> updates
+    Array([-1., -0.], dtype=float32)
+  """
+  def update_fn(updates, state, params=None, *, backward_masks, **extra_args):
+    del params, extra_args
+    return _where_masked(backward_masks, updates, -0.), state
+
+  return optax.GradientTransformationExtraArgs(_no_state, update_fn)
+
+
+def keep_params_sparse() -> optax.GradientTransformationExtraArgs:
+  """Replaces updates so that parameters become 0 outside the masks given.
+
+  `update(..., forward_masks=masks)`: outside a mask the update is -p.
+
+  Example:
+    >>> tx = optax.chain(optax.sgd(1.), keep_params_sparse())
+    >>> params = jnp.array([3., 3.])
+    >>> updates, _ = tx.update(jnp.ones(2), tx.init(params), params,
+    ...                        forward_masks=jnp.array([True, False]))
+    >>> optax.apply_updates(params, updates)
+    Array([2., 0.], dtype=float32)
+  """
+  def update_fn(updates, state, params=None, *, forward_masks, **extra_args):
+    del extra_args
+    if params is None:
+      raise ValueError('`params` (=None) must be given to update().')
+
+    def keep(path, update, weight, mask):
+      del path
+      return update if mask is None else jnp.where(mask, update, -weight)
+
+    return base.map_leaves(keep, updates, params, forward_masks), state
+
+  return optax.GradientTransformationExtraArgs(_no_state, update_fn)
+
+
+def add_exploration_decay(
+    penalty_weight: float = 1e-4, *,
+    forward_density: float | dict[base.Path, float] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Adds the gradient of Top-KAST's exploration loss.
+
+  `update(..., forward_masks=a, backward_masks=b)` takes the masks. The
+  arguments are those of `exploration_loss`, whose gradient it adds.
+
+  Example:
+    >>> tx = optax.chain(add_exploration_decay(1.), optax.sgd(1.))
+    >>> params, mask = jnp.array([3., 4.]), jnp.array([True, False])
+    >>> updates, _ = tx.update(jnp.zeros(2), tx.init(params), params,
+    ...                        forward_masks=mask, backward_masks=mask)
+    >>> updates
+    Array([-3., -0.], dtype=float32)
+  """
+  base.check_non_negative('penalty_weight', penalty_weight)
+
+  def update_fn(updates, state, params=None, *, forward_masks, backward_masks,
+                **extra_args):
+    del extra_args
+    if params is None:
+      raise ValueError('`params` (=None) must be given to update().')
+    decay = jax.grad(losses.exploration_loss)(
+        params, forward_masks, backward_masks, penalty_weight=penalty_weight,
+        forward_density=forward_density)
+    return jax.tree.map(jnp.add, updates, decay), state
+
+  return optax.GradientTransformationExtraArgs(_no_state, update_fn)
+
+
+def _no_state(params):
+  del params
+  return optax.EmptyState()
+
+
+def _add_penalty(method, grads, params, sparse):
+  decay = jax.grad(method.penalty)(params, sparse)
+  return jax.tree.map(lambda g, d: g + d.astype(g.dtype), grads, decay)
+
+
+def _mask(tree, marks, still=0.):
+  """Zeros (or -0) outside B."""
+  def mask(leaf, marks):
+    return jnp.where(masking.backward_mask(marks), leaf,
+                     jnp.asarray(still, leaf.dtype))
+
+  return masking.map_marked(mask, tree, marks)
+
+
+def _where_masked(masks, tree, other):
+  def mask(path, leaf, mask):
+    del path
+    other_ = jnp.asarray(other, leaf.dtype)
+    return leaf if mask is None else jnp.where(mask, leaf, other_)
+
+  return base.map_leaves(mask, tree, masks)
+
+
+def _refresh_slots(slots, fresh, params, marks):
+  """Slots of entries outside B as `optimizer.init(params)` makes them.
+
+  So an entry that enters B starts anew, whatever the optimizer keeps. A slot
+  is a leaf whose path ends with a parameter's path and has its shape.
+  """
+  owners = {path: (leaf.shape, mark)
+            for path, leaf in base.leaves_by_path(params).items()
+            if masking.is_marked(
+                mark := base.leaves_by_path(marks).get(path))}
+
+  def visit(path, slot, new):
+    mark_ = _owner(base.path_name(path), owners)
+    if mark_ is None or getattr(slot, 'shape', None) != mark_[0]:
+      return slot
+    return jnp.where(masking.backward_mask(mark_[1]), slot, new)
+
+  return jax.tree.map_with_path(visit, slots, fresh)
+
+
+def _owner(name: base.Path, owners):
+  """The longest parameter path with which the name of a slot ends."""
+  keys = name.split('/')
+  for start in range(len(keys) + 1):
+    found = owners.get('/'.join(keys[start:]))
+    if found is not None:
+      return found
+  return None
+
+
+def _skip(skip, updates, slots):
+  """No update and the old slots where the refresh replaces the step."""
+  old, new = slots
+  kept = jax.tree.map(lambda o, n: jnp.where(skip, o, n), old, new)
+  still = jax.tree.map(
+      lambda u: jnp.where(skip, jnp.asarray(-0., u.dtype), u), updates)
+  return still, kept
+
+
+def _apply(param, update):
+  """p + u as `optax.apply_updates` stores it, 16-bit rounding included.
+
+  XLA may keep 16-bit sums in float32 inside a fusion; the scores must be
+  those of the parameters that the user gets.
+  """
+  total = param + update
+  if param.dtype == jnp.bfloat16:
+    exact = total.astype(jnp.float32)
+    return jax.lax.reduce_precision(exact, 8, 7).astype(param.dtype)
+  if param.dtype == jnp.float16:
+    exact = total.astype(jnp.float32)
+    return jax.lax.reduce_precision(exact, 5, 10).astype(param.dtype)
+  return total.astype(param.dtype)
+
+
+def _updates_to(param, update, stepped, refreshed):
+  """The update that leads to `refreshed`: the inner one where it does."""
+  if refreshed is stepped:
+    return update
+  moved = (refreshed - param).astype(update.dtype)
+  return jnp.where(refreshed == stepped, update, moved)
