@@ -5,7 +5,7 @@ checkpoint named N is the state after step N. A run that resumes from
 checkpoint N therefore starts at step N + 1 and drops the rows from there on:
 
   writers = reporting.open_writers(workdir, start_step=start + 1)
-  progress = reporting.Progress(train_steps, start_step=start)
+  progress = reporting.Progress(train_steps, steps_done=start)
   for step in range(start + 1, train_steps + 1):
     ...
     writers.write_scalars(step, {'train_loss': loss})
@@ -217,14 +217,14 @@ class Progress:
 
   Args:
     total_steps: steps of the whole run.
-    start_step: steps done before this session.
+    steps_done: steps done before this session.
     log_every: steps between lines where there is no terminal; at least 1.
     batch_size: examples in a step over all processes; None shows no examples/s.
     stream: where to show it; standard error if None.
     clock: seconds now.
   """
 
-  def __init__(self, total_steps: int, start_step: int = 0,
+  def __init__(self, total_steps: int, steps_done: int = 0,
                log_every: int = 100, batch_size: int | None = None,
                stream: TextIO | None = None,
                clock: Callable[[], float] = time.monotonic):
@@ -233,7 +233,7 @@ class Progress:
     self._total, self._log_every = total_steps, log_every
     self._batch_size, self._clock = batch_size, clock
     self._stream = stream or sys.stderr
-    self._step, self._time = start_step, clock()
+    self._step, self._time = steps_done, clock()
     self._first = self._step, self._time
     self._begun = False
     self._shown = jax.process_index() == 0

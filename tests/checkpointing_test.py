@@ -333,7 +333,7 @@ class DamageTest(CheckpointingTestCase):
         self.assert_same(state, _big_state(step))
         newest = step
     with self.open() as checkpoints:
-      checkpoints.save(newest + 1, _big_state(newest + 1))
+      checkpoints.save(newest + 5, _big_state(newest + 5))
       checkpoints.wait()
     self.assertLen(self.steps(), 2)
     self.assertEmpty(list(self.directory.glob('*tmp*')))

@@ -211,7 +211,7 @@ class ProgressTest(ReportingTestCase):
     """Steps take 0.1 s, the first of the session 60 s."""
     now = [0.]
     with reporting.Progress(
-        total, start_step=start, log_every=100, stream=stream,
+        total, steps_done=start, log_every=100, stream=stream,
         clock=lambda: now[0], **kwargs) as progress:
       for step in range(start + 1, stop + 1):
         now[0] += 60. if step == start + 1 else 0.1
