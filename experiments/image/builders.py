@@ -1,0 +1,412 @@
+"""Image data sets as TFDS builders that need neither network nor TensorFlow.
+
+The builders read the files their authors published and write them as
+array_record, with the pixels as plain bytes, under the name TFDS has for the
+set. What they write is read with tfds.builder_from_directory, as is what TFDS
+itself prepared.
+"""
+
+import codecs
+import gzip
+import io
+import json
+import os
+import pathlib
+import pickle
+import tarfile
+import tempfile
+from typing import NamedTuple
+import zlib
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+_FILE_FORMAT = 'array_record'
+_DIGIT_NAMES = tuple('0123456789')
+_FASHION_NAMES = (
+    'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt',
+    'Sneaker', 'Bag', 'Ankle boot')
+_CIFAR10_NAMES = (
+    'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse',
+    'ship', 'truck')
+_CIFAR100_NAMES = tuple("""
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy
+    bridge bus butterfly camel can castle caterpillar cattle chair chimpanzee
+    clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+    flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
+    leopard lion lizard lobster man maple_tree motorcycle mountain mouse
+    mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree
+    plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea
+    seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+    sunflower sweet_pepper table tank telephone television tiger tractor train
+    trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split())
+
+
+class Examples(NamedTuple):
+  """The examples of one split."""
+  images: np.ndarray  # uint8[N, H, W, C].
+  labels: np.ndarray  # integer[N], in [0, number of classes).
+
+
+class _ImageBuilder(
+    tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """What the builders share: a subclass says only how its files are read."""
+
+  VERSION = tfds.core.Version('1.0.0')
+  IMAGE_SHAPE: tuple[int, int, int]
+  CLASS_NAMES: tuple[str, ...]
+
+  def read(self, source: pathlib.Path | None) -> dict[str, Examples]:
+    """Returns the examples of every split, read from the folder `source`."""
+    raise NotImplementedError
+
+  def _info(self):
+    image = tfds.features.Tensor(
+        shape=self.IMAGE_SHAPE, dtype=np.uint8, encoding='bytes')
+    label = tfds.features.ClassLabel(names=self.CLASS_NAMES)
+    return tfds.core.DatasetInfo(
+        builder=self,
+        description=f'{self.name}, with the pixels as bytes.',
+        features=tfds.features.FeaturesDict({'image': image, 'label': label}),
+        supervised_keys=('image', 'label'))
+
+  def _split_generators(self, dl_manager):
+    source = None
+    if self.MANUAL_DOWNLOAD_INSTRUCTIONS:
+      source = pathlib.Path(dl_manager.manual_dir)
+    splits = self.read(source)
+    for split, examples in splits.items():
+      self._check(split, examples)
+    return {split: self._generate_examples(examples)
+            for split, examples in splits.items()}
+
+  def _generate_examples(self, examples):
+    for i, (image, label) in enumerate(zip(*examples)):
+      yield i, {'image': image, 'label': int(label)}
+
+  def _log_download_bytes(self):
+    pass  # TFDS prints the scratch folder here, and in the next.
+
+  def _log_download_done(self):
+    pass
+
+  def _check(self, split, examples):
+    images, labels = examples
+    if images.shape != (len(labels), *self.IMAGE_SHAPE):
+      raise ValueError(
+          f'{self.name}, split {split!r}: expected {len(labels)} images (one '
+          f'per label) of shape {self.IMAGE_SHAPE}; got shape {images.shape}')
+    num_classes = len(self.CLASS_NAMES)
+    if not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
+      raise ValueError(
+          f'{self.name}, split {split!r}: expected labels in '
+          f'[0, {num_classes}); got {sorted(set(labels.tolist()))[:20]}')
+
+
+class Digits(_ImageBuilder, skip_registration=True):
+  """The 1797 handwritten digits that come with scikit-learn.
+
+  Grey levels 0..16 become 0..255. Every fifth example of the list shuffled
+  within its class and sorted by class is for test: 360, every class in
+  proportion, the same ones always.
+  """
+
+  IMAGE_SHAPE = (8, 8, 1)
+  CLASS_NAMES = _DIGIT_NAMES
+
+  def read(self, source: pathlib.Path | None) -> dict[str, Examples]:
+    from sklearn import datasets
+    digits = datasets.load_digits()
+    images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
+    labels = digits.target
+    # RandomState, because NumPy froze its stream.
+    order = np.random.RandomState(0).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind='stable')]
+    is_test = np.arange(len(order)) % 5 == 0
+    return {split: Examples(images[chosen], labels[chosen])
+            for split, chosen in (('train', order[~is_test]),
+                                  ('test', order[is_test]))}
+
+
+class _Idx(_ImageBuilder, skip_registration=True):
+  """Sets of four gzipped files in the idx format of MNIST."""
+
+  IMAGE_SHAPE = (28, 28, 1)
+  MANUAL_DOWNLOAD_INSTRUCTIONS = (
+      'A folder with {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz.')
+
+  def read(self, source: pathlib.Path | None) -> dict[str, Examples]:
+    names = [f'{split}-{part}-ubyte.gz' for split in ('train', 't10k')
+             for part in ('images-idx3', 'labels-idx1')]
+    _require_files(source, names)
+    train_images, train_labels, test_images, test_labels = (
+        read_idx(source / name) for name in names)
+    return {'train': Examples(train_images[..., None], train_labels),
+            'test': Examples(test_images[..., None], test_labels)}
+
+
+class Mnist(_Idx, skip_registration=True):
+  """MNIST: LeCun, Cortes and Burges, handwritten digits."""
+  CLASS_NAMES = _DIGIT_NAMES
+
+
+class FashionMnist(_Idx, skip_registration=True):
+  """Fashion-MNIST: Xiao et al., 2017, articles of clothing."""
+  CLASS_NAMES = _FASHION_NAMES
+
+
+class _Cifar(_ImageBuilder, skip_registration=True):
+  """The python version of the CIFAR sets: a folder of pickles."""
+
+  IMAGE_SHAPE = (32, 32, 3)
+  FOLDER: str
+  ARCHIVE: str
+  FILES: dict[str, tuple[str, ...]]  # Per split.
+  LABEL_KEY: bytes
+
+  def read(self, source: pathlib.Path | None) -> dict[str, Examples]:
+    names = [name for files in self.FILES.values() for name in files]
+    blobs = self._read_files(source, names)
+    parts = {name: self._unpack(name, blobs.pop(name)) for name in names}
+    return {split: Examples(*map(np.concatenate, zip(*map(parts.get, files))))
+            for split, files in self.FILES.items()}
+
+  def _read_files(self, source, names):
+    if (source / self.FOLDER).is_dir():
+      source = source / self.FOLDER
+    elif (source / self.ARCHIVE).is_file():
+      return _read_archive(source / self.ARCHIVE, self.FOLDER, names)
+    _require_files(source, names, f', nor {self.ARCHIVE}')
+    return {name: (source / name).read_bytes() for name in names}
+
+  def _unpack(self, name, blob):
+    try:
+      content = _ArrayUnpickler(io.BytesIO(blob), encoding='bytes').load()
+      labels = np.asarray(content[self.LABEL_KEY], np.int64)
+      pixels = np.asarray(content[b'data'], np.uint8).reshape(-1, 3, 32, 32)
+    except (pickle.UnpicklingError, EOFError, LookupError, TypeError,
+            ValueError, AttributeError, OverflowError) as error:
+      raise ValueError(
+          f'{name}: truncated, or not a file of {self.name}: {error}'
+      ) from error
+    if len(pixels) != len(labels):
+      raise ValueError(f'{name}: {len(pixels)} images, {len(labels)} labels')
+    return pixels.transpose(0, 2, 3, 1), labels
+
+
+class Cifar10(_Cifar, skip_registration=True):
+  """CIFAR-10: Krizhevsky, 2009."""
+  CLASS_NAMES = _CIFAR10_NAMES
+  FOLDER = 'cifar-10-batches-py'
+  ARCHIVE = 'cifar-10-python.tar.gz'
+  FILES = {'train': tuple(f'data_batch_{i}' for i in range(1, 6)),
+           'test': ('test_batch',)}
+  LABEL_KEY = b'labels'
+  MANUAL_DOWNLOAD_INSTRUCTIONS = f'A folder with {FOLDER} or {ARCHIVE}.'
+
+
+class Cifar100(_Cifar, skip_registration=True):
+  """CIFAR-100: Krizhevsky, 2009, with its 100 fine labels."""
+  CLASS_NAMES = _CIFAR100_NAMES
+  FOLDER = 'cifar-100-python'
+  ARCHIVE = 'cifar-100-python.tar.gz'
+  FILES = {'train': ('train',), 'test': ('test',)}
+  LABEL_KEY = b'fine_labels'
+  MANUAL_DOWNLOAD_INSTRUCTIONS = f'A folder with {FOLDER} or {ARCHIVE}.'
+
+
+BUILDERS = {
+    'digits': Digits,
+    'mnist': Mnist,
+    'fashion_mnist': FashionMnist,
+    'cifar10': Cifar10,
+    'cifar100': Cifar100,
+}
+
+
+def default_data_dir() -> pathlib.Path:
+  """Returns the folder TFDS uses when it is told none."""
+  home = pathlib.Path.home() / 'tensorflow_datasets'
+  return pathlib.Path(os.environ.get('TFDS_DATA_DIR') or home)
+
+
+def find(name: str, data_dir: str | os.PathLike) -> pathlib.Path | None:
+  """Finds a prepared data set, ours or one that TFDS made.
+
+  Args:
+    name: the name of the set.
+    data_dir: the folder of all sets, as TFDS understands it.
+
+  Returns:
+    The folder `<data_dir>/<name>/<version>` of the highest version that is
+    stored as array_record, or None.
+  """
+  found = [path for path, formats in stored_formats(name, data_dir).items()
+           if _FILE_FORMAT in formats]
+  return max(found, key=lambda path: tfds.core.Version(path.name), default=None)
+
+
+def stored_formats(
+    name: str, data_dir: str | os.PathLike) -> dict[pathlib.Path, list[str]]:
+  """Returns the file formats of each version of a set that is in a folder."""
+  formats = {}
+  folder = pathlib.Path(data_dir, name).expanduser()
+  for path in folder.glob('*/dataset_info.json'):
+    if tfds.core.Version.is_valid(path.parent.name):
+      info = json.loads(path.read_text())
+      formats[path.parent] = [info.get('fileFormat', 'tfrecord'),
+                              *info.get('alternativeFileFormats', ())]
+  return formats
+
+
+def prepare(
+    name: str, source: str | os.PathLike | None,
+    data_dir: str | os.PathLike) -> pathlib.Path:
+  """Writes a data set to where TFDS looks for it, unless it is there.
+
+  The set is written in a scratch folder inside `data_dir` and moved in one
+  step, so that whatever is found at its place is whole. Two processes may
+  prepare one set at once: the later one throws its own away. A process killed
+  meanwhile leaves at most a scratch folder, `.<name>.*`, to delete.
+
+  Args:
+    name: a key of BUILDERS.
+    source: the folder with the files as published; not used by 'digits'.
+    data_dir: the folder of all sets; made if absent.
+
+  Returns:
+    The folder of the set, `<data_dir>/<name>/<version>`.
+
+  Raises:
+    ValueError: if `name` is unknown, `source` is missing, or a file is corrupt.
+    FileNotFoundError: if `source` or one of its files does not exist.
+  """
+  builder_class = _builder_class(name)
+  data_dir = pathlib.Path(data_dir).expanduser()
+  found = find(name, data_dir)
+  if found:
+    return found
+  if builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS:
+    source = _check_source(name, source)
+  data_dir.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix=f'.{name}.', dir=data_dir) as scratch:
+    made = _build(builder_class, source, scratch)
+    return _move(made, data_dir / name / made.name)
+
+
+def read_idx(path: pathlib.Path) -> np.ndarray:
+  """Reads one gzipped idx file of unsigned bytes.
+
+  Args:
+    path: the file. Its first four bytes are 0, 0, 8 and the rank; the
+      dimensions follow, four bytes each with the highest first; then the data.
+
+  Returns:
+    uint8[...], of the rank and the shape that the file states.
+
+  Raises:
+    ValueError: if the file is truncated, or of another format.
+  """
+  try:
+    content = gzip.decompress(path.read_bytes())
+  except (EOFError, OSError, zlib.error) as error:
+    raise ValueError(
+        f'{path}: truncated, or not a gzip file: {error}') from error
+  if len(content) < 4 or content[:3] != b'\x00\x00\x08':
+    raise ValueError(f'{path}: not an idx file of bytes: {content[:4]!r}')
+  start = 4 + 4 * content[3]
+  if len(content) < start:
+    raise ValueError(f'{path}: ends within its header: {content!r}')
+  shape = [int.from_bytes(content[i:i + 4], 'big') for i in range(4, start, 4)]
+  data = np.frombuffer(content[start:], np.uint8)
+  if data.size != np.prod(shape):
+    raise ValueError(
+        f'{path}: shape {shape} needs {np.prod(shape)} bytes; got {data.size}')
+  return data.reshape(shape)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+  """Reads arrays, lists and strings; no other type, so no code is run."""
+
+  def find_class(self, module, name):
+    if name == '_reconstruct' and module in (
+        'numpy.core.multiarray', 'numpy._core.multiarray'):
+      return np.zeros(0).__reduce__()[0]
+    allowed = {('numpy', 'ndarray'): np.ndarray, ('numpy', 'dtype'): _dtype,
+               ('_codecs', 'encode'): codecs.encode}
+    if (module, name) not in allowed:
+      raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+    return allowed[module, name]
+
+
+def _dtype(name, align=False, copy=False):
+  """np.dtype for the integer flags of old pickles, which NumPy deprecates."""
+  return np.dtype(name, align=bool(align), copy=bool(copy))
+
+
+def _read_archive(path, folder, names):
+  members = {f'{folder}/{name}': name for name in names}
+  blobs = {}
+  try:
+    with tarfile.open(path) as archive:
+      for member in archive:  # In order: a gzip stream cannot seek backwards.
+        if member.name in members:
+          blobs[members[member.name]] = archive.extractfile(member).read()
+  except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    raise ValueError(
+        f'{path}: truncated, or not a tar.gz file: {error}') from error
+  missing = sorted(set(names) - set(blobs))
+  if missing:
+    raise FileNotFoundError(f'{path}: no {folder}/ with {", ".join(missing)}')
+  return blobs
+
+
+def _require_files(source, names, otherwise=''):
+  missing = [name for name in names if not (source / name).is_file()]
+  if missing:
+    raise FileNotFoundError(
+        f'source={str(source)!r} has no {", ".join(missing)}{otherwise}')
+
+
+def _builder_class(name):
+  if name == 'imagenet2012':
+    raise ValueError(
+        "name='imagenet2012' is prepared by TFDS with TensorFlow: see "
+        'experiments/image/prepare.py')
+  if name not in BUILDERS:
+    raise ValueError(f'name must be one of {sorted(BUILDERS)}; got {name!r}')
+  return BUILDERS[name]
+
+
+def _check_source(name, source):
+  if not source:
+    raise ValueError(
+        f'source must be given for {name}: '
+        f'{BUILDERS[name].MANUAL_DOWNLOAD_INSTRUCTIONS}; got {source!r}')
+  source = pathlib.Path(source).expanduser()
+  if not source.is_dir():
+    raise FileNotFoundError(f'source={str(source)!r} is not a folder')
+  if not any(source.iterdir()):
+    raise FileNotFoundError(
+        f'source={str(source)!r} is empty; needed for {name}: '
+        f'{BUILDERS[name].MANUAL_DOWNLOAD_INSTRUCTIONS}')
+  return source
+
+
+def _build(builder_class, source, data_dir):
+  builder = builder_class(data_dir=data_dir, file_format=_FILE_FORMAT)
+  config = tfds.download.DownloadConfig(
+      manual_dir=source and os.path.abspath(source))
+  tfds.disable_progress_bar()  # It names the scratch folder.
+  builder.download_and_prepare(download_config=config)
+  return pathlib.Path(builder.data_path)
+
+
+def _move(made, place):
+  place.parent.mkdir(exist_ok=True)
+  try:
+    os.rename(made, place)
+  except OSError:
+    if not (place / 'dataset_info.json').is_file():  # Not another's whole set.
+      raise
+  return place
