@@ -1,0 +1,504 @@
+"""Batches of images as a pure function of a seed and a step.
+
+Small sets are whole in memory. ImageNet stays on disk and is decoded when a
+batch asks for it. Either way the state of a training stream is one int, the
+step, so that a run resumes exactly where it stopped; and what several
+processes see, put side by side, is what one process would see.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from concurrent import futures
+import io
+import os
+import pathlib
+import queue
+import threading
+from typing import Any
+from typing import NamedTuple
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_LOAD_CHUNK = 1024  # Examples read at once; one by one is six times slower.
+_CROP_ATTEMPTS = 10
+# Tags that keep the random streams of one seed apart.
+_ORDER, _AUGMENTATION = 1, 2
+
+
+class Augmentation(NamedTuple):
+  """What is done to the training images of a data set."""
+  pad: int = 0  # Zeros on every side before a random crop to the old size.
+  flip: bool = False  # Mirrors left and right half of the time.
+  resized_crop: bool = False  # Crops at random size and ratio, then resizes.
+
+
+class Dataset(NamedTuple):
+  """What is known of a data set before it is read."""
+  num_classes: int
+  image_shape: tuple[int, int, int]  # Height, width, channels, as batched.
+  mean: tuple[float, ...]  # Per channel, of pixels in [0, 1].
+  std: tuple[float, ...]  # Per channel, of pixels in [0, 1].
+  augmentation: Augmentation
+  eval_split: str = 'test'
+
+
+DATASETS = {
+    'digits': Dataset(
+        10, (8, 8, 1), (0.3054,), (0.3758,), Augmentation()),
+    'mnist': Dataset(
+        10, (28, 28, 1), (0.1307,), (0.3081,), Augmentation()),
+    'fashion_mnist': Dataset(
+        10, (28, 28, 1), (0.2860,), (0.3530,), Augmentation(2, flip=True)),
+    'cifar10': Dataset(
+        10, (32, 32, 3), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
+        Augmentation(4, flip=True)),
+    'cifar100': Dataset(
+        100, (32, 32, 3), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762),
+        Augmentation(4, flip=True)),
+    'imagenet2012': Dataset(
+        1000, (224, 224, 3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225),
+        Augmentation(flip=True, resized_crop=True), 'validation'),
+}
+
+
+class Split(NamedTuple):
+  """The examples of one split: two arrays, or a source to decode from."""
+  name: str  # A key of DATASETS.
+  images: np.ndarray | None  # uint8[N, H, W, C].
+  labels: np.ndarray | None  # int32[N].
+  # In place of the arrays: random access to {'image': JPEG bytes, 'label'}.
+  source: Sequence[Mapping[str, Any]] | None = None
+
+  @property
+  def num_examples(self) -> int:
+    return len(self.labels if self.source is None else self.source)
+
+
+class _Draws(NamedTuple):
+  """Uniform numbers in [0, 1), a row per image, that settle an augmentation."""
+  corner: np.ndarray  # float64[B, 2], where a crop lies: down, across.
+  flip: np.ndarray  # float64[B].
+  area: np.ndarray  # float64[B, _CROP_ATTEMPTS].
+  ratio: np.ndarray  # float64[B, _CROP_ATTEMPTS].
+
+
+def load(
+    name: str, split: str,
+    data_dir: str | os.PathLike | None = None) -> Split:
+  """Opens one split of a prepared data set; never downloads.
+
+  Args:
+    name: a key of DATASETS.
+    split: a split as TFDS writes it, such as 'train' or 'train[:45000]'.
+    data_dir: the folder of all prepared sets. None is TFDS's default folder
+      or, for 'digits', a cache folder in which the set is made at first use.
+
+  Returns:
+    The split, in memory unless it is of imagenet2012. The order is that of the
+    files, and always the same.
+
+  Raises:
+    ValueError: if `name` or `split` is unknown, or `data_dir` is ''.
+    FileNotFoundError: if the set is not prepared in `data_dir`.
+  """
+  _check_name(name)
+  import tensorflow_datasets as tfds
+  builder = tfds.builder_from_directory(
+      _find(name, data_dir), file_format='array_record')
+  if not DATASETS[name].augmentation.resized_crop:
+    return _in_memory(name, builder.as_data_source(split))
+  as_bytes = {'image': tfds.decode.SkipDecoding()}
+  source = builder.as_data_source(split, decoders=as_bytes)
+  return Split(name, None, None, source)
+
+
+def train_batches(
+    split: Split, *, batch_size: int, seed: int, step: int = 0,
+    augment: bool = True, process_index: int = 0,
+    process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
+  """Iterates without end over shuffled, augmented batches.
+
+  Every epoch is a new permutation of the split, from the seed and the epoch;
+  the examples that do not fill a last batch are left out of that epoch. The
+  augmentation of a batch comes from the seed and the step. Both are drawn for
+  the whole batch, of which each process then takes its part.
+
+  Law: the stream from `step` k is the stream from step 0 without its first k
+  batches.
+  Law: the batches of all processes, concatenated, are those of one process.
+
+  Args:
+    split: what `load` returned.
+    batch_size: examples in a batch, over all processes.
+    seed: at least 0.
+    step: the first batch to give, counted from the start of training.
+    augment: whether to apply the augmentation of the data set.
+    process_index: which part of each batch to give, in [0, process_count).
+    process_count: into how many parts a batch is cut.
+
+  Returns:
+    An iterator of {'image': uint8[batch_size / process_count, H, W, C],
+    'label': int32[batch_size / process_count]}.
+
+  Raises:
+    ValueError: if `batch_size` exceeds the split or is no multiple of
+      `process_count`, or an argument is out of its range.
+  """
+  rows = _process_rows(batch_size, process_index, process_count)
+  if batch_size > split.num_examples:
+    raise ValueError(
+        f'batch_size must be at most {split.num_examples}, the size of the '
+        f'split of {split.name}; got {batch_size}')
+  if seed < 0 or step < 0:
+    raise ValueError(
+        f'seed and step must be at least 0; got seed={seed}, step={step}')
+  return _train_batches(split, batch_size, rows, seed, step, augment)
+
+
+def eval_batches(
+    split: Split, *, batch_size: int, process_index: int = 0,
+    process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
+  """Iterates once over a split, in order, in batches of one shape.
+
+  The last batch is filled up with black images of label 0 and weight 0. Every
+  process gives the same number of batches.
+
+  Law: over all batches and processes the examples of weight 1 are the split,
+  each once.
+
+  Args:
+    split: what `load` returned.
+    batch_size: examples in a batch, over all processes.
+    process_index: which part of each batch to give, in [0, process_count).
+    process_count: into how many parts a batch is cut.
+
+  Returns:
+    An iterator of {'image': uint8[batch_size / process_count, H, W, C],
+    'label': int32[batch_size / process_count], 'weight': float32[batch_size /
+    process_count]}.
+
+  Raises:
+    ValueError: if `batch_size` is no multiple of `process_count`, or an
+      argument is out of its range.
+  """
+  rows = _process_rows(batch_size, process_index, process_count)
+  return _eval_batches(split, batch_size, rows)
+
+
+def prefetch(iterator: Iterator[Any], size: int = 2) -> Iterator[Any]:
+  """Runs an iterator in a thread of its own, ahead of whoever consumes it.
+
+  Up to `size` items wait ready, while one more is in the making. An error of
+  the iterator is raised where its item would have come. The thread ends, and
+  the iterator is closed, when the result is exhausted, closed with `close()`,
+  or no longer referred to, and at exit.
+
+  Args:
+    iterator: what to run; not to be used by anyone else from then on.
+    size: items to keep ready, at least 1.
+
+  Returns:
+    An iterator of the same items in the same order.
+
+  Raises:
+    ValueError: if `size` is below 1.
+  """
+  if size < 1:
+    raise ValueError(f'size must be at least 1; got {size}')
+  return _Prefetched(iter(iterator), size)
+
+
+def normalise(images: jax.Array, name: str) -> jax.Array:
+  """Gives pixels about zero mean and unit variance over the training set.
+
+  Args:
+    images: uint8[..., C].
+    name: a key of DATASETS.
+
+  Returns:
+    float32[..., C], (images / 255 - mean) / std with the figures of the set.
+
+  Raises:
+    ValueError: if `name` is unknown.
+  """
+  _check_name(name)
+  channel = (1,) * (images.ndim - 1) + (-1,)
+  mean = jnp.asarray(DATASETS[name].mean, jnp.float32).reshape(channel)
+  std = jnp.asarray(DATASETS[name].std, jnp.float32).reshape(channel)
+  return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def _check_name(name):
+  if name not in DATASETS:
+    raise ValueError(f'name must be one of {sorted(DATASETS)}; got {name!r}')
+
+
+def _find(name, data_dir):
+  from experiments.image import builders
+  if data_dir is not None and not os.fspath(data_dir):
+    raise ValueError(
+        f'data_dir must name a folder, or be None; got {data_dir!r}')
+  if name == 'digits' and data_dir is None:
+    return builders.prepare(name, None, _cache_dir())
+  data_dir = pathlib.Path(data_dir or builders.default_data_dir()).expanduser()
+  found = builders.find(name, data_dir)
+  if found is None:
+    stored = builders.stored_formats(name, data_dir)
+    raise FileNotFoundError(_not_prepared(name, data_dir, stored))
+  return found
+
+
+def _cache_dir():
+  cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+  return pathlib.Path(cache, 'sparse_jax', 'tfds')
+
+
+def _not_prepared(name, data_dir, stored):
+  message = f'{name} is not prepared in data_dir={str(data_dir)!r}'
+  if stored:
+    formats = sorted({x for formats in stored.values() for x in formats})
+    message += f' as array_record, only as {", ".join(formats)}'
+  if name == 'imagenet2012':
+    return (f'{message}. Where tensorflow is installed, run: tfds build '
+            f'{name} --file_format=array_record --data_dir={data_dir}')
+  source = '' if name == 'digits' else '--source=DIR '
+  return (f'{message}. Run: python -m experiments.image.prepare '
+          f'--dataset={name} {source}--data_dir={data_dir}')
+
+
+def _in_memory(name, source):
+  num_examples = len(source)
+  images = np.empty((num_examples, *DATASETS[name].image_shape), np.uint8)
+  labels = np.empty(num_examples, np.int32)
+  for start in range(0, num_examples, _LOAD_CHUNK):
+    indices = range(start, min(start + _LOAD_CHUNK, num_examples))
+    for i, example in zip(indices, source.__getitems__(indices)):
+      images[i], labels[i] = example['image'], example['label']
+  return Split(name, images, labels)
+
+
+def _process_rows(batch_size, process_index, process_count):
+  """The slice of each batch that belongs to one process."""
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+        f'process_index must be in [0, process_count={process_count}); got '
+        f'{process_index}')
+  if batch_size < 1 or batch_size % process_count:
+    raise ValueError(
+        f'batch_size must be a positive multiple of process_count='
+        f'{process_count}; got {batch_size}')
+  size = batch_size // process_count
+  return slice(process_index * size, (process_index + 1) * size)
+
+
+def _train_batches(split, batch_size, rows, seed, step, augment):
+  batches_per_epoch = split.num_examples // batch_size
+  pool = _thread_pool()
+  epoch_of_order = None
+  while True:
+    epoch, batch = divmod(step, batches_per_epoch)
+    if epoch != epoch_of_order:
+      order = np.random.default_rng(
+          [seed, epoch, _ORDER]).permutation(split.num_examples)
+      epoch_of_order = epoch
+    indices = order[batch * batch_size:(batch + 1) * batch_size][rows]
+    draws = _draw(seed, step, batch_size, rows) if augment else None
+    yield _read(split, indices, draws, pool)
+    step += 1
+
+
+def _eval_batches(split, batch_size, rows):
+  pool = _thread_pool()
+  for start in range(0, split.num_examples, batch_size):
+    indices = np.arange(start, start + batch_size)[rows]
+    is_real = indices < split.num_examples
+    batch = _read(split, indices[is_real], None, pool)
+    batch['weight'] = np.ones(is_real.sum(), np.float32)
+    yield {key: _fill(value, len(indices)) for key, value in batch.items()}
+
+
+def _thread_pool():
+  # Has no thread before it has work, and ends with the iterator that holds it.
+  # Not shut down by hand: an iterator left open at exit is too late for that.
+  return futures.ThreadPoolExecutor(os.cpu_count())
+
+
+def _fill(array, size):
+  """Appends zeros to the first axis up to `size`."""
+  missing = size - len(array)
+  return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+
+
+def _draw(seed, step, batch_size, rows):
+  """Draws for a whole batch and keeps the rows of one process."""
+  rng = np.random.default_rng([seed, step, _AUGMENTATION])
+  draws = _Draws(
+      rng.random((batch_size, 2)), rng.random(batch_size),
+      rng.random((batch_size, _CROP_ATTEMPTS)),
+      rng.random((batch_size, _CROP_ATTEMPTS)))
+  return _Draws(*(draw[rows] for draw in draws))
+
+
+def _read(split, indices, draws, pool):
+  """One batch, augmented unless `draws` is None."""
+  if split.source is not None:
+    return _decode_batch(split, indices, draws, pool)
+  images, labels = split.images[indices], split.labels[indices]
+  augmentation = DATASETS[split.name].augmentation
+  if draws is not None and augmentation.pad:
+    images = _crop(images, augmentation.pad, draws.corner)
+  if draws is not None and augmentation.flip:
+    images = _mirror(images, draws.flip < 0.5)
+  return {'image': images, 'label': labels}
+
+
+def _crop(images, pad, uniforms):
+  """Pads with zeros and crops back to the old size at a random place."""
+  size, height, width, channels = images.shape
+  row = width * channels
+  padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+  padded = padded.reshape(size, height + 2 * pad, -1)
+  # Whole rows are copied at once: twice as fast as pixel by pixel.
+  windows = np.lib.stride_tricks.sliding_window_view(padded, row, axis=2)
+  top, left = (uniforms * (2 * pad + 1)).astype(np.int64).T
+  image = np.arange(size)[:, None]
+  cropped = windows[
+      image, top[:, None] + np.arange(height), left[:, None] * channels]
+  return cropped.reshape(images.shape)
+
+
+def _mirror(images, is_mirrored):
+  """Swaps left and right in the chosen images."""
+  images = images.copy()
+  backwards = np.arange(images.shape[2])[::-1]
+  images[is_mirrored] = images[is_mirrored].take(backwards, axis=2)
+  return images
+
+
+def _decode_batch(split, indices, draws, pool):
+  shape = DATASETS[split.name].image_shape
+  images = np.zeros((len(indices), *shape), np.uint8)
+  labels = np.zeros(len(indices), np.int32)
+  if not len(indices):
+    return {'image': images, 'label': labels}
+  examples = split.source.__getitems__(indices.tolist())
+
+  def decode(i):
+    one = None if draws is None else _Draws(*(draw[i] for draw in draws))
+    images[i] = _decode(examples[i]['image'], shape[0], one)
+    labels[i] = examples[i]['label']
+
+  for _ in pool.map(decode, range(len(indices))):
+    pass  # Raises here what was raised in a thread.
+  return {'image': images, 'label': labels}
+
+
+def _decode(encoded, size, draws):
+  """Decodes a box of a JPEG, scaled to size x size: random, or the centre."""
+  from PIL import Image
+  image = Image.open(io.BytesIO(encoded))
+  box = (_centre_box(*image.size) if draws is None
+         else _random_box(*image.size, draws))
+  image, box = _shrink_on_decoding(image, box, size)
+  pixels = np.asarray(image.convert('RGB').resize(
+      (size, size), Image.Resampling.BILINEAR, box=box))
+  if draws is not None and draws.flip < 0.5:
+    pixels = pixels[:, ::-1]
+  return pixels
+
+
+def _centre_box(width, height):
+  """The central 224 of an image whose shorter side is scaled to 256."""
+  side = min(width, height) * 224 / 256
+  left, top = (width - side) / 2, (height - side) / 2
+  return left, top, left + side, top + side
+
+
+def _random_box(width, height, draws):
+  """A box of 8 to 100 % of the area, of ratio 3/4 to 4/3: Inception's crop."""
+  area = width * height * (0.08 + 0.92 * draws.area)
+  ratio = (3 / 4) * (16 / 9) ** draws.ratio  # Uniform in its logarithm.
+  box_width = np.round(np.sqrt(area * ratio)).astype(int)
+  box_height = np.round(np.sqrt(area / ratio)).astype(int)
+  fits = (box_width <= width) & (box_height <= height)
+  if not fits.any():
+    return _centre_box(width, height)
+  box_width, box_height = (int(x[fits][0]) for x in (box_width, box_height))
+  top = int(draws.corner[0] * (height - box_height + 1))
+  left = int(draws.corner[1] * (width - box_width + 1))
+  return left, top, left + box_width, top + box_height
+
+
+def _shrink_on_decoding(image, box, size):
+  """Has a JPEG decoded at 1/2, 1/4 or 1/8 where the box stays large enough."""
+  width, height = image.size
+  scale = size / min(box[2] - box[0], box[3] - box[1])
+  if scale < 1:
+    image.draft('RGB', (int(width * scale) + 1, int(height * scale) + 1))
+  x, y = image.size[0] / width, image.size[1] / height
+  return image, (box[0] * x, box[1] * y, min(box[2] * x, image.size[0]),
+                 min(box[3] * y, image.size[1]))
+
+
+class _Prefetched:
+  """The consumer's end of `prefetch`."""
+
+  def __init__(self, iterator, size):
+    ready = queue.Queue(size)
+    stop = threading.Event()
+    # The thread does not know this object, which can so be collected. It is a
+    # daemon because Python waits for other threads before it runs finalizers.
+    thread = threading.Thread(
+        target=_work, args=(iterator, ready, stop), daemon=True)
+    self._ready = ready
+    self._end = None
+    self._finalizer = weakref.finalize(self, _stop, ready, stop, thread)
+    thread.start()
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    if self._end is None:
+      is_item, value = self._ready.get()
+      if is_item:
+        return value
+      self.close()
+      if value is not None:
+        raise value
+    raise StopIteration
+
+  def close(self):
+    """Stops the thread; what is left of the items is lost."""
+    self._end = True
+    self._finalizer()
+
+
+def _work(iterator, ready, stop):
+  """Puts (True, item) for each item, then (False, error or None)."""
+  error = None
+  try:
+    for item in iterator:
+      ready.put((True, item))
+      if stop.is_set():
+        break
+  except BaseException as raised:  # Whatever it is, it is the consumer's.
+    error = raised
+  finally:
+    if hasattr(iterator, 'close'):
+      iterator.close()
+  ready.put((False, error))
+
+
+def _stop(ready, stop, thread):
+  """Ends the thread. Once emptied, the queue has room for all it still puts."""
+  stop.set()
+  while thread.is_alive() and thread is not threading.current_thread():
+    try:
+      ready.get_nowait()
+    except queue.Empty:
+      thread.join(0.01)
