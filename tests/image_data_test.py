@@ -224,6 +224,14 @@ class DigitsTest(parameterized.TestCase):
     split = input_pipeline.load('digits', 'test', folder)
     self.assertEqual(split.num_examples, 360)
 
+  def test_place_taken_by_something_else_is_an_error(self):
+    folder = _temporary_folder(self)
+    (folder / 'digits' / '1.0.0').mkdir(parents=True)
+    (folder / 'digits' / '1.0.0' / 'notes.txt').write_text('Not a data set.')
+    with self.assertRaisesRegex(OSError, 'digits/1.0.0'):
+      builders.prepare('digits', None, folder)
+    self.assertEqual(os.listdir(folder), ['digits'])
+
 
 class BuildersTest(parameterized.TestCase):
 
@@ -281,7 +289,7 @@ class BuildersTest(parameterized.TestCase):
     builders.prepare('cifar100', self.source, self.data_dir)
     self._assert_holds('cifar100', (images, labels), (images, labels))
 
-  def test_pickles_of_python_2_are_read_without_warning(self):
+  def test_pickles_of_python_2_are_read(self):
     """The opcodes of the official files: old module name, integer flags."""
     data = bytes(range(256)) * 12
     blob = (

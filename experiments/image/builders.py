@@ -332,16 +332,11 @@ class _ArrayUnpickler(pickle.Unpickler):
     if name == '_reconstruct' and module in (
         'numpy.core.multiarray', 'numpy._core.multiarray'):
       return np.zeros(0).__reduce__()[0]
-    allowed = {('numpy', 'ndarray'): np.ndarray, ('numpy', 'dtype'): _dtype,
+    allowed = {('numpy', 'ndarray'): np.ndarray, ('numpy', 'dtype'): np.dtype,
                ('_codecs', 'encode'): codecs.encode}
     if (module, name) not in allowed:
       raise pickle.UnpicklingError(f'it asks for {module}.{name}')
     return allowed[module, name]
-
-
-def _dtype(name, align=False, copy=False):
-  """np.dtype for the integer flags of old pickles, which NumPy deprecates."""
-  return np.dtype(name, align=bool(align), copy=bool(copy))
 
 
 def _read_archive(path, folder, names):
