@@ -75,8 +75,7 @@ def static(sparsity: float, *, allocation=uniform, structure=UNSTRUCTURED,
   """
   sites = sites_lib.Sites(sparsity, allocation, structure, is_sparse,
                           batch_axes, contracting).checked()
-  return _method(_random_start(sites), read=_read_forward,
-                 refresh=_only_zero_outside)
+  return _method(_random_start(sites), read=_read_forward, zeros=True)
 
 
 def set_(sparsity: float, *, drop_fraction: float = 0.3,
@@ -222,15 +221,15 @@ def gmp(sparsity: float, *, schedule: schedules.Schedule | None = None,
     return sites_lib.first_marks(params, sites.leaves(params), lambda leaf, w:
                                  select(leaf, w, w, jnp.int32(0), key))
 
-  def refresh(params, grads, state):
+  def renew(seen, state):
     step = state.step + 1
     key = state_lib.step_key(state, step)
-    return params, sites_lib.next_marks(
+    return sites_lib.next_marks(
         window(step), lambda leaf, w, g, m: select(leaf, w, g, step, key),
-        sites.leaves(params), params, grads, state.marks)
+        sites.leaves(seen.params), seen, state.marks)
 
   by_magnitude = score is scoring.magnitude
-  return _method(start, refresh=refresh,
+  return _method(start, renew=renew,
                  read=_read_forward if by_magnitude else _read_dense_gradient)
 
 
@@ -333,14 +332,13 @@ def top_kast(sparsity: float, *, backward_sparsity: float,
     return sites_lib.first_marks(params, leaves, lambda leaf, w: select(
         leaf, outer[leaf.path], w, jnp.int32(0), key))
 
-  def refresh(params, grads, state):
+  def renew(seen, state):
     step = state.step + 1
     key = state_lib.step_key(state, step)
-    leaves, outer = sites.leaves(params), wider.leaves(params)
-    return params, sites_lib.next_marks(
+    leaves, outer = sites.leaves(seen.params), wider.leaves(seen.params)
+    return sites_lib.next_marks(
         window(step), lambda leaf, w, g, m: select(
-            leaf, outer[leaf.path], w, step, key),
-        leaves, params, grads, state.marks)
+            leaf, outer[leaf.path], w, step, key), leaves, seen, state.marks)
 
   def penalty(params, state):
     densities = {path: 1 - leaf.sparsity
@@ -349,21 +347,22 @@ def top_kast(sparsity: float, *, backward_sparsity: float,
         params, state.forward_masks, state.backward_masks,
         penalty_weight=penalty_weight, forward_density=densities)
 
-  return _method(start, refresh=refresh, read=_read_both,
+  return _method(start, renew=renew, read=_read_both,
                  penalty=penalty if penalty_weight else None)
 
 
 # The shared parts of the methods above.
 
 
-def _method(start, *, read, refresh=None, penalty=None,
+def _method(start, *, read, renew=None, zeros=False, penalty=None,
             skips=None) -> SparseMethod:
   """Makes a method of its parts.
 
   Args:
     start: (params, typed key) -> marks.
     read: (params, SparseState) -> weights.
-    refresh: (params, grads, SparseState) -> (params, marks), or None.
+    renew: (sites.Step, SparseState) -> marks, or None for masks that stay.
+    zeros: whether stored weights are 0 outside A, and where they enter it.
     penalty: (params, SparseState) -> float32[], or None for 0.
     skips: SparseState -> bool[], or None.
   """
@@ -380,15 +379,23 @@ def _method(start, *, read, refresh=None, penalty=None,
       return jnp.float32(0)
     return penalty(params, state_lib.get_state(state))
 
-  def refresh_masks(params, grads, state):
-    state = state_lib.get_state(state)
-    marks = state.marks
-    if refresh is not None:
-      params, marks = refresh(params, grads, state)
-    return params, state._replace(step=state.step + 1, marks=marks)
+  def settle(params, updates, grads, state):
+    seen = sites_lib.Step(params, updates, grads)
+    if not zeros:
+      stepped = jax.tree.map(sites_lib.apply_update, params, updates)
+      seen = sites_lib.Step(stepped, None, grads)
+    marks = state.marks if renew is None else renew(seen, state)
+    if zeros:
+      updates = _zero_outside(updates, params, state.marks, marks)
+    return updates, state._replace(step=state.step + 1, marks=marks)
+
+  def refresh(params, grads, state):
+    still = jax.tree.map(lambda p: jnp.full_like(p, -0.), params)
+    updates, state = settle(params, still, grads, state_lib.get_state(state))
+    return jax.tree.map(sites_lib.apply_update, params, updates), state
 
   return SparseMethod(lambda params: params, init, read_weights,
-                      total_penalty, refresh_masks, skips)
+                      total_penalty, refresh, settle, skips)
 
 
 def _read_forward(params, state):
@@ -430,23 +437,22 @@ def _random_start(sites):
   return start
 
 
-def _only_zero_outside(params, grads, state):
-  del grads
-  return _zero_outside(params, state.marks, state.marks), state.marks
-
-
-def _zero_outside(params, old, new):
-  """Exactly 0 outside the new mask, and where a weight has just entered."""
-  def zero(weight, was, now):
+def _zero_outside(updates, params, old, new):
+  """Leads to 0 outside the new mask, and where a weight has just entered."""
+  def zero(update, weight, was, now):
     stays = masking.forward_mask(was) & masking.forward_mask(now)
-    return jnp.where(stays, weight, jnp.zeros((), weight.dtype))
+    return jnp.where(stays, update, -weight.astype(update.dtype))
 
-  return masking.map_marked(zero, params, old, new)
+  def visit(path, update, weight, was, now):
+    del path
+    return zero(update, weight, was, now) if masking.is_marked(was) else update
+
+  return base.map_leaves(visit, updates, params, old, new)
 
 
 def _rewiring(sites, window, drop, skip_step, growth, read) -> SparseMethod:
   """Drop by magnitude, grow by `growth(leaf, grad, key)`, zeros outside."""
-  def refresh(params, grads, state):
+  def renew(seen, state):
     step = state.step + 1
     key = state_lib.step_key(state, step)
 
@@ -456,11 +462,10 @@ def _rewiring(sites, window, drop, skip_step, growth, read) -> SparseMethod:
           growth(leaf, grad, key), drop(step))
       return sites_lib.levels(leaf, chosen, chosen)
 
-    marks = sites_lib.next_marks(window(step), choose, sites.leaves(params),
-                                 params, grads, state.marks)
-    return _zero_outside(params, state.marks, marks), marks
+    return sites_lib.next_marks(window(step), choose,
+                                sites.leaves(seen.params), seen, state.marks)
 
-  return _method(_random_start(sites), refresh=refresh, read=read,
+  return _method(_random_start(sites), renew=renew, read=read, zeros=True,
                  skips=(lambda state: jnp.asarray(window(state.step + 1)))
                  if skip_step else None)
 

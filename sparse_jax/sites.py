@@ -184,23 +184,52 @@ def first_marks(params: base.PyTree, leaves: dict[base.Path, Leaf],
 
 
 def next_marks(due: bool | jax.Array, choose: Callable[..., jax.Array],
-               leaves: dict[base.Path, Leaf], params: base.PyTree,
-               grads: base.PyTree, marks: base.PyTree) -> base.PyTree:
+               leaves: dict[base.Path, Leaf], step: 'Step',
+               marks: base.PyTree) -> base.PyTree:
   """Marks after a step: chosen anew where `due`, else as they were.
 
   `choose(leaf, weight, grad, marks)` gives new levels. There is one `cond` a
   leaf, which carries marks alone, so that an ordinary step pays only for
   passing them on.
   """
-  def visit(path, weight, grad, old):
+  def visit(path, param, update, grad, old):
     if not masking.is_marked(old):
       return old
 
-    def renew(weight, grad, old):
+    def renew(param, update, grad, old):
+      weight = param if update is None else apply_update(param, update)
       return masking.mark(choose(leaves[path], weight, grad, old), old)
 
+    operands = (param, update, grad, old)
     if isinstance(due, bool):
-      return renew(weight, grad, old) if due else old
-    return lax.cond(due, renew, lambda w, g, old: old, weight, grad, old)
+      return renew(*operands) if due else old
+    return lax.cond(due, renew, lambda p, u, g, old: old, *operands)
 
-  return base.map_leaves(visit, params, grads, marks)
+  return base.map_leaves(visit, step.params, step.updates, step.grads, marks)
+
+
+class Step(NamedTuple):
+  """What a refresh may look at.
+
+  The weights to judge are params + updates; updates may be None for none.
+  Whoever also needs the updates afterwards passes both, whoever does not
+  passes their sum: XLA then writes only one of them to memory.
+  """
+
+  params: base.PyTree
+  updates: base.PyTree | None
+  grads: base.PyTree
+
+
+def apply_update(param: jax.Array, update: jax.Array) -> jax.Array:
+  """p + u as `optax.apply_updates` stores it, 16-bit rounding included.
+
+  XLA may keep 16-bit sums in float32 inside a fusion; the scores must be
+  those of the parameters that the user gets.
+  """
+  total = param + update
+  if jnp.finfo(param.dtype).bits > 16:
+    return total.astype(param.dtype)
+  kind = jnp.finfo(param.dtype)
+  exact = lax.reduce_precision(total.astype(jnp.float32), kind.nexp, kind.nmant)
+  return exact.astype(param.dtype)

@@ -51,6 +51,10 @@ class SparseMethod(NamedTuple):
   penalty: Callable[[base.PyTree, Any], jax.Array]
   # (params after the update, gradients, state) -> (params, state).
   refresh: Callable[..., tuple[base.PyTree, SparseState]]
+  # (params, updates, gradients, SparseState) -> (updates, state). What
+  # `refresh` does, as updates that lead there: the masks belong to params +
+  # updates, and the result goes on to `optax.apply_updates`.
+  settle: Callable[..., tuple[base.PyTree, SparseState]]
   # state -> bool[]: whether the coming update skips the optimizer, or None.
   skips: Callable[[SparseState], jax.Array] | None = None
 

@@ -84,9 +84,7 @@ def sparsify(optimizer: optax.GradientTransformation,
     if method.skips is not None:
       updates, new_slots = _skip(method.skips(sparse), updates,
                                  (slots, new_slots))
-    stepped = jax.tree.map(_apply, params, updates)
-    refreshed, sparse = method.refresh(stepped, grads, sparse)
-    updates = jax.tree.map(_updates_to, params, updates, stepped, refreshed)
+    updates, sparse = method.settle(params, updates, grads, sparse)
     return updates, SparsifyState(sparse, new_slots)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -238,27 +236,3 @@ def _skip(skip, updates, slots):
   still = jax.tree.map(
       lambda u: jnp.where(skip, jnp.asarray(-0., u.dtype), u), updates)
   return still, kept
-
-
-def _apply(param, update):
-  """p + u as `optax.apply_updates` stores it, 16-bit rounding included.
-
-  XLA may keep 16-bit sums in float32 inside a fusion; the scores must be
-  those of the parameters that the user gets.
-  """
-  total = param + update
-  if param.dtype == jnp.bfloat16:
-    exact = total.astype(jnp.float32)
-    return jax.lax.reduce_precision(exact, 8, 7).astype(param.dtype)
-  if param.dtype == jnp.float16:
-    exact = total.astype(jnp.float32)
-    return jax.lax.reduce_precision(exact, 5, 10).astype(param.dtype)
-  return total.astype(param.dtype)
-
-
-def _updates_to(param, update, stepped, refreshed):
-  """The update that leads to `refreshed`: the inner one where it does."""
-  if refreshed is stepped:
-    return update
-  moved = (refreshed - param).astype(update.dtype)
-  return jnp.where(refreshed == stepped, update, moved)

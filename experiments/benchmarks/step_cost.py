@@ -1,0 +1,107 @@
+"""What a method adds to a training step, as a ratio to dense.
+
+A 784-1024-1024-1024-10 network, batch 128, Adam, refreshes every 100 steps,
+all methods at 90% in one process, steps interleaved.
+
+  python -m experiments.benchmarks.step_cost
+
+Prints two ratios of each method: an ordinary step (median), and the mean over
+a whole period with its refresh. Recorded results: README.md beside this file.
+"""
+
+import statistics
+import time
+
+from absl import app
+from absl import flags
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import sparse_jax
+from experiments import reporting
+
+PERIOD = 100
+
+_ROUNDS = flags.DEFINE_integer('rounds', 120, 'Steps timed of each method.')
+_METHODS = flags.DEFINE_list('methods', [], 'Only these; all if empty.')
+
+
+class Network(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    for _ in range(3):
+      x = nn.relu(nn.Dense(1024)(x))
+    return nn.Dense(10)(x)
+
+
+def methods() -> dict[str, sparse_jax.SparseMethod]:
+  every = dict(update_every=PERIOD)
+  return {
+      'dense': sparse_jax.dense(),
+      'static': sparse_jax.static(0.9),
+      'gmp': sparse_jax.gmp(0.9, update_end=10**6, **every),
+      'top_kast': sparse_jax.top_kast(0.9, backward_sparsity=0.8, **every),
+      'set': sparse_jax.set_(0.9, **every),
+      'rigl': sparse_jax.rigl(0.9, **every),
+      'rigl, skip_step': sparse_jax.rigl(0.9, skip_step=True, **every),
+  }
+
+
+def runner(method: sparse_jax.SparseMethod):
+  """A function that does one step and keeps its own state between calls."""
+  network, tx = Network(), sparse_jax.sparsify(optax.adam(1e-3), method)
+  images = jax.random.normal(jax.random.key(0), (128, 784))
+  labels = jnp.arange(128) % 10
+  params = network.init(jax.random.key(1), images)['params']
+
+  def loss_fn(params, opt_state):
+    weights = method.read(params, opt_state)
+    logits = network.apply({'params': weights}, images)
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits, labels).mean()
+
+  def step(params, opt_state):
+    grads = jax.grad(loss_fn)(params, opt_state)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(
+      params, tx.init(params)).compile()
+  state = [params, tx.init(params)]
+
+  def run():
+    state[:] = compiled(*state)
+    return jax.block_until_ready(state)
+
+  return run
+
+
+def main(_):
+  chosen = {name: method for name, method in methods().items()
+            if name == 'dense' or not _METHODS.value or name in _METHODS.value}
+  runs = {name: runner(method) for name, method in chosen.items()}
+  times = {name: [] for name in runs}
+  for _ in range(_ROUNDS.value):
+    for name, run in runs.items():
+      begin = time.perf_counter()
+      run()
+      times[name].append(time.perf_counter() - begin)
+  rows = []
+  dense = statistics.median(times['dense'])
+  for name, ts in times.items():
+    ordinary = statistics.median(
+        t for i, t in enumerate(ts) if (i + 1) % PERIOD)
+    refresh = [t for i, t in enumerate(ts) if (i + 1) % PERIOD == 0]
+    whole = ordinary + (statistics.mean(refresh) - ordinary) / PERIOD
+    rows.append({'method': name, 'ordinary step': ordinary / dense,
+                 'with refreshes': whole / dense,
+                 'refresh': statistics.mean(refresh) / dense,
+                 'milliseconds': ordinary * 1e3})
+  print(reporting.markdown_table(rows))
+
+
+if __name__ == '__main__':
+  app.run(main)
