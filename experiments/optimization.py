@@ -1,0 +1,93 @@
+"""The optimizer flags, and the learning-rate schedules of the papers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+import jax
+import optax
+
+OPTIMIZERS = ('sgd', 'momentum', 'nesterov', 'adam', 'adamw')
+
+
+def define_flags(*, optimizer: str = 'nesterov', learning_rate: float = .1,
+                 weight_decay: float = 5e-4, lr_schedule: str = 'cosine'
+                 ) -> None:
+  """Defines the flags below; the arguments are the binary's own defaults."""
+  flags.DEFINE_enum('optimizer', optimizer, OPTIMIZERS, 'momentum and nesterov '
+                    'are SGD with a momentum of 0.9.')
+  flags.DEFINE_float('learning_rate', learning_rate, 'Peak learning rate.')
+  flags.DEFINE_enum('lr_schedule', lr_schedule,
+                    ['constant', 'cosine', 'step'], 'After the warm-up: '
+                    'constant, a cosine to 0, or steps at --lr_drops.')
+  flags.DEFINE_float('warmup_share', 0.05, 'Share of the run in which the '
+                     'learning rate rises linearly from 0.')
+  flags.DEFINE_list('lr_drops', ['0.3', '0.7', '0.9'], 'Shares of the run at '
+                    'which --lr_schedule=step multiplies by --lr_factor.')
+  flags.DEFINE_float('lr_factor', 0.1, 'Factor of each step of the schedule.')
+  flags.DEFINE_float('weight_decay', weight_decay, 'L2 coefficient of kernels '
+                     '(not of biases and norms); decoupled for adamw.')
+  flags.DEFINE_float('clip_norm', None, 'Clips gradients to this global norm.')
+
+
+def schedule(values: Mapping[str, Any], train_steps: int) -> optax.Schedule:
+  """Learning rate as a function of the step.
+
+  Raises:
+    ValueError: naming the flag and its value.
+  """
+  peak = values['learning_rate']
+  warmup = round(_share('warmup_share', values['warmup_share']) * train_steps)
+  rest = max(train_steps - warmup, 1)
+  if values['lr_schedule'] == 'constant':
+    after = optax.constant_schedule(peak)
+  elif values['lr_schedule'] == 'cosine':
+    after = optax.cosine_decay_schedule(peak, rest)
+  else:
+    after = optax.piecewise_constant_schedule(peak, _drops(
+        values, train_steps, warmup))
+  if not warmup:
+    return after
+  rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+  return optax.join_schedules([rise, after], [warmup])
+
+
+def make(values: Mapping[str, Any], train_steps: int
+         ) -> optax.GradientTransformation:
+  """The optimizer that the flags ask for, without any sparsity."""
+  rate, decay = schedule(values, train_steps), values['weight_decay']
+  kind = values['optimizer']
+  if kind == 'adamw':
+    core = optax.adamw(rate, weight_decay=decay, mask=_kernels)
+  elif kind == 'adam':
+    core = optax.chain(optax.add_decayed_weights(decay, _kernels),
+                       optax.adam(rate))
+  else:
+    momentum = None if kind == 'sgd' else 0.9
+    core = optax.chain(
+        optax.add_decayed_weights(decay, _kernels),
+        optax.sgd(rate, momentum, nesterov=kind == 'nesterov'))
+  if values['clip_norm'] is None:
+    return core
+  return optax.chain(optax.clip_by_global_norm(values['clip_norm']), core)
+
+
+def _kernels(params):
+  return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def _drops(values, train_steps, warmup) -> dict[int, float]:
+  """{steps after the warm-up: factor} of the step schedule."""
+  try:
+    shares = [float(share) for share in values['lr_drops']]
+  except ValueError:
+    raise ValueError(f'`lr_drops` (={",".join(values["lr_drops"])!r}) must be '
+                     'numbers separated by commas.') from None
+  return {round(_share('lr_drops', share) * train_steps) - warmup:
+          values['lr_factor'] for share in shares}
+
+
+def _share(flag: str, value: float) -> float:
+  if not 0 <= value <= 1:
+    raise ValueError(f'`{flag}` (={value!r}) must be in [0, 1].')
+  return value
