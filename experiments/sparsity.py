@@ -7,6 +7,7 @@ method does not have is an error, never ignored.
 
 from collections.abc import Mapping
 import inspect
+import re
 from typing import Any
 
 from absl import flags
@@ -32,6 +33,14 @@ ALLOCATIONS = {
 # First and last refresh as shares of the run, where a paper sets them: RigL's
 # 25k of 32k steps, pruning's 10k to 25k (and SET as RigL runs it).
 WINDOWS = {'rigl': (0., .75), 'set': (0., .75), 'gmp': (.3, .78)}
+# Flags, and what the methods that have them call them.
+ARGUMENTS = {name: name for name in (
+    'sparsity', 'backward_sparsity', 'penalty_weight', 'backward_selection',
+    'stop_exploration_at', 'drop_fraction', 'skip_step', 'update_every',
+    'update_begin', 'update_end', 'allocation', 'structure')}
+ARGUMENTS['dense_layers'] = 'is_sparse'
+# Flags of one structure alone.
+STRUCTURE_FLAGS = {'block_shape': 'block', 'block_reduce': 'block', 'nm': 'nm'}
 
 
 def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
@@ -93,33 +102,39 @@ def from_flags(values: Mapping[str, Any], train_steps: int
   name = values['method']
   constructor = METHODS[name]
   known = inspect.signature(constructor).parameters
-  arguments = _arguments(values, name, train_steps)
-  if 'update_every' in known:
-    arguments.setdefault('update_every', min(max(train_steps // 300, 1), 100))
-  for flag in arguments:
-    if flag not in known:
-      given = values.get(flag, arguments[flag])
-      raise ValueError(f'`{flag}` (={given!r}) is not a setting of '
+  for flag, argument in ARGUMENTS.items():
+    if argument not in known and _is_given(flag, values):
+      raise ValueError(f'`{flag}` (={values[flag]!r}) is not a setting of '
                        f'--method={name}; it has {", ".join(known) or "none"}.')
-  return constructor(**arguments)
+  for flag, structure in STRUCTURE_FLAGS.items():
+    if values['structure'] != structure and _is_given(flag, values):
+      raise ValueError(f'`{flag}` (={values[flag]!r}) is a setting of '
+                       f'--structure={structure}, not of '
+                       f'{values["structure"] or "element"}.')
+  return constructor(**_arguments(values, name, known, train_steps))
 
 
-def _arguments(values, name, train_steps) -> dict[str, Any]:
-  chosen = {flag: values[flag] for flag in (
-      'backward_sparsity', 'penalty_weight', 'backward_selection',
-      'stop_exploration_at', 'drop_fraction', 'skip_step', 'update_every',
-      'update_begin', 'update_end') if values[flag] is not None}
-  if name == 'dense':
-    return chosen
-  chosen['sparsity'] = values['sparsity']
-  if name == 'top_kast' and 'backward_sparsity' not in chosen:
-    chosen['backward_sparsity'] = max(0., round(values['sparsity'] - .1, 6))
-  if values['allocation'] is not None:
-    chosen['allocation'] = ALLOCATIONS[values['allocation']]
-  if values['structure'] is not None:
+def _is_given(flag, values) -> bool:
+  """Whether it differs from the default; a dense run may be at sparsity 0."""
+  unset = (None, flags.FLAGS[flag].default, 0. if flag == 'sparsity' else None)
+  return values[flag] not in unset
+
+
+def _arguments(values, name, known, train_steps) -> dict[str, Any]:
+  """The flags that are set, and what the recipes set, of those `known`."""
+  chosen = {argument: values[flag] for flag, argument in ARGUMENTS.items()
+            if argument in known and values[flag] not in (None, [])}
+  if 'allocation' in chosen:
+    chosen['allocation'] = ALLOCATIONS[chosen['allocation']]
+  if 'structure' in chosen:
     chosen['structure'] = _structure(values)
-  if values['dense_layers']:
-    chosen['is_sparse'] = [(layer, False) for layer in values['dense_layers']]
+  if 'is_sparse' in chosen:
+    chosen['is_sparse'] = _dense_rules(chosen['is_sparse'])
+  if 'update_every' in known:
+    chosen.setdefault('update_every', min(max(train_steps // 300, 1), 100))
+  if name == 'top_kast':
+    chosen.setdefault('backward_sparsity',
+                      max(0., round(values['sparsity'] - .1, 6)))
   return chosen | _window(chosen, name, train_steps)
 
 
@@ -143,9 +158,21 @@ def _pair(flag, values) -> tuple[int, int]:
   return first, second
 
 
+def _dense_rules(layers) -> list[tuple[str, bool]]:
+  for layer in layers:
+    try:
+      re.compile(layer)
+    except re.error as error:
+      raise ValueError(f'`dense_layers` (={",".join(layers)!r}) has {layer!r}, '
+                       f'no regular expression: {error}.') from None
+  return [(layer, False) for layer in layers]
+
+
 def _window(chosen, name, train_steps) -> dict[str, Any]:
   """Begin and end of the refreshes: as given, else the paper's shares."""
   begin, end = WINDOWS.get(name, (None, None))
+  if name == 'gmp' and isinstance(chosen.get('structure'), sparse_jax.NM):
+    begin = end = None  # N of M cannot tighten: it is pruned from the start.
   window = {}
   if begin and 'update_begin' not in chosen:
     window['update_begin'] = round(begin * train_steps)
