@@ -1,6 +1,7 @@
 """The optimizer flags, and the learning-rate schedules of the papers."""
 
 from collections.abc import Mapping
+import math
 from typing import Any
 
 from absl import flags
@@ -36,6 +37,7 @@ def schedule(values: Mapping[str, Any], train_steps: int) -> optax.Schedule:
   Raises:
     ValueError: naming the flag and its value.
   """
+  _check_schedule(values)
   peak = values['learning_rate']
   warmup = round(_share('warmup_share', values['warmup_share']) * train_steps)
   rest = max(train_steps - warmup, 1)
@@ -54,7 +56,14 @@ def schedule(values: Mapping[str, Any], train_steps: int) -> optax.Schedule:
 
 def make(values: Mapping[str, Any], train_steps: int
          ) -> optax.GradientTransformation:
-  """The optimizer that the flags ask for, without any sparsity."""
+  """The optimizer that the flags ask for, without any sparsity.
+
+  Raises:
+    ValueError: naming the flag and its value.
+  """
+  _check_number('weight_decay', values, zero=True)
+  if values['clip_norm'] is not None:
+    _check_number('clip_norm', values)
   rate, decay = schedule(values, train_steps), values['weight_decay']
   kind = values['optimizer']
   if kind == 'adamw':
@@ -83,8 +92,28 @@ def _drops(values, train_steps, warmup) -> dict[int, float]:
   except ValueError:
     raise ValueError(f'`lr_drops` (={",".join(values["lr_drops"])!r}) must be '
                      'numbers separated by commas.') from None
-  return {round(_share('lr_drops', share) * train_steps) - warmup:
-          values['lr_factor'] for share in shares}
+  steps = [round(_share('lr_drops', share) * train_steps) - warmup
+           for share in shares]
+  # In a short run two drops may fall on one step.
+  return {step: values['lr_factor']**steps.count(step) for step in steps}
+
+
+def _check_schedule(values) -> None:
+  _check_number('learning_rate', values)
+  _check_number('lr_factor', values)
+  for flag in ('lr_drops', 'lr_factor'):
+    default = flags.FLAGS[flag].default
+    if values['lr_schedule'] != 'step' and values[flag] != default:
+      raise ValueError(f'`{flag}` (={values[flag]!r}) is a setting of '
+                       '--lr_schedule=step, not of '
+                       f'{values["lr_schedule"]}.')
+
+
+def _check_number(flag: str, values, zero: bool = False) -> None:
+  value = values[flag]
+  if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+    least = 'finite and at least 0' if zero else 'finite and above 0'
+    raise ValueError(f'`{flag}` (={value!r}) must be {least}.')
 
 
 def _share(flag: str, value: float) -> float:
