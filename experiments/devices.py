@@ -2,11 +2,37 @@
 
 from typing import Any
 
+from absl import flags
 import jax
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+
+
+def define_flags() -> None:
+  """Defines the flags that join several processes into one run."""
+  flags.DEFINE_bool('distributed', False, 'Join the other processes of the '
+                    'run, started alike on every host. A TPU slice, Slurm or '
+                    'Open MPI says who they are, else the flags below do.')
+  flags.DEFINE_string('coordinator', None, 'HOST:PORT of the first process.')
+  flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
+  flags.DEFINE_integer('process_id', None, 'Which of them this one is, from 0.')
+
+
+def join(values: dict[str, Any]) -> None:
+  """Joins the other processes, if the flags ask for it; before all else.
+
+  Raises:
+    ValueError: naming the flag and its value.
+  """
+  names = ('coordinator', 'num_processes', 'process_id')
+  given = [name for name in names if values[name] is not None]
+  if given and (len(given) < len(names) or not values['distributed']):
+    raise ValueError(f'`{given[0]}` (={values[given[0]]!r}) needs '
+                     '--distributed and all of --' + ', --'.join(names) + '.')
+  if values['distributed']:
+    jax.distributed.initialize(*(values[name] for name in names))
 
 
 def mesh() -> Mesh:

@@ -17,17 +17,24 @@ the ImageNet one of RigL and Top-KAST is
   --lr_drops=0.293,0.684,0.879 --weight_decay=1e-4 --label_smoothing=0.1
   --dense_layers=stem,head
 
-which nobody has run with this program yet. Data parallel over all devices.
-Killed and started again with the same flags, a run continues bit for bit.
+which nobody has run with this program yet. Data parallel over all devices, and
+with --distributed over those of several hosts. Killed and started again with
+the same flags, a run continues bit for bit; stopped by SIGTERM it saves first
+and exits with status 75. Bad flags are status 2 and leave nothing behind.
 
 Leaves in --workdir: metrics.jsonl, tensorboard/, checkpoints/, training.png,
-layers.png, and result.json once the run is complete.
+layers.png, and result.json once the run is complete. Started again then, it
+only prints its report.
 """
 
 from collections.abc import Mapping
+import contextlib
 import functools
+import itertools
+import json
 import math
 import os
+import statistics
 import sys
 import time
 from typing import Any
@@ -73,9 +80,19 @@ flags.DEFINE_integer('eval_every', 250, 'Steps between two evaluations.')
 flags.DEFINE_integer('checkpoint_every', 1000, 'Steps between checkpoints.')
 sparsity.define_flags()
 optimization.define_flags()
+devices.define_flags()
 
 # Flags that may differ between a run and its continuation.
 FREE = ('workdir', 'data_dir', 'log_every', 'eval_every', 'checkpoint_every')
+# The smallest and largest values of flags that no other file checks.
+LIMITS = {
+    'batch_size': (1, math.inf), 'log_every': (1, math.inf),
+    'eval_every': (1, math.inf), 'checkpoint_every': (1, math.inf),
+    'seed': (0, 2**32 - 1), 'label_smoothing': (0, 1), 'width': (0, 1e6),
+}
+# XLA optimises the random draws and searches of the first state for minutes on
+# a CPU; they run once. Half the compile time of ResNet-20, a sixth if dense.
+FAST_COMPILE = {'xla_backend_optimization_level': 0}
 
 
 class TrainState(NamedTuple):
@@ -86,16 +103,33 @@ class TrainState(NamedTuple):
   batch_stats: Any  # Running statistics of batch norm; may be empty.
   opt_state: Any  # Holds the masks as well.
   key: jax.Array  # A typed key, for dropout.
+  sums: jax.Array  # float32[3] since the last row: loss, accuracy, steps.
 
 
 class Task(NamedTuple):
-  """What stays the same all through a run."""
+  """What is learned, and how."""
 
   model: Any
   method: sparse_jax.SparseMethod
   tx: optax.GradientTransformation
   dataset: str
   label_smoothing: float
+  log_every: int
+
+
+class Run(NamedTuple):
+  """What stays the same from the first step to the last."""
+
+  values: Mapping[str, Any]  # Of the flags, by name.
+  workdir: str
+  train_steps: int
+  data: input_pipeline.Split
+  test: input_pipeline.Split
+  task: Task
+  mesh: jax.sharding.Mesh
+  init: Any  # () -> TrainState, traced.
+  step_fn: Any  # (TrainState, batch) -> TrainState, jitted.
+  eval_fn: Any  # (TrainState, batch) -> float32[3], jitted.
 
 
 def init_state(task: Task, seed: int) -> TrainState:
@@ -106,7 +140,8 @@ def init_state(task: Task, seed: int) -> TrainState:
   variables = task.model.init(init_key, images, train=False)
   params = task.method.parametrize(variables['params'])
   return TrainState(jnp.zeros((), jnp.int32), params,
-                    variables.get('batch_stats', {}), task.tx.init(params), key)
+                    variables.get('batch_stats', {}), task.tx.init(params), key,
+                    jnp.zeros(3))
 
 
 def loss_fn(params, task: Task, state: TrainState, batch):
@@ -124,15 +159,17 @@ def loss_fn(params, task: Task, state: TrainState, batch):
   return loss, (updates.get('batch_stats', {}), accuracy)
 
 
-def train_step(task: Task, state: TrainState, batch):
-  """One update; returns the new state and the step's metrics."""
+def train_step(task: Task, state: TrainState, batch) -> TrainState:
+  """One update."""
   (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(
       loss_fn, has_aux=True)(state.params, task, state, batch)
   updates, opt_state = task.tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics = {'train_loss': loss, 'train_accuracy': accuracy}
-  return TrainState(state.step + 1, params, batch_stats, opt_state,
-                    state.key), metrics
+  # In the state, so that a run stopped between two rows continues its sums.
+  begins = state.step % task.log_every == 0
+  sums = jnp.where(begins, 0., state.sums) + jnp.stack([loss, accuracy, 1.])
+  return TrainState(state.step + 1, params, batch_stats, opt_state, state.key,
+                    sums)
 
 
 def eval_step(task: Task, state: TrainState, batch):
@@ -150,40 +187,111 @@ def eval_step(task: Task, state: TrainState, batch):
                     jnp.sum(weight)])
 
 
-def evaluate(step_fn, state, split, batch_size: int, mesh) -> dict[str, float]:
-  """Loss and accuracy over a whole split."""
-  rows = input_pipeline.eval_batches(
-      split, batch_size=batch_size, process_index=jax.process_index(),
-      process_count=jax.process_count())
-  loss, hits, weight = sum(
-      step_fn(state, devices.put_batch(batch, mesh)) for batch in rows)
-  return {'test_loss': float(loss / weight),
-          'test_accuracy': float(hits / weight)}
+def train(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Runs from the last checkpoint, or the start, to the end.
+
+  Args:
+    values: flag values by name.
+
+  Returns:
+    What result.json holds.
+
+  Raises:
+    ValueError: naming the flag and its value; FileNotFoundError likewise for
+      data that is not there. Nothing has then been written.
+  """
+  workdir = values['workdir'] or default_workdir(values)
+  result = finished(values, workdir)
+  if result is None:
+    result = run_steps(prepare(values, workdir))
+  show(result, workdir)
+  return result
 
 
-def mask_metrics(task: Task, state: TrainState) -> dict[str, float]:
-  """Sparsity and how the masks moved at the last refresh, over the layers."""
-  summary = sparse_jax.summarize(state.params, state.opt_state, task.method)
-  churn = [row.churn for row in summary.rows if row.sparse]
-  if not churn:
-    return {}
-  return {'sparsity': summary.sparsity, 'churn_min': min(churn),
-          'churn_mean': sum(churn) / len(churn), 'churn_max': max(churn),
-          'ever_active': summary.total.ever_active}
+def run_steps(run: Run) -> dict[str, Any]:
+  """The loop; returns what `report` does."""
+  begin, row = time.monotonic(), {}
+  with (checkpointing.PreemptionGuard() as guard,
+        open_checkpoints(run, guard) as checkpoints):
+    state, start = first_state(run, checkpoints)
+    with (open_batches(run, start) as batches,
+          reporting.open_writers(run.workdir, start + 1) as writers,
+          open_progress(run, start) as progress):
+      for step in range(start + 1, run.train_steps + 1):
+        state = run.step_fn(state, devices.put_batch(next(batches), run.mesh))
+        row = measure(run, state, step)
+        if row:
+          writers.write_scalars(step, row)
+        progress.update(step, **{name: row[name] for name in (
+            'train_loss', 'test_accuracy') if name in row})
+        checkpoints.save(step, state, force=step == run.train_steps)
+        if checkpoints.reached_preemption(step):
+          stop(run, checkpoints, state, step)
+  final = row or evaluate(run, state)
+  return report(run, state, {
+      'test_loss': final['test_loss'], 'test_accuracy': final['test_accuracy'],
+      'seconds_this_session': time.monotonic() - begin})
+
+
+def prepare(values: Mapping[str, Any], workdir: str) -> Run:
+  """Checks the flags, loads the data and traces; writes nothing yet."""
+  check_values(values)
+  check_workdir(workdir)
+  spec = input_pipeline.DATASETS[values['dataset']]
+  data, test = (_load(values['dataset'], split, values['data_dir'])
+                for split in ('train', spec.eval_split))
+  train_steps = run_length(values, data.num_examples)
+  task = make_task(values, train_steps)
+  mesh = devices.mesh()
+  whole, rows = devices.replicated(mesh), devices.split(mesh)
+  jit = functools.partial(jax.jit, out_shardings=whole)
+  init = jit(functools.partial(init_state, task, values['seed']))
+  step_fn = jit(functools.partial(train_step, task),
+                in_shardings=(whole, rows), donate_argnums=0)
+  eval_fn = jit(functools.partial(eval_step, task), in_shardings=(whole, rows))
+  return Run(values, workdir, train_steps, data, test, task, mesh,
+             init.trace(), step_fn, eval_fn)
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+  """Raises ValueError for a flag out of range that no other file checks."""
+  for flag, (least, most) in LIMITS.items():
+    if not least <= values[flag] <= most:
+      raise ValueError(f'`{flag}` (={values[flag]!r}) must be in '
+                       f'[{least}, {most}].')
+  devices.check_batch_size(values['batch_size'])
+
+
+def check_workdir(workdir: str) -> None:
+  """Raises ValueError where results lie that no checkpoints belong to."""
+  if os.path.exists(os.path.join(workdir, 'checkpoints', 'config.json')):
+    return  # Whose they are is checked when they are opened.
+  found = [name for name in ('metrics.jsonl', 'result.json')
+           if os.path.exists(os.path.join(workdir, name))]
+  if found or os.path.isfile(workdir):
+    raise ValueError(f'`workdir` (={workdir!r}) holds {" and ".join(found)} of '
+                     'another run, and no checkpoints of this one.' if found
+                     else f'`workdir` (={workdir!r}) is a file.')
 
 
 def run_length(values: Mapping[str, Any], num_examples: int) -> int:
   """Steps of the run, from --train_steps or --train_epochs."""
   steps, epochs = values['train_steps'], values['train_epochs']
+  batch_size = values['batch_size']
+  if batch_size > num_examples:
+    raise ValueError(f'`batch_size` (={batch_size}) must not be above the '
+                     f'{num_examples} examples of {values["dataset"]}.')
   if steps is not None and epochs is not None:
     raise ValueError(f'`train_steps` (={steps}) and `train_epochs` (={epochs})'
                      ' exclude each other.')
   if steps is None:
     epochs = 100. if epochs is None else epochs
-    steps = math.ceil(epochs * (num_examples // values['batch_size']))
+    if not 0 < epochs < math.inf:
+      raise ValueError(f'`train_epochs` (={epochs}) must be finite and above '
+                       '0.')
+    steps = math.ceil(epochs * (num_examples // batch_size))
   if steps < 1:
-    raise ValueError(f'`train_steps` or `train_epochs` (={steps} steps) must '
-                     'be positive.')
+    raise ValueError(f'`train_steps` (={steps}) must be at least 1.')
   return steps
 
 
@@ -197,7 +305,184 @@ def make_task(values: Mapping[str, Any], train_steps: int) -> Task:
   method = sparsity.from_flags(values, train_steps)
   tx = sparse_jax.sparsify(optimization.make(values, train_steps), method,
                            key=values['seed'])
-  return Task(model, method, tx, values['dataset'], values['label_smoothing'])
+  return Task(model, method, tx, values['dataset'], values['label_smoothing'],
+              values['log_every'])
+
+
+@functools.lru_cache(2)
+def _load(dataset: str, split: str, data_dir: str | None):
+  """Keeps the splits in memory for a program that trains several times."""
+  return input_pipeline.load(dataset, split, data_dir)
+
+
+def open_checkpoints(run: Run, guard) -> checkpointing.Checkpoints:
+  with _naming_workdir(run.workdir):
+    return checkpointing.open(
+        os.path.join(run.workdir, 'checkpoints'), config=dict(run.values),
+        free=FREE, save_every=run.values['checkpoint_every'], guard=guard)
+
+
+def first_state(run: Run, checkpoints) -> tuple[TrainState, int]:
+  """The newest checkpoint's state and step; at first, the initial ones."""
+  with _naming_workdir(run.workdir):
+    restored = checkpoints.restore_latest(run.init.out_info)
+  if restored is not None:
+    print(f'continues {run.workdir} after step {restored[1]}', flush=True)
+    return restored
+  options = FAST_COMPILE if jax.default_backend() == 'cpu' else None
+  return run.init.lower().compile(compiler_options=options)(), 0
+
+
+@contextlib.contextmanager
+def _naming_workdir(workdir: str):
+  """Says which flag led to checkpoints that cannot be used."""
+  try:
+    yield
+  except RuntimeError as error:
+    raise ValueError(f'`workdir` (={workdir!r}): {error}') from error
+
+
+def open_batches(run: Run, start: int):
+  """This process's part of each batch after step `start`; a context."""
+  return contextlib.closing(input_pipeline.prefetch(
+      input_pipeline.train_batches(
+          run.data, batch_size=run.values['batch_size'],
+          seed=run.values['seed'], step=start, augment=run.values['augment'],
+          process_index=jax.process_index(),
+          process_count=jax.process_count())))
+
+
+def open_progress(run: Run, start: int) -> reporting.Progress:
+  return reporting.Progress(run.train_steps, start, run.values['log_every'],
+                            run.values['batch_size'])
+
+
+def measure(run: Run, state: TrainState, step: int) -> dict[str, float]:
+  """What is due to be written down after a step; mostly nothing."""
+  due = {name for name in ('log', 'eval', 'checkpoint')
+         if step % run.values[f'{name}_every'] == 0 or step == run.train_steps}
+  row = {}
+  if due & {'log', 'checkpoint'}:
+    means = mean_metrics(run, state)
+  if 'log' in due:
+    row |= means | mask_metrics(run.task, state)
+  if 'eval' in due:
+    row |= evaluate(run, state)
+  return row
+
+
+def mean_metrics(run: Run, state: TrainState) -> dict[str, float]:
+  """Means of the steps since the last row.
+
+  Raises:
+    FloatingPointError: if the loss is not finite, before that can be saved.
+  """
+  loss, accuracy, steps = jax.device_get(state.sums).tolist()
+  if not math.isfinite(loss):
+    raise FloatingPointError(
+        f'the training loss is {loss / steps} by step {int(state.step)}; what '
+        f'is in {run.workdir} is from before. A smaller --learning_rate (='
+        f'{run.values["learning_rate"]}) may help.')
+  return {'train_loss': loss / steps, 'train_accuracy': accuracy / steps}
+
+
+def mask_metrics(task: Task, state: TrainState) -> dict[str, float]:
+  """Sparsity and how the masks moved at the last refresh, over the layers."""
+  summary = sparse_jax.summarize(state.params, state.opt_state, task.method)
+  churn = [row.churn for row in summary.rows if row.sparse]
+  if not churn:
+    return {}
+  return {'sparsity': summary.sparsity, 'churn_min': min(churn),
+          'churn_mean': sum(churn) / len(churn), 'churn_max': max(churn),
+          'ever_active': summary.total.ever_active}
+
+
+def evaluate(run: Run, state: TrainState) -> dict[str, float]:
+  """Loss and accuracy over the whole test split."""
+  batches = input_pipeline.eval_batches(
+      run.test, batch_size=run.values['batch_size'],
+      process_index=jax.process_index(), process_count=jax.process_count())
+  loss, hits, weight = sum(
+      run.eval_fn(state, devices.put_batch(batch, run.mesh))
+      for batch in batches)
+  return {'test_loss': float(loss / weight),
+          'test_accuracy': float(hits / weight)}
+
+
+def stop(run: Run, checkpoints, state: TrainState, step: int) -> None:
+  """Saves and leaves; whoever started the run may start it again."""
+  mean_metrics(run, state)
+  checkpoints.save(step, state, force=True)
+  checkpoints.wait()
+  logging.warning('Stopped by request after step %d; start again with the same '
+                  'flags to continue.', step)
+  sys.exit(checkpointing.REQUEUE_EXIT_CODE)
+
+
+def report(run: Run, state: TrainState, measured: Mapping[str, float]
+           ) -> dict[str, Any]:
+  """Draws the pictures, then writes result.json, which ends the run."""
+  summary = sparse_jax.summarize(state.params, state.opt_state, run.task.method)
+  result = {
+      **measured, 'sparsity': summary.sparsity if summary.total.sparse else 0.,
+      'backward_density': summary.total.backward_density,
+      'ever_active': summary.total.ever_active,
+      'parameters': sum(row.entries for row in summary.rows),
+      'steps': int(state.step), 'flags': dict(run.values),
+      'layers': summary.as_dicts()}
+  if jax.process_index() == 0:
+    rows = reporting.read_jsonl(os.path.join(run.workdir, 'metrics.jsonl'))
+    result['examples_per_second'] = speed(rows, run.values['batch_size'])
+    draw(result, rows, run.workdir)
+    reporting.write_json(os.path.join(run.workdir, 'result.json'), result)
+  return result
+
+
+def speed(rows, batch_size: int) -> float | None:
+  """Examples a second, the median over the times between rows of metrics.
+
+  So neither compiling nor an interruption counts, nor a rare evaluation.
+  """
+  rates = [batch_size * (row['step'] - before['step'])
+           / max(row['time'] - before['time'], 1e-3)  # Times are in ms.
+           for before, row in itertools.pairwise(rows)]
+  return statistics.median(rates) if rates else None
+
+
+def draw(result: Mapping[str, Any], rows, workdir: str) -> None:
+  """Accuracy and churn by step, and the density of each layer."""
+  from experiments import plots
+  of = result['flags']
+  title = (f'{of["dataset"]}, {of["model"]}, {of["method"]} at '
+           f'{result["sparsity"]:.0%} sparsity')
+  plots.training_curves(rows, os.path.join(workdir, 'training.png'), title)
+  layers = [{'layer': layer['path'], **layer} for layer in result['layers'][:-1]
+            if layer['sparse']]
+  plots.layer_density(layers or [{'layer': 'all', 'forward_density': 1.}],
+                      os.path.join(workdir, 'layers.png'))
+
+
+def show(result: Mapping[str, Any], workdir: str) -> None:
+  """Prints the table of layers and the last line."""
+  if jax.process_index() == 0:
+    rows = [sparse_jax.summary.Row(**layer) for layer in result['layers']]
+    print(sparse_jax.Summary(tuple(rows[:-1]), rows[-1]))
+    print(f'test accuracy {result["test_accuracy"]:.2%}, sparsity '
+          f'{result["sparsity"]:.2%}, {result["steps"]} steps')
+    print(f'pictures and metrics: {workdir}', flush=True)
+
+
+def finished(values: Mapping[str, Any], workdir: str) -> dict[str, Any] | None:
+  """What result.json holds, if a run of these flags has written one."""
+  try:
+    with open(os.path.join(workdir, 'result.json')) as file:
+      result = json.load(file)
+    theirs = dict(result['flags'])
+  except (OSError, ValueError, TypeError, KeyError):
+    return None  # None, or not ours: the checks to come say so.
+  both = theirs.keys() | values.keys()
+  differ = {flag for flag in both if theirs.get(flag) != values.get(flag)}
+  return None if differ - set(FREE) else result
 
 
 def default_workdir(values: Mapping[str, Any]) -> str:
@@ -208,125 +493,11 @@ def default_workdir(values: Mapping[str, Any]) -> str:
 
 
 def run_config() -> dict[str, Any]:
-  """The flags of this program alone, those of absl and JAX left out."""
+  """The flags that make a run what it is, wherever this program is used."""
   own = flags.FLAGS.flags_by_module_dict()
-  modules = (__name__, sys.argv[0], sparsity.__name__, optimization.__name__)
-  return {flag.name: flag.value for module in modules
-          for flag in own.get(module, ())}
-
-
-def train(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Runs from the last checkpoint, or the start, to the end.
-
-  Args:
-    values: flag values by name.
-
-  Returns:
-    What result.json holds.
-  """
-  batch_size = devices.check_batch_size(values['batch_size'])
-  workdir = values['workdir'] or default_workdir(values)
-  mesh = devices.mesh()
-  spec = input_pipeline.DATASETS[values['dataset']]
-  load = functools.partial(input_pipeline.load, values['dataset'],
-                           data_dir=values['data_dir'])
-  data, test = load('train'), load(spec.eval_split)
-  train_steps = run_length(values, data.num_examples)
-  task = make_task(values, train_steps)
-  whole, rows = devices.replicated(mesh), devices.split(mesh)
-  state = jax.jit(functools.partial(init_state, task, values['seed']),
-                  out_shardings=whole)()
-  step_fn = jax.jit(functools.partial(train_step, task),
-                    in_shardings=(whole, rows), out_shardings=whole,
-                    donate_argnums=0)
-  eval_fn = jax.jit(functools.partial(eval_step, task),
-                    in_shardings=(whole, rows), out_shardings=whole)
-
-  with checkpointing.PreemptionGuard() as guard, checkpointing.open(
-      os.path.join(workdir, 'checkpoints'), config=dict(values), free=FREE,
-      save_every=values['checkpoint_every'], guard=guard) as checkpoints:
-    state, start = checkpoints.restore_latest(state) or (state, 0)
-    if start:
-      print(f'continues {workdir} after step {start}', flush=True)
-    batches = input_pipeline.prefetch(input_pipeline.train_batches(
-        data, batch_size=batch_size, seed=values['seed'], step=start,
-        augment=values['augment'], process_index=jax.process_index(),
-        process_count=jax.process_count()))
-    begin, pending = time.monotonic(), []
-    with reporting.open_writers(workdir, start + 1) as writers, (
-        reporting.Progress(train_steps, start, values['log_every'],
-                           batch_size)) as progress:
-      for step in range(start + 1, train_steps + 1):
-        state, metrics = step_fn(state, devices.put_batch(next(batches), mesh))
-        pending.append(metrics)
-        shown = {}
-        if step % values['log_every'] == 0 or step == train_steps:
-          shown |= _mean(pending) | mask_metrics(task, state)
-          pending = []
-          _check_finite(shown['train_loss'], step, workdir)
-        if step % values['eval_every'] == 0 or step == train_steps:
-          shown |= evaluate(eval_fn, state, test, batch_size, mesh)
-        if shown:
-          writers.write_scalars(step, shown)
-        progress.update(step, **{key: shown[key] for key in shown if key in (
-            'train_loss', 'test_accuracy')})
-        checkpoints.save(step, state, force=step == train_steps)
-        if checkpoints.reached_preemption(step):
-          checkpoints.save(step, state, force=True)
-          checkpoints.wait()
-          logging.warning('Stopped by request after step %d; start again with '
-                          'the same flags to continue.', step)
-          sys.exit(checkpointing.REQUEUE_EXIT_CODE)
-    batches.close()
-  final = evaluate(eval_fn, state, test, batch_size, mesh)
-  return report(task, state, values, workdir, final,
-                time.monotonic() - begin)
-
-
-def report(task: Task, state: TrainState, values, workdir: str,
-           final: Mapping[str, float], seconds: float) -> dict[str, Any]:
-  """Prints the table of layers, draws the plots, writes result.json."""
-  summary = sparse_jax.summarize(state.params, state.opt_state, task.method)
-  result = {
-      **final, 'sparsity': summary.sparsity if summary.total.sparse else 0.,
-      'backward_density': summary.total.backward_density,
-      'ever_active': summary.total.ever_active,
-      'parameters': sum(row.entries for row in summary.rows),
-      'steps': int(state.step), 'seconds_this_session': seconds,
-      'flags': dict(values), 'layers': summary.as_dicts()}
-  if jax.process_index() == 0:
-    from experiments import plots
-    metrics = reporting.read_jsonl(os.path.join(workdir, 'metrics.jsonl'))
-    title = (f'{values["dataset"]}, {values["model"]}, {values["method"]} at '
-             f'{result["sparsity"]:.0%} sparsity')
-    plots.training_curves(metrics, os.path.join(workdir, 'training.png'),
-                          title)
-    plots.layer_density(
-        [{'layer': row.path, 'forward_density': row.forward_density,
-          'backward_density': row.backward_density}
-         for row in summary.rows if row.sparse] or [
-             {'layer': 'all', 'forward_density': 1.}],
-        os.path.join(workdir, 'layers.png'))
-    print(summary)
-    print(f'test accuracy {final["test_accuracy"]:.2%}, sparsity '
-          f'{result["sparsity"]:.2%}, {int(state.step)} steps')
-    print(f'pictures and metrics: {workdir}')
-    reporting.write_json(os.path.join(workdir, 'result.json'), result)
-  return result
-
-
-def _mean(pending) -> dict[str, float]:
-  """Means of the steps since the last row, fetched in one go."""
-  fetched = jax.device_get(pending)
-  return {key: float(sum(step[key] for step in fetched) / len(fetched))
-          for key in fetched[0]}
-
-
-def _check_finite(loss: float, step: int, workdir: str) -> None:
-  if not math.isfinite(loss):
-    raise FloatingPointError(
-        f'the training loss is {loss} at step {step}; the last checkpoint in '
-        f'{workdir} is from before. A smaller --learning_rate may help.')
+  main_module = sys.argv[0] if __name__ == '__main__' else __name__
+  modules = (main_module, sparsity.__name__, optimization.__name__)
+  return {flag.name: flag.value for module in modules for flag in own[module]}
 
 
 def main(argv):
@@ -335,9 +506,11 @@ def main(argv):
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file at INFO.
   try:
+    devices.join(flags.FLAGS.flag_values_dict())
     train(run_config())
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, OSError, FloatingPointError) as error:
     logging.error('%s', error)
+    logging.debug('It came from here:', exc_info=True)
     sys.exit(2)
 
 
