@@ -1,0 +1,103 @@
+"""Tests of the table of leaves."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sparse_jax
+from sparse_jax import masking
+from sparse_jax import state as state_lib
+
+PARAMS = {'bias': jnp.array([1., 0., 2., 3.]), 'kernel': jnp.ones((2, 4)),
+          'other': jnp.ones((4, 3))}
+# Levels of `kernel` before, and after a refresh.
+OLD = [[2, 2, 2, 2], [1, 1, 0, 0]]
+NEW = [[2, 2, 0, 0], [2, 2, 1, 0]]
+
+
+def hand_made():
+  """Two of four of A are new; six entries were ever in A; `other` is 1 of 4."""
+  marks = masking.mark(jnp.array(OLD, jnp.uint8))
+  marks = masking.mark(jnp.array(NEW, jnp.uint8), marks)
+  other = jnp.zeros((4, 3), jnp.uint8).at[0].set(2)
+  return state_lib.SparseState(
+      jnp.int32(1), jnp.zeros(2, jnp.uint32),
+      {'bias': None, 'kernel': marks, 'other': masking.mark(other)})
+
+
+class SummarizeTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.method = sparse_jax.static(.5)
+    self.table = sparse_jax.summarize(PARAMS, hand_made(), self.method)
+
+  def test_rows_have_the_numbers_of_the_masks(self):
+    bias, kernel, other = self.table.rows
+    self.assertEqual(kernel, ('kernel', (2, 4), 8, True, 4 / 8, 5 / 8, 2 / 4,
+                              6 / 8))
+    self.assertEqual(other, ('other', (4, 3), 12, True, 3 / 12, 3 / 12, 0.,
+                             3 / 12))
+    self.assertEqual(bias[:5], ('bias', (4,), 4, False, 3 / 4))
+    self.assertEqual(bias.churn, 0.)
+
+  def test_total_is_over_the_sparse_leaves(self):
+    self.assertEqual(self.table.total, (
+        'total', (), 20, True, 7 / 20, 8 / 20, 2 / 7, 9 / 20))
+    self.assertAlmostEqual(self.table.sparsity, 13 / 20)
+
+  def test_prints_one_line_for_each_leaf(self):
+    lines = str(self.table).splitlines()
+    self.assertLen(lines, 5)
+    self.assertEqual(lines[0].split(), [
+        'leaf', 'shape', 'entries', 'forward', 'backward', 'churn', 'ever',
+        'active'])
+    self.assertEqual(lines[1].split(), ['bias', '4', '4', 'dense'])
+    self.assertEqual(lines[2].split(), [
+        'kernel', '2', 'x', '4', '8', '50.00%', '62.50%', '50.00%', '75.00%'])
+    self.assertEqual(lines[4].split(), [
+        'total', '20', '35.00%', '40.00%', '28.57%', '45.00%'])
+
+  def test_rows_are_dictionaries_for_a_file(self):
+    rows = self.table.as_dicts()
+    self.assertEqual([row['path'] for row in rows],
+                     ['bias', 'kernel', 'other', 'total'])
+    self.assertEqual(rows[1]['forward_density'], .5)
+    self.assertEqual(set(rows[0]), set(rows[-1]))
+
+  def test_a_dense_model_has_no_sparse_leaf(self):
+    method = sparse_jax.dense()
+    table = sparse_jax.summarize(PARAMS, method.init(PARAMS), method)
+    self.assertFalse(any(row.sparse for row in table.rows))
+    self.assertEqual(table.sparsity, 0.)
+    self.assertIn('dense', str(table))
+
+  def test_reads_any_optax_state_that_contains_the_method(self):
+    tx = optax.chain(optax.clip(1.), sparse_jax.sparsify(optax.sgd(.1),
+                                                         self.method))
+    table = sparse_jax.summarize(PARAMS, tx.init(PARAMS), self.method)
+    self.assertEqual([row.forward_density for row in table.rows[1:]],
+                     [.5, .5])
+
+  def test_churn_and_coverage_of_a_run(self):
+    """Random growth: the union of the masks is what was ever active."""
+    method = sparse_jax.set_(.75, update_every=1, drop_fraction=.5)
+    params = {'w': jax.random.normal(jax.random.key(0), (8, 8))}
+    state = method.init(params)
+    refresh = jax.jit(method.refresh)
+    old = ever = np.asarray(state.forward_masks['w'])
+    for _ in range(3):
+      params, state = refresh(params, params, state)
+      new = np.asarray(state.forward_masks['w'])
+      ever = ever | new
+      row, = sparse_jax.summarize(params, state, method).rows
+      self.assertEqual(row.churn, (new & ~old).sum() / 16)
+      self.assertEqual(row.ever_active, ever.sum() / 64)
+      old = new
+
+
+if __name__ == '__main__':
+  absltest.main()
