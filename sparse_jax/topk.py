@@ -183,7 +183,7 @@ def _mask(scores: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array:
   if keys.size <= _TINY and k.ndim == 0 and len(axes) == keys.ndim:
     return _rank_mask(keys.ravel(), k, 0).reshape(keys.shape)
   _, half, infinity = _key_constants(scores.dtype)
-  return _search_mask(keys, k, axes, (0, half + infinity + 1))
+  return _search_mask(keys, k, axes, half + infinity + 1)
 
 
 def _checked_k(k: int | jax.Array, size: int) -> jax.Array:
@@ -214,23 +214,80 @@ def _like(k: jax.Array, ndim: int) -> jax.Array:
   return k if k.ndim == ndim else jnp.broadcast_to(k, (1,) * ndim)
 
 
-def _search_mask(keys: jax.Array, k: jax.Array, axes, bounds) -> jax.Array:
-  """Keys above the k-th largest, and of its equals the earliest."""
+def _search_mask(keys: jax.Array, k: jax.Array, axes, top: int) -> jax.Array:
+  """Keys above the k-th largest, and of its equals the earliest.
+
+  One loop does both searches, first for the key and then, where more equals
+  reach it than are wanted, for the place of the last: so that it compiles
+  once. `top` is a number above every key.
+  """
   shape = tuple(1 if i in axes else n for i, n in enumerate(keys.shape))
-  k = jnp.broadcast_to(_like(k, keys.ndim), shape)
-  cut = _search(keys, k, axes, bounds)
-  exact = cut.reached == k
+  k = jnp.broadcast_to(_like(k, keys.ndim), shape).astype(keys.dtype)
+  size = keys.dtype.type(math.prod(keys.shape[axis] for axis in axes))
+  place = size - _flat_index(keys.shape, axes, keys.dtype)
 
-  def earliest():
-    size = math.prod(keys.shape[axis] for axis in axes)
-    place = keys.dtype.type(size) - _flat_index(keys.shape, axes, keys.dtype)
-    place = jnp.where(keys == cut.low, place, keys.dtype.type(0))
-    # Positions differ, so this second search always ends with an exact count.
-    last = _search(place, k - cut.passed, axes, (0, size + 1))
-    chosen = (place >= last.low) & (k > cut.passed)
-    return (keys > cut.low) | chosen
+  def settle(carry):
+    ends, ranked = carry
+    ends = lax.while_loop(lambda ends: jnp.any(_open(_Cut(*ends))),
+                          lambda ends: _narrow(ranked, ends, axes), ends)
+    cut = _turn_to_places(_Cut(*ends), size)
+    equals = jnp.where(keys == cut.key, place, jnp.zeros((), keys.dtype))
+    return jnp.stack(cut), jnp.where(cut.by_place > 0, equals, keys)
 
-  return lax.cond(jnp.all(exact), lambda: keys >= cut.low, earliest)
+  top, none = jnp.full(shape, top, keys.dtype), jnp.zeros(shape, keys.dtype)
+  # k = 0 wants an interval above every key.
+  start = _Cut(jnp.where(k > 0, none, top), top, jnp.where(k > 0, size, none),
+               none, k, none, none)
+  ends, ranked = lax.while_loop(
+      lambda carry: jnp.any(_open(_Cut(*carry[0]))), settle,
+      (jnp.stack(start), keys))
+  cut = _Cut(*ends)
+  above = (cut.by_place > 0) & (keys > cut.key)
+  return above | (ranked >= cut.low)
+
+
+class _Cut(NamedTuple):
+  """An interval that holds the k-th largest key, then the k-th place."""
+
+  low: jax.Array  # `reached` are >= low, at least k.
+  high: jax.Array  # `passed` are >= high, fewer than k.
+  reached: jax.Array
+  passed: jax.Array
+  k: jax.Array
+  by_place: jax.Array  # 1 once the key is found and places are searched.
+  key: jax.Array  # The key found.
+
+
+def _narrow(ranked: jax.Array, ends: jax.Array, axes) -> jax.Array:
+  """One pass: counts what reaches some probes, and tightens the interval."""
+  cut = _Cut(*ends)
+  probes = _probes(cut)
+  for probe, reached in zip(probes, _counts(ranked, probes, axes)):
+    cut = _tighten(cut, probe, reached)
+  return jnp.stack(cut)
+
+
+def _open(cut: _Cut) -> jax.Array:
+  return (cut.reached != cut.k) & (cut.high - cut.low > 1)
+
+
+def _turn_to_places(cut: _Cut, size) -> _Cut:
+  """Starts the second search where the first ended among equals."""
+  turns = (cut.reached != cut.k) & ~_open(cut) & (cut.by_place == 0)
+  none = jnp.zeros_like(cut.k)
+  second = _Cut(none, none + (size + 1), none + size, none, cut.k - cut.passed,
+                none + 1, cut.low)
+  return _Cut(*(jnp.where(turns, new, old) for new, old in zip(second, cut)))
+
+
+def _tighten(cut: _Cut, probe, reached) -> _Cut:
+  """Moves the end of the interval that the probe improves, if any."""
+  low = (reached >= cut.k) & (probe > cut.low)
+  high = (reached < cut.k) & (probe < cut.high)
+  return cut._replace(low=jnp.where(low, probe, cut.low),
+                      high=jnp.where(high, probe, cut.high),
+                      reached=jnp.where(low, reached, cut.reached),
+                      passed=jnp.where(high, reached, cut.passed))
 
 
 def _flat_index(shape, axes, dtype) -> jax.Array:
@@ -242,47 +299,7 @@ def _flat_index(shape, axes, dtype) -> jax.Array:
   return index
 
 
-class _Cut(NamedTuple):
-  """An interval of keys that holds the k-th largest."""
-
-  low: jax.Array  # `reached` keys are >= low, at least k.
-  high: jax.Array  # `passed` keys are >= high, fewer than k.
-  reached: jax.Array
-  passed: jax.Array
-
-
-def _search(keys: jax.Array, k: jax.Array, axes, bounds) -> _Cut:
-  """Narrows to the k-th largest key, or to any key that k keys reach.
-
-  `bounds` are two numbers with low <= every key < high.
-  """
-  def unfinished(cut):
-    return jnp.any((cut.reached != k) & (cut.high - cut.low > 1))
-
-  def narrow(cut):
-    probes = _probes(cut)
-    return _tighten(cut, probes, _counts(keys, probes, axes), k)
-
-  size = math.prod(keys.shape[axis] for axis in axes)
-  low, high = (keys.dtype.type(end) for end in bounds)
-  # k = 0 wants an interval above every key.
-  start = _Cut(jnp.where(k > 0, low, high), jnp.full(k.shape, high),
-               jnp.where(k > 0, size, 0), jnp.zeros_like(k))
-  return lax.while_loop(unfinished, narrow, start)
-
-
-def _tighten(cut: _Cut, probes, reached, k) -> _Cut:
-  """The narrowest interval that the old ends and the probes bound."""
-  enough = reached >= k[None]
-  low = jnp.max(jnp.where(enough, probes, cut.low[None]), axis=0)
-  high = jnp.min(jnp.where(enough, cut.high[None], probes), axis=0)
-  # Fewer keys reach a higher probe: the counts follow the ends.
-  fewest = jnp.min(jnp.where(enough, reached, cut.reached[None]), axis=0)
-  most = jnp.max(jnp.where(enough, cut.passed[None], reached), axis=0)
-  return _Cut(low, high, fewest, most)
-
-
-def _probes(cut: _Cut) -> jax.Array:
+def _probes(cut: _Cut) -> list[jax.Array]:
   """The quarters of the interval: at most 16 passes for 32 bits.
 
   Measured on CPU: interpolating halves the passes, but costs more in each
@@ -290,24 +307,25 @@ def _probes(cut: _Cut) -> jax.Array:
   """
   width = cut.high - cut.low
   step = (width >> 2) + (width & 3 > 0).astype(width.dtype)
-  return jnp.stack([jnp.minimum(cut.low + step * width.dtype.type(i),
-                                cut.high - 1) for i in (1, 2, 3)])
+  return [jnp.minimum(cut.low + step * width.dtype.type(i), cut.high - 1)
+          for i in (1, 2, 3)]
 
 
-def _counts(keys: jax.Array, probes: jax.Array, axes) -> jax.Array:
-  """int32[probes, ...]: how many keys reach each probe, in one pass.
+def _counts(keys: jax.Array, probes: list[jax.Array], axes) -> list[jax.Array]:
+  """How many keys reach each probe, in one pass over the keys.
 
   On one device a reduction of several operands reads the keys once; XLA's
   CPU compiler would turn a plain sum into several slower passes. On several
   devices a plain sum becomes one small all-reduce.
   """
   if jax.device_count() > 1:
-    return jnp.sum(keys[None] >= probes, axis=tuple(a + 1 for a in axes),
-                   keepdims=True, dtype=jnp.int32)
-  reach = tuple((keys >= probe).astype(jnp.int32) for probe in probes)
-  zeros = (jnp.int32(0),) * len(reach)
+    reach = keys[None] >= jnp.stack(probes)
+    return list(jnp.sum(reach, axis=tuple(a + 1 for a in axes), keepdims=True,
+                        dtype=keys.dtype))
+  reach = tuple((keys >= probe).astype(keys.dtype) for probe in probes)
+  zeros = (jnp.zeros((), keys.dtype),) * len(reach)
   totals = lax.reduce(reach, zeros, _add_all, axes)
-  return jnp.stack([lax.expand_dims(total, axes) for total in totals])
+  return [lax.expand_dims(total, axes) for total in totals]
 
 
 def _add_all(xs, ys):
