@@ -1,0 +1,260 @@
+"""Every argument out of range is a ValueError that names it and its value."""
+
+import re
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sparse_jax
+from sparse_jax import scoring
+from sparse_jax.structures import Block
+from sparse_jax.structures import NM
+
+NAN = float('nan')
+PARAMS = {'w': jnp.ones((4, 6))}
+NOT_SPARSITIES = (NAN, 1., 1.5, -.1, float('inf'), 'x', '0.5', None, 1j,
+                  (.5,), True)
+NOT_FRACTIONS = (NAN, 1.5, -.1, float('inf'), 'x', None)
+NOT_COUNTS = (NAN, -1, 1.5, 2., 'x', True)
+
+# Constructors with good arguments of their own.
+METHODS = {
+    'static': lambda **kw: sparse_jax.static(**{'sparsity': .5} | kw),
+    'set_': lambda **kw: sparse_jax.set_(**{'sparsity': .5} | kw),
+    'rigl': lambda **kw: sparse_jax.rigl(**{'sparsity': .5} | kw),
+    'gmp': lambda **kw: sparse_jax.gmp(**{'sparsity': .5} | kw),
+    'dnw': lambda **kw: sparse_jax.dnw(**{'sparsity': .5} | kw),
+    'top_kast': lambda **kw: sparse_jax.top_kast(
+        **{'sparsity': .5, 'backward_sparsity': .25} | kw),
+}
+WINDOWED = ('set_', 'rigl', 'gmp', 'top_kast')
+
+
+def cases(names, argument, values):
+  return [(f'{argument}_of_{name}', name, argument, values) for name in names]
+
+
+BAD = (
+    cases(METHODS, 'sparsity', NOT_SPARSITIES)
+    + cases(('top_kast',), 'backward_sparsity', (*NOT_SPARSITIES, .6))
+    + cases(('top_kast',), 'penalty_weight', (NAN, -1., float('inf'), 'x',
+                                              None))
+    + cases(('top_kast',), 'backward_selection', ('typo', None, 3))
+    + cases(('top_kast',), 'stop_exploration_at', NOT_COUNTS)
+    + cases(('set_', 'rigl'), 'drop_fraction', NOT_FRACTIONS)
+    + cases(('set_', 'rigl'), 'skip_step', ('no', None, 2))
+    + cases(WINDOWED, 'update_every', (*NOT_COUNTS, 0, None))
+    + cases(WINDOWED, 'update_begin', (*NOT_COUNTS, None))
+    + cases(WINDOWED, 'update_end', NOT_COUNTS)
+    + cases(METHODS, 'allocation', (.5, None, 'erk'))
+    + cases(METHODS, 'structure', (None, (2, 2), NM, 'block'))
+    + cases(METHODS, 'is_sparse', (5, 'kernel', [('(', True)], ['w']))
+    + cases(METHODS, 'batch_axes', (1, 'x', (.5,), None))
+    + cases(METHODS, 'contracting', (1, 'x', (.5,)))
+    + cases(('gmp',), 'schedule', (.5, 'cubic'))
+    + cases(('gmp',), 'score', (None, 'magnitude')))
+
+
+def complaint(argument, value, call):
+  """What is wrong with the error of a call, or None for nothing."""
+  try:
+    call()
+  except ValueError as error:
+    if f'`{argument}' in str(error) and repr(value) in str(error):
+      return None
+    return f'says: {error}'
+  except Exception as error:  # The test is about the type.
+    return f'is a {type(error).__name__}'
+  return 'is accepted'
+
+
+class MethodTest(parameterized.TestCase):
+
+  @parameterized.named_parameters(*BAD)
+  def test_a_bad_argument_is_named_with_its_value(self, name, argument,
+                                                  values):
+    problems = {repr(value): complaint(
+        argument, value, lambda: METHODS[name](**{argument: value}))
+                for value in values}
+    self.assertEqual(problems, dict.fromkeys(problems))
+
+  @parameterized.parameters(*METHODS)
+  def test_good_arguments_pass(self, name):
+    METHODS[name]()
+    METHODS[name](sparsity=np.float32(.5), batch_axes=lambda path, leaf: (),
+                  is_sparse=[('w', True)], contracting=(-2,))
+
+  @parameterized.parameters(*WINDOWED)
+  def test_an_end_before_the_begin_is_named(self, name):
+    with self.assertRaisesRegex(ValueError, r'`update_end` \(=3\)'):
+      METHODS[name](update_begin=5, update_end=3)
+
+  @parameterized.parameters('set_', 'rigl', 'gmp')
+  def test_an_end_that_leaves_no_room_is_named_as_it_was_given(self, name):
+    """The schedules inside call it `end`; the caller does not."""
+    with self.assertRaisesRegex(ValueError, r'`update_end` \(=0\)'):
+      METHODS[name](update_end=0)
+
+  @parameterized.parameters(*METHODS)
+  def test_n_of_m_fixes_the_sparsity(self, name):
+    with self.assertRaisesRegex(ValueError, r'`sparsity` \(=0.25\)'):
+      METHODS[name](sparsity=.25, structure=NM(2, 4), **(
+          {'backward_sparsity': 0.} if name == 'top_kast' else {}))
+    for allocation in (sparse_jax.erk, {'w': .5}):
+      with self.assertRaisesRegex(ValueError, '`allocation` .*NM'):
+        METHODS[name](structure=NM(2, 4), allocation=allocation)
+
+  @parameterized.parameters(
+      ({'w': 1.}, r"`allocation\['w'\]` \(=1.0\)"),
+      ({'w': 'x'}, r"`allocation\['w'\]` \(='x'\)"),
+      ({'typo': .5}, '`allocation`.*typo'))
+  def test_a_bad_mapping_is_named_when_the_leaves_are_known(self, mapping,
+                                                            message):
+    method = sparse_jax.static(.5, allocation=mapping)
+    with self.assertRaisesRegex(ValueError, message):
+      method.init(PARAMS)
+
+  @parameterized.parameters('batch_axes', 'contracting')
+  def test_an_axis_that_no_leaf_has_is_named(self, argument):
+    axes = (5,) if argument == 'contracting' else (lambda path, leaf: (5,))
+    method = sparse_jax.static(.5, structure=Block((2, 2)), **{argument: axes})
+    with self.assertRaisesRegex(ValueError, f'`{argument}`.*5'):
+      method.init(PARAMS)
+
+  def test_stacked_axes_that_no_leaf_has_are_not_ignored(self):
+    method = sparse_jax.static(.5, batch_axes=(7,))
+    with self.assertRaisesRegex(ValueError, '`batch_axes`.*7'):
+      method.init(PARAMS)
+
+  @parameterized.parameters('x', 1.5, True, (object(),))
+  def test_a_bad_key_is_named(self, key):
+    with self.assertRaisesRegex(ValueError, '`key` '):
+      sparse_jax.static(.5).init(PARAMS, key)
+
+  def test_many_keys_are_not_a_key(self):
+    with self.assertRaisesRegex(ValueError, '`key` '):
+      sparse_jax.static(.5).init(PARAMS, jax.random.split(jax.random.key(0)))
+
+  def test_a_key_of_another_kind_works_or_is_named(self):
+    key = jax.random.key(0, impl='rbg')
+    try:
+      state = sparse_jax.static(.5).init(PARAMS, key)
+    except ValueError as error:
+      self.assertIn('`key`', str(error))
+    else:
+      self.assertEqual(int(state.forward_masks['w'].sum()), 12)
+
+
+class PartTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      (Block((0, 2)), 'shape', 0), (Block((2,)), 'shape', (2,)),
+      (Block((2, -1)), 'shape', -1), (Block((2, 1.5)), 'shape', 1.5),
+      (Block(2), 'shape', 2), (Block('ab'), 'shape', 'a'),
+      (Block((2, 2), reduce='mean'), 'reduce', 'mean'),
+      (Block((2, 2), reduce=None), 'reduce', None), (NM(0, 4), 'n', 0),
+      (NM(-1, 4), 'n', -1), (NM(1.5, 4), 'n', 1.5), (NM(4, 2), 'm', 2),
+      (NM(2, '4'), 'm', '4'), (NM(2, 4, axis=0), 'axis', 0),
+      (NM(2, 4, axis='x'), 'axis', 'x'))
+  def test_bad_fields_of_a_structure_are_named(self, structure, field, value):
+    with self.assertRaisesRegex(
+        ValueError, f'`{field}` .*{re.escape(repr(value))}'):
+      sparse_jax.static(.5, structure=structure)
+    with self.assertRaisesRegex(ValueError, f'`{field}` '):
+      sparse_jax.make_mask(jnp.ones((4, 4)), .5, structure=structure)
+
+  @parameterized.named_parameters(
+      ('make_mask', 'sparsity', lambda s: sparse_jax.make_mask(
+          PARAMS['w'], s)),
+      ('keep_count', 'sparsity', lambda s: sparse_jax.keep_count(10, s)),
+      ('uniform', 'sparsity', lambda s: sparse_jax.uniform({'w': (4, 6)}, s)),
+      ('erk', 'sparsity', lambda s: sparse_jax.erk({'w': (4, 6)}, s)),
+      ('erdos_renyi', 'sparsity', lambda s: sparse_jax.erdos_renyi(
+          {'w': (4, 6)}, s)),
+      ('cubic_final', 'final', lambda s: sparse_jax.cubic_sparsity(s, end=5)),
+      ('cubic_initial', 'initial', lambda s: sparse_jax.cubic_sparsity(
+          .5, end=5, initial=s)))
+  def test_bad_sparsities_are_named_by_the_parts(self, argument, call):
+    problems = {repr(s): complaint(argument, s, lambda: call(s))
+                for s in NOT_SPARSITIES}
+    self.assertEqual(problems, dict.fromkeys(problems))
+
+  @parameterized.parameters(
+      ('begin', -1), ('begin', 1.5), ('begin', 'x'), ('begin', None),
+      ('end', 0), ('end', -1), ('end', 1.5), ('end', None))
+  def test_bad_steps_of_schedules_are_named(self, argument, value):
+    with self.assertRaisesRegex(
+        ValueError, f'`{argument}` .*{re.escape(repr(value))}'):
+      sparse_jax.cubic_sparsity(.5, **{'end': 5} | {argument: value})
+    if argument == 'end':
+      with self.assertRaisesRegex(ValueError, '`end` '):
+        sparse_jax.cosine_drop(.5, end=value)
+
+  @parameterized.parameters(*NOT_FRACTIONS)
+  def test_bad_drop_fractions_are_named(self, value):
+    with self.assertRaisesRegex(ValueError, '`fraction` '):
+      sparse_jax.cosine_drop(value, end=5)
+
+  @parameterized.parameters(
+      ('penalty_weight', NAN), ('penalty_weight', -1.),
+      ('penalty_weight', 'x'), ('penalty_weight', None),
+      ('forward_density', NAN), ('forward_density', 0.),
+      ('forward_density', -.5), ('forward_density', 1.5),
+      ('forward_density', 'x'))
+  def test_bad_arguments_of_the_penalty_are_named(self, argument, value):
+    pattern = f'`{argument}` .*{re.escape(repr(value))}'
+    masks = {'w': jnp.ones((4, 6), bool)}
+    with self.assertRaisesRegex(ValueError, pattern):
+      sparse_jax.exploration_loss(PARAMS, masks, masks, **{argument: value})
+    with self.assertRaisesRegex(ValueError, pattern):
+      sparse_jax.add_exploration_decay(**{argument: value})
+
+  @parameterized.parameters((None,), (optax.sgd(.1),), ('top_kast',),
+                            (sparse_jax.top_kast,))
+  def test_something_that_is_no_method_is_named(self, method):
+    with self.assertRaisesRegex(ValueError, '`method` '):
+      sparse_jax.sparsify(optax.sgd(.1), method)
+
+  def test_updates_without_params_are_named(self):
+    tx = sparse_jax.sparsify(optax.sgd(.1), sparse_jax.static(.5))
+    with self.assertRaisesRegex(ValueError, '`params` '):
+      tx.update(PARAMS, tx.init(PARAMS))
+    for part, masks in (
+        (sparse_jax.keep_params_sparse(), ('forward_masks',)),
+        (sparse_jax.add_exploration_decay(), ('forward_masks',
+                                              'backward_masks'))):
+      with self.assertRaisesRegex(ValueError, '`params` '):
+        part.update(PARAMS, part.init(PARAMS),
+                    **{name: PARAMS for name in masks})
+
+  @parameterized.parameters('yes', None, 2)
+  def test_a_penalty_that_is_no_bool_is_named(self, value):
+    with self.assertRaisesRegex(ValueError, '`penalty` '):
+      sparse_jax.sparsify(optax.sgd(.1), sparse_jax.static(.5), penalty=value)
+
+  @parameterized.parameters((7,), (-3,))
+  def test_axes_out_of_range_are_named(self, axis):
+    for argument in ('batch_axes', 'contracting'):
+      with self.assertRaisesRegex(ValueError, f'`{argument}`.*{axis}'):
+        sparse_jax.make_mask(PARAMS['w'], .5, structure=Block((2, 2)),
+                             **{argument: (axis,)})
+
+  def test_no_contracting_axis_is_named(self):
+    with self.assertRaisesRegex(ValueError, '`contracting`'):
+      sparse_jax.make_mask(PARAMS['w'], .5, structure=Block((2, 2)),
+                           contracting=())
+
+  def test_scores_are_usable_as_they_are(self):
+    weight = jnp.array([-2., 3.])
+    np.testing.assert_array_equal(scoring.magnitude(weight), [2., 3.])
+    np.testing.assert_array_equal(
+        scoring.gradient_magnitude(weight, -weight), [2., 3.])
+    np.testing.assert_array_equal(scoring.saliency(weight, weight), [4., 9.])
+
+
+if __name__ == '__main__':
+  absltest.main()

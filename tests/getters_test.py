@@ -1,0 +1,289 @@
+"""Tests of the Flax getters, and of finding the state anywhere in Optax's."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+from flax import linen as nn
+from flax import nnx
+from flax.training import train_state
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sparse_jax
+
+LAYERS = ('first', 'second')
+
+
+class LinenModel(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(8, name='first')(x)
+    return nn.Dense(3, name='second')(jnp.tanh(x))
+
+
+class NnxModel(nnx.Module):
+
+  def __init__(self):
+    self.first = nnx.Linear(5, 8, rngs=nnx.Rngs(0))
+    self.second = nnx.Linear(8, 3, rngs=nnx.Rngs(1))
+
+  def __call__(self, x):
+    return self.second(jnp.tanh(self.first(x)))
+
+
+def batch(t):
+  rng = np.random.default_rng(t)
+  return (jnp.array(rng.normal(size=(4, 5)), jnp.float32),
+          jnp.array(rng.normal(size=(4, 3)), jnp.float32))
+
+
+def model_params(model):
+  """The parameters of an NNX model as plain arrays."""
+  return {layer: {name: np.asarray(getattr(getattr(model, layer), name)[...])
+                  for name in ('kernel', 'bias')} for layer in LAYERS}
+
+
+def masks_by_path(state):
+  return {jax.tree_util.keystr(path[:2], simple=True, separator='/'):
+          np.asarray(mask)
+          for path, mask in jax.tree.leaves_with_path(
+              sparse_jax.get_state(state).forward_masks)}
+
+
+def linen_run(method, params, steps):
+  """(params, forward masks) before the first update and after each."""
+  model = LinenModel()
+  tx = sparse_jax.sparsify(optax.adam(.1), method)
+  state = tx.init(params)
+
+  @jax.jit
+  def update(params, state, x, y):
+    def loss(params):
+      variables = sparse_jax.linen_getter(method, state)({'params': params})
+      return jnp.mean((model.apply(variables, x) - y)**2)
+
+    updates, new_state = tx.update(jax.grad(loss)(params), state, params)
+    return optax.apply_updates(params, updates), new_state
+
+  for t in range(steps + 1):
+    if t:
+      params, state = update(params, state, *batch(t))
+    yield jax.tree.map(np.asarray, params), masks_by_path(state)
+
+
+def nnx_run(method, model, steps):
+  tx = sparse_jax.sparsify(optax.adam(.1), method)
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+  @nnx.jit
+  def update(model, optimizer, x, y):
+    def loss(model):
+      sparse = sparse_jax.nnx_getter(method, optimizer)(model)
+      return jnp.mean((sparse(x) - y)**2)
+
+    optimizer.update(model, nnx.grad(loss)(model))
+
+  for t in range(steps + 1):
+    if t:
+      update(model, optimizer, *batch(t))
+    yield model_params(model), masks_by_path(optimizer)
+
+
+class RunTest(parameterized.TestCase):
+
+  @parameterized.named_parameters(
+      ('top_kast', sparse_jax.top_kast(.75, backward_sparsity=.5,
+                                       update_every=2)),
+      ('rigl', sparse_jax.rigl(.75, update_every=2, drop_fraction=.5)))
+  def test_linen_and_nnx_train_alike(self, method):
+    model = NnxModel()
+    params = model_params(model)
+    runs = zip(linen_run(method, params, 6), nnx_run(method, model, 6))
+    first = None
+    for (linen_params, linen_masks), (nnx_params, nnx_masks) in runs:
+      self.assertEqual(set(linen_masks), {'first/kernel', 'second/kernel'})
+      self.assertEqual(set(nnx_masks), set(linen_masks))
+      for path, mask in linen_masks.items():
+        np.testing.assert_array_equal(mask, nnx_masks[path])
+      first = first or linen_masks
+      # Two compilations: sums may differ in the last bit, which Adam's first
+      # steps, of the sign of the gradient, leave as it is.
+      jax.tree.map(lambda a, b: np.testing.assert_allclose(
+          a, b, rtol=1e-4, atol=1e-5), linen_params, nnx_params)
+    self.assertTrue(np.any(first['first/kernel']
+                           != linen_masks['first/kernel']))
+
+
+class LinenGetterTest(parameterized.TestCase):
+
+  def test_only_params_are_read_through_the_method(self):
+    method = sparse_jax.static(.5)
+    norm = nn.BatchNorm(use_running_average=False)
+    x = jax.random.normal(jax.random.key(0), (4, 6))
+
+    class Model(nn.Module):
+
+      @nn.compact
+      def __call__(self, x):
+        return norm.copy(name='norm')(nn.Dense(6, name='dense')(x))
+
+    variables = jax.jit(Model().init)(jax.random.key(1), x)
+    state = method.init(variables['params'])
+    sparse = sparse_jax.linen_getter(method, state)(variables)
+    self.assertIs(sparse['batch_stats'], variables['batch_stats'])
+    kernel = sparse['params']['dense']['kernel']
+    self.assertEqual(int((kernel != 0).sum()), 18)
+    self.assertIs(sparse['params']['norm']['scale'],
+                  variables['params']['norm']['scale'])
+    y, updated = jax.jit(lambda variables: Model().apply(
+        variables, x, mutable='batch_stats'))(sparse)
+    np.testing.assert_allclose(y.mean(0), np.zeros(6), atol=1e-5)  # float32.
+    np.testing.assert_allclose(
+        updated['batch_stats']['norm']['mean'],
+        .01 * (x @ kernel).mean(0), atol=1e-6)  # Momentum .99.
+
+  def test_variables_without_params_are_named(self):
+    method = sparse_jax.static(.5)
+    state = method.init({'w': jnp.ones((2, 4))})
+    with self.assertRaisesRegex(ValueError, '`variables`.*batch_stats'):
+      sparse_jax.linen_getter(method, state)({'batch_stats': {}})
+
+
+class NnxGetterTest(parameterized.TestCase):
+
+  def test_the_model_of_the_caller_is_untouched(self):
+    class Model(nnx.Module):
+
+      def __init__(self):
+        self.dense = nnx.Linear(5, 6, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(6, rngs=nnx.Rngs(1))
+
+      def __call__(self, x):
+        return self.norm(self.dense(x))
+
+    model, method = Model(), sparse_jax.static(.5)
+    x = batch(0)[0]
+    optimizer = nnx.Optimizer(model, sparse_jax.sparsify(
+        optax.sgd(.1), method), wrt=nnx.Param)
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    sparse = sparse_jax.nnx_getter(method, optimizer)(model)
+    self.assertEqual(int((sparse.dense.kernel[...] != 0).sum()), 15)
+    self.assertEqual(int((model.dense.kernel[...] != 0).sum()), 30)
+    sparse(x)
+    jax.tree.map(np.testing.assert_array_equal,
+                 jax.tree.map(np.asarray, nnx.state(model)), before)
+    # What the sparse model learnt of the batch is copied back on demand.
+    want = .01 * (x @ sparse.dense.kernel[...]).mean(0)
+    nnx.update(model, nnx.state(sparse, nnx.BatchStat))
+    np.testing.assert_allclose(model.norm.mean[...], want, atol=1e-6)
+
+  def test_accepts_the_state_of_the_method_itself(self):
+    model, method = NnxModel(), sparse_jax.static(.5)
+    state = method.init(nnx.state(model, nnx.Param))
+    sparse = sparse_jax.nnx_getter(method, state)(model)
+    self.assertEqual(int((sparse.first.kernel[...] != 0).sum()), 20)
+
+  def test_gradients_reach_the_model_of_the_caller(self):
+    model, method = NnxModel(), sparse_jax.static(.5)
+    state = method.init(nnx.state(model, nnx.Param))
+    grads = nnx.grad(lambda model: sparse_jax.nnx_getter(method, state)(
+        model)(batch(0)[0]).sum())(model)
+    mask = masks_by_path(state)['first/kernel']
+    got = np.asarray(jax.tree.leaves(grads['first']['kernel'])[0])
+    self.assertTrue(np.any(got[mask] != 0))
+    np.testing.assert_array_equal(got[~mask], 0)
+
+
+PARAMS = {'a': jnp.ones((2, 4)), 'b': jnp.ones(3)}
+METHOD = sparse_jax.static(.5)
+
+
+def sparse_sgd(rate=.1):
+  return sparse_jax.sparsify(optax.sgd(rate), METHOD)
+
+
+NESTINGS = {
+    'bare': sparse_sgd,
+    'chain': lambda: optax.chain(optax.clip(1.), sparse_sgd()),
+    'named_chain': lambda: optax.named_chain(('clip', optax.clip(1.)),
+                                             ('sparse', sparse_sgd())),
+    'multi_steps': lambda: optax.MultiSteps(
+        sparse_sgd(), 2).gradient_transformation(),
+    'inject_hyperparams': lambda: optax.inject_hyperparams(sparse_sgd)(
+        rate=.1),
+    'masked': lambda: optax.masked(sparse_sgd(), {'a': True, 'b': False}),
+    'apply_if_finite': lambda: optax.apply_if_finite(sparse_sgd(), 3),
+    'multi_transform': lambda: optax.multi_transform(
+        {'sparse': sparse_sgd(), 'dense': optax.adam(.1)},
+        {'a': 'sparse', 'b': 'dense'}),
+}
+
+
+class GetStateTest(parameterized.TestCase):
+
+  @parameterized.parameters(*NESTINGS)
+  def test_is_found_wherever_it_is(self, nesting):
+    state = NESTINGS[nesting]().init(PARAMS)
+    found = sparse_jax.get_state(state)
+    self.assertIsInstance(found, sparse_jax.SparseState)
+    weights = METHOD.read(PARAMS, state)
+    self.assertEqual(jax.tree.map(lambda w: float(w.sum()), weights),
+                     {'a': 4., 'b': 3.})
+    self.assertEqual(METHOD.penalty(PARAMS, state), 0.)
+
+  @parameterized.parameters('chain', 'masked', 'multi_transform',
+                            'inject_hyperparams', 'apply_if_finite')
+  def test_it_trains_there(self, nesting):
+    tx = NESTINGS[nesting]()
+    state = tx.init(PARAMS)
+    updates, state = jax.jit(tx.update)(PARAMS, state, PARAMS)
+    params = optax.apply_updates(PARAMS, updates)
+    self.assertEqual(int(sparse_jax.get_state(state).step), 1)
+    np.testing.assert_array_equal(
+        params['a'] != 0, sparse_jax.get_state(state).forward_masks['a'])
+
+  def test_is_found_in_a_train_state(self):
+    state = train_state.TrainState.create(
+        apply_fn=None, params=PARAMS, tx=NESTINGS['chain']())
+    for found in (state, state.opt_state):
+      self.assertEqual(sparse_jax.get_state(found).marks['a'].shape, (2, 4))
+
+  def test_is_found_in_an_nnx_optimizer_as_plain_arrays(self):
+    optimizer = nnx.Optimizer(NnxModel(), NESTINGS['chain'](), wrt=nnx.Param)
+    for holder in (optimizer, optimizer.opt_state):
+      found = sparse_jax.get_state(holder)
+      self.assertIsInstance(found.step, jax.Array)
+      for leaf in jax.tree.leaves(found):
+        self.assertIsInstance(leaf, jax.Array)
+
+  def test_is_found_under_jit_and_in_shapes(self):
+    tx = NESTINGS['chain']()
+    shapes = jax.eval_shape(tx.init, PARAMS)
+    self.assertEqual(sparse_jax.get_state(shapes).marks['a'].shape, (2, 4))
+    step = jax.jit(lambda state: sparse_jax.get_state(state).step)
+    self.assertEqual(step(tx.init(PARAMS)), 0)
+
+  @parameterized.parameters((optax.adam(.1),), (optax.identity(),))
+  def test_none_is_an_error_that_says_so(self, tx):
+    with self.assertRaisesRegex(
+        ValueError, '`opt_state`.*no SparseState.*sparsify'):
+      sparse_jax.get_state(tx.init(PARAMS))
+
+  def test_two_are_an_error_that_says_so(self):
+    state = optax.chain(sparse_sgd(), sparse_sgd()).init(PARAMS)
+    with self.assertRaisesRegex(ValueError, '`opt_state`.*2 SparseStates'):
+      METHOD.read(PARAMS, state)
+
+  def test_a_method_that_wraps_another_is_found_once(self):
+    inner = METHOD.init(PARAMS)
+    outer = inner._replace(step=jnp.int32(7), extra=(inner, jnp.ones(2)))
+    for state in (outer, (optax.EmptyState(), {'x': outer})):
+      found = sparse_jax.get_state(state)
+      self.assertEqual(found.step, 7)
+      self.assertIsInstance(found.extra[0], sparse_jax.SparseState)
+
+
+if __name__ == '__main__':
+  absltest.main()
