@@ -11,7 +11,12 @@ Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
 def constant(value: float) -> Schedule:
-  """The same value at every step, a float32[]."""
+  """The same value at every step, a float32[].
+
+  Example:
+    >>> float(constant(0.5)(100))
+    0.5
+  """
   return lambda step: jnp.full(jnp.shape(step), value, jnp.float32)
 
 

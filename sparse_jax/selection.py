@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import re
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from sparse_jax import base
@@ -71,8 +70,10 @@ def contracting_axes(path: base.Path, ndim: int) -> tuple[int, ...]:
     ndim: its number of axes, stacked ones not counted.
 
   Example:
-    >>> contracting_axes('Dense_0/kernel', 2), contracting_axes('Conv/kernel', 4)
-    ((0,), (2,))
+    >>> contracting_axes('Dense_0/kernel', 2)
+    (0,)
+    >>> contracting_axes('Conv_0/kernel', 4)
+    (2,)
     >>> contracting_axes('attention/out/kernel', 3)
     (0, 1)
   """

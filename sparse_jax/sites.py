@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import math
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from sparse_jax import base
 from sparse_jax import masking
 from sparse_jax import selection
 from sparse_jax import structures
+from sparse_jax import topk
 
 
 class Leaf(NamedTuple):
@@ -102,9 +104,7 @@ def _slice_sparsities(allocation, layouts, sparsity):
   shapes, first = {}, {}
   for path, leaf in layouts.items():
     own = [n for i, n in enumerate(leaf.shape) if i not in leaf.stacked]
-    layers = 1
-    for axis in leaf.stacked:
-      layers *= leaf.shape[axis]
+    layers = math.prod(leaf.shape[axis] for axis in leaf.stacked)
     names = [f'{path}[{i}]' for i in range(layers)] if leaf.stacked else [path]
     shapes.update({name: tuple(own) for name in names})
     first[path] = names[0]
@@ -152,9 +152,9 @@ def drop_and_grow(leaf: Leaf, active: jax.Array, worth: jax.Array,
 
 def _kept(count: int, fraction):
   """keep_count, at a fraction of 1 too, where one group still survives."""
-  if isinstance(fraction, jax.Array):
-    return masking.topk.keep_count(count, fraction)
-  return masking.topk.keep_count(count, fraction) if fraction < 1 else 1
+  if isinstance(fraction, jax.Array) or fraction < 1:
+    return topk.keep_count(count, fraction)
+  return 1
 
 
 def _only(choosable: jax.Array, scores: jax.Array) -> jax.Array:

@@ -14,7 +14,8 @@ LAYERS = (
     {'topk', 'structures', 'selection', 'scoring', 'schedules', 'backward'},
     {'allocation', 'masking', 'losses'},
     {'sites', 'state'},
-    {'methods', 'summary', 'transforms', 'getters'},
+    {'assembly', 'summary', 'transforms', 'getters'},
+    {'fixed', 'rewiring', 'pruning', 'straight_through'},
     {'__init__'},
 )
 # Only these files may know these packages.

@@ -14,6 +14,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import statistics
 import sys
 from typing import Any
@@ -33,6 +34,9 @@ _METHODS = flags.DEFINE_list(
 _SPARSITIES = flags.DEFINE_list(
     'sparsities', ['0.8', '0.9', '0.95', '0.98'], 'Sparsities to compare at.')
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1'], 'Seeds of each cell.')
+_SETTINGS = flags.DEFINE_list(
+    'settings', [], 'Flags of single methods, as method.flag=number: '
+    'top_kast.update_every=5.')
 _OUTDIR = flags.DEFINE_string('outdir', 'runs/compare', 'Where it all goes.')
 
 
@@ -46,6 +50,21 @@ def cells() -> list[dict[str, Any]]:
             'sparsity': float(sparsity) if method != 'dense' else 0.}
     found[tuple(cell.values())] = cell
   return list(found.values())
+
+
+def settings(method: str) -> dict[str, float]:
+  """What --settings says of one method."""
+  found = {}
+  for setting in _SETTINGS.value:
+    match = re.fullmatch(r'(\w+)\.(\w+)=(-?[\d.e-]+)', setting)
+    if not match or match[1] not in _METHODS.value or (
+        match[2] not in flags.FLAGS):
+      raise ValueError(f'`settings` (={setting!r}) must be method.flag=number '
+                       f'for a method of {_METHODS.value}.')
+    if match[1] == method:
+      number = float(match[3])
+      found[match[2]] = int(number) if number == int(number) else number
+  return found
 
 
 def workdir(cell) -> str:
@@ -116,7 +135,8 @@ def main(_):
       continue
     print(f'cell {number} of {len(todo)}: {cell}', flush=True)
     try:
-      train.train(common | cell | {'workdir': workdir(cell)})
+      train.train(common | settings(cell['method']) | cell
+                  | {'workdir': workdir(cell)})
     except (ValueError, FileNotFoundError) as error:
       logging.error('%s', error)
       sys.exit(2)

@@ -1,0 +1,103 @@
+"""From dense to sparse: masks that tighten while training goes on."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from sparse_jax import assembly
+from sparse_jax import schedules
+from sparse_jax import scoring
+from sparse_jax import selection
+from sparse_jax import sites as sites_lib
+from sparse_jax import state as state_lib
+from sparse_jax import structures
+from sparse_jax.assembly import SparseMethod
+from sparse_jax.assembly import UNIFORM
+from sparse_jax.assembly import UNSTRUCTURED
+
+
+def gmp(sparsity: float, *, schedule: schedules.Schedule | None = None,
+        score: Callable[..., jax.Array] = scoring.magnitude,
+        allocation=UNIFORM, structure=UNSTRUCTURED,
+        is_sparse: selection.IsSparse = None, batch_axes: selection.Axes = (),
+        contracting: selection.Axes | None = None, update_every: int = 100,
+        update_begin: int = 0, update_end: int | None = None) -> SparseMethod:
+  """Gradual magnitude pruning: the mask tightens along a schedule.
+
+  At a refresh at step t each leaf keeps its best entries at the sparsity
+  s(t) * (leaf's target / sparsity). Pruned weights keep their value, hidden
+  and unmoved, and may come back while others shrink below them. Training
+  costs the mean over t of 3 f at sparsity s(t).
+
+  Args:
+    sparsity, allocation, structure, is_sparse, batch_axes, contracting: as in
+      `static`; the sparsity is the final one.
+    schedule: sparsity as a function of the step. None is the cubic one from
+      `update_begin` to `update_end`, and without an `update_end` no rise at
+      all: the final sparsity from the start.
+    score: `score(weight, grad, key)`, the worth of each entry: a function of
+      `scoring`, or your own. One that is not by magnitude receives the dense
+      gradient.
+    update_every: steps between refreshes, at least 1.
+    update_begin, update_end: first and last step that may refresh;
+      `update_end` itself always does.
+
+  Raises:
+    ValueError: naming the argument that is out of range, or a schedule with
+      NM, which fixes the sparsity.
+
+  Example:
+    >>> method = gmp(0.9, update_begin=100, update_end=900)
+
+  Reference:
+    Zhu and Gupta, To prune, or not to prune, 2017,
+    https://arxiv.org/abs/1710.01878. Hidden weights do not decay or coast on
+    momentum here, as they do in TensorFlow's pruning code.
+  """
+  sites = sites_lib.Sites(sparsity, allocation, structure, is_sparse,
+                          batch_axes, contracting).checked()
+  window = assembly.refresh_window(update_every, update_begin, update_end,
+                                   also_at_end=True)
+  schedule = _pruning_schedule(sites, schedule, update_begin, update_end)
+
+  def count(leaf, step):
+    if schedule is None:
+      return leaf.count
+    kept = leaf.layout.keep_count(schedule(step) * (leaf.sparsity / sparsity))
+    if update_end is None:
+      return kept
+    return jnp.where(step >= update_end, leaf.count, kept)
+
+  def select(leaf, weight, grad, step, key):
+    own = jax.random.fold_in(key, leaf.index)
+    groups = leaf.layout.group(score(weight, grad, own))
+    chosen = leaf.layout.top(groups, count(leaf, step))
+    return sites_lib.levels(leaf, chosen, chosen)
+
+  def start(params, key):
+    return sites_lib.first_marks(params, sites.leaves(params), lambda leaf, w:
+                                 select(leaf, w, w, jnp.int32(0), key))
+
+  def renew(seen, state):
+    step = state.step + 1
+    key = state_lib.step_key(state, step)
+    return sites_lib.next_marks(
+        window(step), lambda leaf, w, g, m: select(leaf, w, g, step, key),
+        sites.leaves(seen.params), seen, state.marks)
+
+  by_magnitude = score is scoring.magnitude
+  read = assembly.read_forward if by_magnitude else assembly.read_dense_gradient
+  return assembly.make_method(start, renew=renew, read=read)
+
+
+def _pruning_schedule(sites, schedule, begin, end):
+  """GMP's sparsity by the step, checked against the structure."""
+  fixed = isinstance(sites.structure, structures.NM)
+  if fixed and (schedule is not None or end is not None):
+    raise ValueError('`schedule` and `update_end` must be None with '
+                     f'`structure` ={sites.structure}, which fixes the '
+                     'sparsity.')
+  if schedule is not None or end is None or sites.sparsity == 0:
+    return schedule if sites.sparsity else None
+  return schedules.cubic_sparsity(sites.sparsity, begin=begin, end=end)
