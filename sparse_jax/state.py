@@ -80,7 +80,7 @@ def get_state(opt_state: Any) -> SparseState:
     >>> import optax, sparse_jax
     >>> tx = sparse_jax.sparsify(optax.adam(1e-3), sparse_jax.static(0.5))
     >>> state = optax.MultiSteps(tx, 2).init({'kernel': jnp.ones((2, 4))})
-    >>> int(get_state(state).forward_masks['kernel'].sum())
+    >>> int(sparse_jax.get_state(state).forward_masks['kernel'].sum())
     4
   """
   def is_state(node):
