@@ -1,0 +1,849 @@
+"""The laws that every method obeys. A new method is a new row of METHODS."""
+
+import functools
+import inspect
+import typing
+from typing import Any
+from typing import NamedTuple
+
+from absl.testing import absltest
+from absl.testing import parameterized
+from flax import linen as nn
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sparse_jax
+from sparse_jax import base
+
+# Called without arguments, or with keywords in place of those given here.
+METHODS = {
+    'dense': sparse_jax.dense,
+    'static': functools.partial(sparse_jax.static, sparsity=.75),
+    'set_': functools.partial(sparse_jax.set_, sparsity=.75, update_every=2),
+    'rigl': functools.partial(sparse_jax.rigl, sparsity=.75, update_every=2),
+    'rigl_skip_step': functools.partial(
+        sparse_jax.rigl, sparsity=.75, update_every=2, skip_step=True),
+    'gmp': functools.partial(sparse_jax.gmp, sparsity=.75, update_every=2),
+    'gmp_cubic': functools.partial(
+        sparse_jax.gmp, sparsity=.75, update_every=2, update_end=5),
+    'gmp_saliency': functools.partial(
+        sparse_jax.gmp, sparsity=.75, update_every=2,
+        score=sparse_jax.saliency),
+    'dnw': functools.partial(sparse_jax.dnw, sparsity=.75),
+    'top_kast': functools.partial(
+        sparse_jax.top_kast, sparsity=.75, backward_sparsity=.5,
+        update_every=2),
+    'top_kast_random': functools.partial(
+        sparse_jax.top_kast, sparsity=.75, backward_sparsity=.5,
+        backward_selection='random', update_every=2),
+}
+SPARSE = tuple(name for name in METHODS if name != 'dense')
+# Stored weights are exactly 0 outside A; all others keep hidden values.
+ZEROS = ('static', 'set_', 'rigl', 'rigl_skip_step')
+# Masks that depend on the key: from the first on, and at each refresh.
+RANDOM_START = ('static', 'set_', 'rigl', 'rigl_skip_step', 'top_kast_random')
+RANDOM_REFRESH = ('set_', 'top_kast_random')
+# A and B after a refresh are the largest |w| of the parameters returned.
+BY_MAGNITUDE = ('gmp', 'gmp_cubic', 'dnw', 'top_kast')
+# At sparsity 0 it is the inner optimizer; the keywords that the law needs.
+DENSE_KEYWORDS = {
+    'static': {}, 'set_': {}, 'rigl': {}, 'gmp': {}, 'gmp_cubic': {},
+    'gmp_saliency': {}, 'dnw': {},
+    'top_kast': dict(backward_sparsity=0., penalty_weight=0.),
+    'top_kast_random': dict(backward_sparsity=0., penalty_weight=0.),
+}
+# For every argument of every constructor two values that must differ in
+# effect, and the other keywords under which they do.
+ARGUMENTS = {
+    'sparsity': (.75, .5, {}),
+    'allocation': (sparse_jax.uniform, sparse_jax.erk, {}),
+    'structure': (sparse_jax.Unstructured(), sparse_jax.Block((2, 2)), {}),
+    'is_sparse': (None, (('conv', False),), {}),
+    'batch_axes': ((), lambda path, leaf: (0,) if 'conv' in path else (), {}),
+    'contracting': (None, (0,), dict(structure=sparse_jax.Block((2, 3)))),
+    'update_every': (2, 3, {}),
+    'update_begin': (0, 5, {}),
+    'update_end': (None, 3, {}),
+    'drop_fraction': (.3, .6, {}),
+    'skip_step': (False, True, {}),
+    'schedule': (None, sparse_jax.cubic_sparsity(.75, end=6), {}),
+    'score': (sparse_jax.magnitude, sparse_jax.random, {}),
+    'backward_sparsity': (.5, .25, {}),
+    'penalty_weight': (1e-2, 1., {}),
+    'backward_selection': ('magnitude', 'random', {}),
+    'stop_exploration_at': (None, 3, {}),
+}
+STRUCTURES = {
+    'unstructured': sparse_jax.Unstructured(),
+    'block': sparse_jax.Block((2, 4)),
+    'n_of_m': sparse_jax.NM(1, 2),
+    'channel': sparse_jax.Channel(),
+    'filter': sparse_jax.Filter(),
+}
+# Compiles in half the time; for tests of counts, types and zeros.
+QUICK = {'xla_backend_optimization_level': 0}
+
+
+class Moment(NamedTuple):
+  """What a run was after one step, in NumPy, by path."""
+
+  params: dict[str, np.ndarray]
+  forward: dict[str, np.ndarray]
+  backward: dict[str, np.ndarray]
+  grads: dict[str, np.ndarray]
+  loss: float
+
+
+class Run(NamedTuple):
+  moments: list[Moment]  # The first is the state of tx.init.
+  compilations: int
+  first_state: Any
+  state: Any
+  params: Any
+
+
+def fake_params(dtype=jnp.float32, conv=(2, 2, 4, 6), dense=(8, 12)):
+  """Two kernels, each with a few stored -0.0, and a bias."""
+  rng = np.random.default_rng(0)
+  kernels = [.1 * rng.normal(size=shape) for shape in (conv, dense)]
+  for kernel in kernels:
+    kernel.ravel()[[1, 7, 12]] = -0.
+  return {'conv': {'kernel': jnp.asarray(kernels[0], dtype)},
+          'dense': {'bias': jnp.zeros(dense[-1], dtype),
+                    'kernel': jnp.asarray(kernels[1], dtype)}}
+
+
+def fake_batch(params, step):
+  """The target of one step: about 1, so that every weight has a gradient."""
+  rng = np.random.default_rng([1, step])
+  return jax.tree.map(
+      lambda p: jnp.asarray(1 + .3 * rng.normal(size=p.shape), p.dtype),
+      params)
+
+
+def loss_fn(weights, target):
+  losses = jax.tree.map(lambda w, t: jnp.mean(jnp.square(w - t)) * 2., weights,
+                        target)
+  return sum(jax.tree.leaves(losses)).astype(jnp.float32)
+
+
+def quadratic(weights, target):
+  """Curvature 1 in each weight."""
+  losses = jax.tree.map(lambda w, t: jnp.sum(jnp.square(w - t)) / 2, weights,
+                        target)
+  return sum(jax.tree.leaves(losses)).astype(jnp.float32)
+
+
+def make_step(method, tx, loss=quadratic):
+  def step(params, state, batch):
+    value, grads = jax.value_and_grad(
+        lambda p: loss(method.read(p, state), batch))(params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, (value, grads)
+
+  return step
+
+
+def copied(tree):
+  return jax.tree.map(jnp.array, tree)
+
+
+def moment(params, state, grads, loss) -> Moment:
+  sparse = sparse_jax.get_state(state)
+  trees = (params, sparse.forward_masks, sparse.backward_masks, grads)
+  # Copies: the device's buffers are donated to the next step.
+  return Moment(*({path: np.array(leaf)
+                   for path, leaf in base.leaves_by_path(tree).items()}
+                  for tree in trees), float(loss))
+
+
+def run_many(methods, params, *, optimizer=None, steps=6, key=None,
+             options=None) -> dict[str, Run]:
+  """Trains by several methods in one compiled step that donates its input.
+
+  A dict {label: method}; all start from the same parameters.
+  """
+  optimizer = optimizer or optax.sgd(.1, momentum=.9)
+  txs = {label: sparse_jax.sparsify(optimizer, method, key=key)
+         for label, method in methods.items()}
+
+  def step(state, batch):
+    new = {label: make_step(methods[label], txs[label])(*state[label], batch)
+           for label in methods}
+    return ({label: each[:2] for label, each in new.items()},
+            {label: each[2] for label, each in new.items()})
+
+  compiled = jax.jit(step, donate_argnums=0, compiler_options=options)
+  state = {label: (copied(params), tx.init(params))
+           for label, tx in txs.items()}
+  first = {label: jax.tree.map(jax.typeof, state[label]) for label in methods}
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  moments = {label: [moment(*state[label], zeros, np.nan)] for label in methods}
+  for t in range(1, steps + 1):
+    state, aux = compiled(state, fake_batch(params, t))
+    for label in methods:
+      loss, grads = aux[label]
+      moments[label].append(moment(*state[label], grads, loss))
+  return {label: Run(moments[label], compiled._cache_size(), first[label],
+                     state[label][1], state[label][0]) for label in methods}
+
+
+@functools.cache
+def run(name, dtype=jnp.float32, key=None, **keywords) -> Run:
+  """Six steps of a row of METHODS by SGD with momentum."""
+  method = METHODS[name](**keywords)
+  return run_many({name: method}, fake_params(dtype), key=key)[name]
+
+
+def slow_top(scores, k):
+  """bool, same shape: the k largest; of equals the earlier; loops."""
+  flat = np.asarray(scores).astype(np.float64).ravel()
+  best = sorted(range(flat.size), key=lambda i: (-flat[i], i))[:k]
+  mask = np.zeros(flat.size, bool)
+  mask[best] = True
+  return mask.reshape(np.shape(scores))
+
+
+def bits(array):
+  """The bit patterns, so that -0.0 and +0.0 differ."""
+  array = np.asarray(array)
+  return array.view(f'uint{8 * array.dtype.itemsize}')
+
+
+def same_masks(first, second):
+  return all(np.array_equal(first[path], second[path]) for path in first)
+
+
+def expected_counts(name, allocation, step):
+  """{path: (entries of A, entries of B)} by the definition."""
+  shapes = {'conv/kernel': (2, 2, 4, 6), 'dense/kernel': (8, 12)}
+  sparsity = .75
+  if name == 'gmp_cubic' and step < 5:  # Its refreshes are at 0, 2, 4, 5.
+    sparsity *= 1 - (1 - (step - step % 2) / 5)**3
+  shares = allocation(shapes, .75)
+  forward = {path: sparse_jax.keep_count(
+      int(np.prod(shape)), shares[path] * (sparsity / .75))
+             for path, shape in shapes.items()}
+  if name == 'dnw':
+    return {path: (n, int(np.prod(shapes[path])))
+            for path, n in forward.items()}
+  if not name.startswith('top_kast'):
+    return {path: (n, n) for path, n in forward.items()}
+  shares = allocation(shapes, .5)
+  return {path: (n, max(n, sparse_jax.keep_count(int(np.prod(shapes[path])),
+                                                 shares[path])))
+          for path, n in forward.items()}
+
+
+class TableTest(absltest.TestCase):
+
+  def test_every_public_method_has_a_row(self):
+    public = {fn for _, fn in inspect.getmembers(sparse_jax,
+                                                 inspect.isfunction)
+              if typing.get_type_hints(fn).get('return')
+              is sparse_jax.SparseMethod}
+    rows = {getattr(row, 'func', row) for row in METHODS.values()}
+    self.assertEqual(public - rows, set())
+
+  def test_every_argument_is_varied(self):
+    names = {name for row in METHODS.values()
+             for name in inspect.signature(getattr(row, 'func',
+                                                   row)).parameters}
+    self.assertEqual(names - set(ARGUMENTS), set())
+
+
+class LawTest(parameterized.TestCase):
+
+  @parameterized.parameters(*METHODS)
+  def test_learns_a_quadratic(self, name):
+    moments = run(name).moments
+    self.assertLess(moments[-1].loss, moments[1].loss)
+
+  @parameterized.product(name=SPARSE, allocation=(sparse_jax.uniform,
+                                                  sparse_jax.erk))
+  def test_counts_are_exact_after_every_step(self, name, allocation):
+    moments = run(name, allocation=allocation).moments
+    for step, seen in enumerate(moments):
+      counts = {path: (int(seen.forward[path].sum()),
+                       int(seen.backward[path].sum()))
+                for path in seen.forward}
+      self.assertEqual(counts, expected_counts(name, allocation, step), step)
+
+  @parameterized.parameters(*SPARSE)
+  def test_forward_set_lies_inside_backward_set(self, name):
+    for seen in run(name).moments:
+      for path, forward in seen.forward.items():
+        self.assertFalse(np.any(forward & ~seen.backward[path]))
+
+  @parameterized.parameters(*METHODS)
+  def test_second_step_compiles_nothing(self, name):
+    self.assertEqual(run(name).compilations, 1)
+
+  @parameterized.parameters(*METHODS)
+  def test_state_and_parameters_keep_their_types(self, name):
+    done = run(name)
+    after = jax.tree.map(jax.typeof, (done.params, done.state))
+    self.assertEqual(after, done.first_state)
+
+  @parameterized.parameters(*METHODS)
+  def test_eager_update_keeps_the_types_of_the_state(self, name):
+    params = {'w': jnp.arange(24.).reshape(4, 6)}
+    tx = sparse_jax.sparsify(optax.adam(.1), METHODS[name]())
+    state = tx.init(params)
+    updates, new = tx.update(params, state, params)
+    self.assertEqual(jax.tree.map(jax.typeof, new),
+                     jax.tree.map(jax.typeof, state))
+    self.assertEqual(jax.tree.map(jax.typeof, updates),
+                     jax.tree.map(jax.typeof, params))
+
+  @parameterized.parameters(*METHODS)
+  def test_init_works_on_shapes_and_gives_what_it_promises(self, name):
+    params = fake_params()
+    tx = sparse_jax.sparsify(optax.adam(.1), METHODS[name]())
+    shapes = jax.eval_shape(tx.init, params)
+    self.assertEqual(jax.tree.map(lambda x: (x.shape, x.dtype), shapes),
+                     jax.tree.map(lambda x: (x.shape, x.dtype),
+                                  tx.init(params)))
+
+  @parameterized.parameters(*METHODS)
+  def test_no_two_leaves_of_the_initial_state_share_a_buffer(self, name):
+    params = fake_params()
+    key = jax.random.key(5)
+    tx = sparse_jax.sparsify(optax.adam(.1), METHODS[name](), key=key)
+    leaves = jax.tree.leaves((params, jax.random.key_data(key),
+                              tx.init(params)))
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in leaves]
+    self.assertLen(set(pointers), len(pointers))
+
+  @parameterized.parameters(*METHODS)
+  def test_masks_mirror_the_model(self, name):
+    params = fake_params()
+    state = METHODS[name]().init(params)
+    masks = jax.tree.map(lambda _: None, params)
+    if name != 'dense':
+      for layer in ('conv', 'dense'):
+        masks[layer]['kernel'] = params[layer]['kernel'].shape
+    for tree in (state.forward_masks, state.backward_masks):
+      self.assertEqual(jax.tree.map(lambda m: m.shape, tree), masks)
+      self.assertEqual({m.dtype for m in jax.tree.leaves(tree)} - {
+          np.dtype(bool)}, set())
+
+  @parameterized.parameters(*METHODS)
+  def test_read_gives_the_models_tree_with_zeros_outside_the_mask(self, name):
+    params, method = fake_params(), METHODS[name]()
+    state = method.init(params)
+    weights = method.read(params, state)
+    self.assertEqual(jax.tree.map(jax.typeof, weights),
+                     jax.tree.map(jax.typeof, params))
+    masks = base.leaves_by_path(state.forward_masks)
+    before = base.leaves_by_path(params)
+    for path, weight in base.leaves_by_path(weights).items():
+      want = np.where(masks.get(path, True), before[path], np.float32(0))
+      np.testing.assert_array_equal(bits(weight), bits(want))
+
+
+class DenseTest(parameterized.TestCase):
+
+  @parameterized.named_parameters(
+      ('plain_sgd', optax.sgd(.1)), ('sgd', optax.sgd(.1, momentum=.9)),
+      ('adam', optax.adam(.1)), ('adamw', optax.adamw(.1)))
+  def test_sparsity_zero_is_the_inner_optimizer_bit_for_bit(self, optimizer):
+    """Signed zeros too: the gradients of dead units are often -0.0."""
+    params = fake_params(conv=(2, 2, 1, 4), dense=(4, 6))
+    methods = {'dense': sparse_jax.dense()} | {
+        name: METHODS[name](sparsity=0., **keywords)
+        for name, keywords in DENSE_KEYWORDS.items()}
+    txs = {'inner': optimizer} | {
+        name: sparse_jax.sparsify(optimizer, method)
+        for name, method in methods.items()}
+
+    @jax.jit
+    def step(state, grads):
+      return {name: tx.update(grads, state[name][1], state[name][0])
+              for name, tx in txs.items()}
+
+    apply = jax.jit(optax.apply_updates)
+    state = {name: (params, tx.init(params)) for name, tx in txs.items()}
+    for t in range(1, 5):
+      grads = jax.tree.map(lambda p: jnp.where(p == 0, -0., p - 1),
+                           fake_batch(params, t))
+      grads = jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(-0.), grads)
+      new = step(state, grads)
+      state = {name: (apply(state[name][0], updates), slots)
+               for name, (updates, slots) in new.items()}
+      for name in methods:
+        for tree, want in ((new[name][0], new['inner'][0]),
+                           (state[name][0], state['inner'][0]),
+                           (new[name][1].inner, new['inner'][1])):
+          pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(want),
+                      strict=True)
+          different = [np.sum(bits(x) != bits(y)) for x, y in pairs]
+          self.assertEqual(sum(different), 0, (name, t))
+
+  def test_dense_reads_the_parameters_themselves(self):
+    params, method = fake_params(), sparse_jax.dense()
+    self.assertIs(method.read(params, method.init(params)), params)
+
+
+class KeyTest(parameterized.TestCase):
+
+  @parameterized.parameters(*SPARSE)
+  def test_same_key_same_masks_and_other_key_other_masks(self, name):
+    params, method = fake_params(), METHODS[name]()
+    masks = [jax.tree.leaves(sparse_jax.sparsify(
+        optax.sgd(.1), method, key=key).init(params).sparse.marks)
+             for key in (None, 0, jax.random.key(0), 7, jax.random.key(7))]
+    same = [same_masks(dict(enumerate(masks[0])), dict(enumerate(other)))
+            for other in masks]
+    other = name not in RANDOM_START
+    self.assertEqual(same, [True, True, True, other, other])
+
+  @parameterized.parameters(*RANDOM_START)
+  def test_leaves_of_one_shape_get_masks_of_their_own(self, name):
+    params = {'a': jnp.ones((8, 12)), 'b': jnp.ones((8, 12))}
+    masks = METHODS[name]().init(params).backward_masks
+    self.assertFalse(np.array_equal(masks['a'], masks['b']))
+
+  @parameterized.parameters(*SPARSE)
+  def test_refresh_depends_on_key_and_step_only_where_random(self, name):
+    params = {'w': jnp.asarray(np.random.default_rng(2).normal(size=(8, 12)),
+                               jnp.float32)}
+    method = METHODS[name]()
+    state = method.init(params)
+    keys = [sparse_jax.sparsify(optax.sgd(.1), method, key=key).init(
+        params).sparse.key for key in (0, 1)]
+    states = [state._replace(key=key, step=jnp.int32(step))
+              for key, step in ((keys[0], 1), (keys[0], 1), (keys[1], 1),
+                                (keys[0], 3))]
+    refresh = jax.jit(method.refresh)
+    if name == 'gmp_cubic':
+      states = states[:3]  # Its counts depend on the step.
+    seen = [refresh(params, params, each)[1] for each in states]
+    same = [np.array_equal(seen[0].marks['w'], each.marks['w'])
+            for each in seen]
+    other = name not in RANDOM_REFRESH
+    self.assertEqual(same, [True, True, other, other][:len(same)])
+
+
+class TimeTest(parameterized.TestCase):
+
+  @parameterized.product(name=BY_MAGNITUDE,
+                         dtype=(jnp.float32, jnp.bfloat16))
+  def test_masks_are_the_largest_of_the_parameters_returned(self, name, dtype):
+    moments = run(name, dtype=dtype).moments
+    refreshes = range(7) if name == 'dnw' else (
+        0, 2, 4, 5) if name == 'gmp_cubic' else (0, 2, 4, 6)
+    for step, seen in enumerate(moments):
+      if step not in refreshes:
+        self.assertTrue(same_masks(seen.forward, moments[step - 1].forward))
+        self.assertTrue(same_masks(seen.backward, moments[step - 1].backward))
+        continue
+      wanted = expected_counts(name, sparse_jax.uniform, step)
+      for path, counts in wanted.items():
+        scores = np.abs(seen.params[path].astype(np.float64))
+        np.testing.assert_array_equal(seen.forward[path],
+                                      slow_top(scores, counts[0]), str(step))
+        np.testing.assert_array_equal(seen.backward[path],
+                                      slow_top(scores, counts[1]), str(step))
+
+  @parameterized.parameters('set_', 'rigl', 'rigl_skip_step', 'gmp_saliency',
+                            'top_kast_random')
+  def test_masks_change_at_multiples_of_update_every_only(self, name):
+    moments = run(name).moments
+    changed = [not same_masks(old.backward, new.backward)
+               for old, new in zip(moments, moments[1:])]
+    self.assertEqual(changed, [False, True] * 3)
+
+  def test_masks_change_only_from_begin_to_end(self):
+    names = ('set_', 'rigl', 'gmp_saliency', 'top_kast_random')
+    methods = {name: METHODS[name](update_begin=3, update_end=5)
+               for name in names}
+    runs = run_many(methods, fake_params(), steps=8, options=QUICK)
+    for name in names:
+      moments = runs[name].moments
+      changed = [step for step in range(1, 9)
+                 if not same_masks(moments[step - 1].backward,
+                                   moments[step].backward)]
+      # GMP is dense until it begins, and always refreshes at the end.
+      self.assertEqual(changed, [4, 5] if 'gmp' in name else [4], name)
+
+  def test_boundaries_refresh_themselves(self):
+    names = ('set_', 'rigl', 'top_kast_random')
+    methods = {name: METHODS[name](update_begin=2, update_end=4)
+               for name in names}
+    # Annealed by the cosine, SET and RigL drop nothing at the end itself.
+    for name, seen in run_many(methods, fake_params(),
+                               options=QUICK).items():
+      changed = [step for step in range(1, 7)
+                 if not same_masks(seen.moments[step - 1].backward,
+                                   seen.moments[step].backward)]
+      self.assertEqual(changed, [2, 4] if 'top_kast' in name else [2], name)
+
+  @parameterized.parameters(*METHODS)
+  def test_step_counts_the_updates_done(self, name):
+    self.assertEqual(int(sparse_jax.get_state(run(name).state).step), 6)
+
+  def test_exploration_stops_at_the_step_given(self):
+    method = METHODS['top_kast'](stop_exploration_at=3)
+    moments = run_many({'m': method}, fake_params(), options=QUICK)['m'].moments
+    equal = [same_masks(seen.forward, seen.backward) for seen in moments]
+    self.assertEqual(equal, [False] * 3 + [True] * 4)
+
+
+class WeightTest(parameterized.TestCase):
+
+  @parameterized.product(name=ZEROS, dtype=(jnp.float32, jnp.bfloat16))
+  def test_weights_outside_the_mask_are_zero_after_every_update(
+      self, name, dtype):
+    for seen in run(name, dtype=dtype).moments[1:]:
+      for path, mask in seen.forward.items():
+        self.assertFalse(np.any(seen.params[path][~mask]), path)
+
+  @parameterized.parameters('set_', 'rigl')
+  def test_weights_enter_at_zero(self, name):
+    moments = run(name).moments
+    entered = 0
+    for old, new in zip(moments[1:], moments[2:]):
+      for path in new.forward:
+        entry = new.forward[path] & ~old.forward[path]
+        entered += entry.sum()
+        self.assertFalse(np.any(new.params[path][entry]))
+    self.assertGreater(entered, 0)
+
+  @parameterized.product(name=[n for n in SPARSE if n not in ZEROS],
+                         dtype=(jnp.float32, jnp.bfloat16))
+  def test_weights_outside_the_backward_set_are_bit_identical(
+      self, name, dtype):
+    moments = run(name, dtype=dtype).moments
+    for old, new in zip(moments, moments[1:]):
+      for path, mask in old.backward.items():
+        np.testing.assert_array_equal(bits(new.params[path])[~mask],
+                                      bits(old.params[path])[~mask])
+
+  @parameterized.parameters(*SPARSE)
+  def test_every_active_weight_moves(self, name):
+    moments = run(name).moments
+    skipped = (2, 4, 6) if name == 'rigl_skip_step' else ()
+    for step, (old, new) in enumerate(zip(moments, moments[1:]), 1):
+      for path, mask in old.forward.items():
+        moved = (old.params[path] != new.params[path])[
+            mask & new.forward[path]]
+        # By skip_step the refresh replaces the optimizer's step.
+        self.assertEqual(bool(moved.all()), step not in skipped, step)
+
+  @parameterized.parameters(*METHODS)
+  def test_leaves_that_are_never_sparse_train_as_without_a_method(self, name):
+    if name == 'rigl_skip_step':
+      self.skipTest('by definition it skips steps of all leaves')
+    np.testing.assert_array_equal(run(name).moments[-1].params['dense/bias'],
+                                  run('dense').moments[-1].params['dense/bias'])
+
+  @parameterized.parameters(*SPARSE)
+  def test_gradient_follows_the_backward_rule(self, name):
+    everywhere = name in ('rigl', 'rigl_skip_step', 'gmp_saliency')
+    moments = run(name).moments
+    for step, (old, new) in enumerate(zip(moments, moments[1:]), 1):
+      target = base.leaves_by_path(fake_batch(fake_params(), step))
+      for path, mask in old.forward.items():
+        read = np.where(mask, old.params[path], 0)
+        backward = np.ones_like(mask) if everywhere else old.backward[path]
+        want = np.where(backward, read - np.asarray(target[path]), 0)
+        np.testing.assert_array_equal(new.grads[path], want)
+
+  @parameterized.parameters(*SPARSE)
+  def test_refresh_is_what_the_update_does_to_parameters_and_masks(self, name):
+    """The visible parts, put together by hand, give the run of `sparsify`."""
+    if name == 'rigl_skip_step':
+      self.skipTest('the refresh is then in place of the optimizer step')
+    params, inner = fake_params(conv=(2, 2, 1, 4), dense=(4, 6)), optax.sgd(.1)
+    method = METHODS[name]()
+    tx = sparse_jax.sparsify(inner, method, penalty=False)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def both(params, state, grads):
+      updates, new = tx.update(grads, state, params)
+      inside = base.map_leaves(
+          lambda path, g, mask: g if mask is None else jnp.where(mask, g, -0.),
+          jax.tree.map(lambda g: -.1 * g, grads), state.sparse.backward_masks)
+      by_hand = method.refresh(optax.apply_updates(params, inside), grads,
+                               state)
+      return (optax.apply_updates(params, updates), new.sparse), by_hand, new
+
+    state = tx.init(params)
+    for t in range(1, 4):
+      ours, by_hand, state = both(params, state, fake_batch(params, t))
+      jax.tree.map(np.testing.assert_array_equal, ours, by_hand)
+      params = ours[0]
+
+
+class ReferenceTest(parameterized.TestCase):
+
+  def test_rigl_drops_and_grows_like_the_slow_loop(self):
+    params = fake_params()
+    method = METHODS['rigl'](drop_fraction=.5)
+    runs = run_many({'m': method}, params, optimizer=optax.sgd(.1))
+    moments = runs['m'].moments
+    for step in (2, 4, 6):
+      old, new = moments[step - 1], moments[step]
+      for path, active in old.forward.items():
+        grad = new.grads[path]
+        stepped = old.params[path] - np.float32(.1) * grad
+        worth = np.where(active, np.abs(stepped), -1)
+        kept = slow_top(worth, sparse_jax.keep_count(int(active.sum()), .5))
+        growth = np.where(kept, -1, np.abs(grad))
+        grown = slow_top(growth, int(active.sum() - kept.sum()))
+        np.testing.assert_array_equal(new.forward[path], kept | grown)
+        # What was dropped and grown at once keeps its value.
+        stays = active & new.forward[path]
+        np.testing.assert_allclose(new.params[path],
+                                   np.where(stays, stepped, 0),
+                                   rtol=1e-6)  # One fused multiply-add.
+
+  def test_set_keeps_the_largest_like_the_slow_loop(self):
+    method = METHODS['set_'](drop_fraction=.5)
+    runs = run_many({'m': method}, fake_params(), optimizer=optax.sgd(.1))
+    moments = runs['m'].moments
+    for step in (2, 4, 6):
+      old, new = moments[step - 1], moments[step]
+      for path, active in old.forward.items():
+        stepped = old.params[path] - np.float32(.1) * new.grads[path]
+        kept = slow_top(np.where(active, np.abs(stepped), -1),
+                        sparse_jax.keep_count(int(active.sum()), .5))
+        self.assertTrue(np.all(new.forward[path][kept]))
+
+  def test_exploration_gradient_is_the_formula(self):
+    params = fake_params()
+    method = METHODS['top_kast'](penalty_weight=.3,
+                                 allocation=sparse_jax.erk)
+    state = method.init(params)
+    grads = base.leaves_by_path(jax.grad(method.penalty)(params, state))
+    shares = sparse_jax.erk({'conv/kernel': (2, 2, 4, 6),
+                             'dense/kernel': (8, 12)}, .75)
+    forward = base.leaves_by_path(state.forward_masks)
+    backward = base.leaves_by_path(state.backward_masks)
+    for path, weight in base.leaves_by_path(params).items():
+      if path not in shares:
+        self.assertFalse(np.any(grads[path]))
+        continue
+      factor = np.where(forward[path], 1, np.where(
+          backward[path], 1 / (1 - shares[path]), 0))
+      # Two float32 roundings.
+      np.testing.assert_allclose(grads[path], .3 * weight * factor, rtol=3e-7)
+
+  def test_penalty_inside_or_in_the_loss_is_the_same(self):
+    params = fake_params(conv=(2, 2, 1, 4), dense=(4, 6))
+    method = METHODS['top_kast'](penalty_weight=.1)
+    inside = sparse_jax.sparsify(optax.sgd(.1), method)
+    outside = sparse_jax.sparsify(optax.sgd(.1), method, penalty=False)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def step(params, state, batch):
+      def total(params, weight):
+        loss = quadratic(method.read(params, state), batch)
+        return loss + weight * method.penalty(params, state)
+
+      one, new = inside.update(jax.grad(total)(params, 0.), state, params)
+      two, _ = outside.update(jax.grad(total)(params, 1.), state, params)
+      return optax.apply_updates(params, one), new, one, two
+
+    state = inside.init(params)
+    for t in range(1, 4):
+      params, state, one, two = step(params, state, fake_batch(params, t))
+      jax.tree.map(functools.partial(
+          np.testing.assert_allclose, rtol=1e-6, atol=1e-8), one, two)
+
+
+class ArgumentTest(parameterized.TestCase):
+
+  @parameterized.parameters(*METHODS)
+  def test_no_argument_is_accepted_and_ignored(self, name):
+    row = METHODS[name]
+    names = inspect.signature(getattr(row, 'func', row)).parameters
+    methods = {}
+    for argument in names:
+      first, second, others = ARGUMENTS[argument]
+      if argument == 'sparsity' and name == 'gmp_cubic':
+        others = dict(others, update_end=5)
+      if argument == 'update_end' and name == 'gmp_cubic':
+        first = 5
+      methods[argument, 1] = row(**{**others, argument: first})
+      methods[argument, 2] = row(**{**others, argument: second})
+    runs = run_many({str(label): method for label, method in methods.items()},
+                    fake_params(conv=(2, 2, 2, 4), dense=(4, 6)),
+                    steps=6, options=QUICK) if methods else {}
+    for argument in names:
+      one, two = (runs[str((argument, i))].moments for i in (1, 2))
+      same = all(np.array_equal(x, y) for a, b in zip(one, two)
+                 for x, y in zip(jax.tree.leaves(a._replace(loss=0.)),
+                                 jax.tree.leaves(b._replace(loss=0.)),
+                                 strict=True)
+                 ) if same_places(one, two) else False
+      self.assertFalse(same, argument)
+
+  @parameterized.named_parameters(
+      ('sparsity_one', 'static', dict(sparsity=1.), 'sparsity'),
+      ('sparsity_nan', 'gmp', dict(sparsity=float('nan')), 'sparsity'),
+      ('fraction', 'set_', dict(drop_fraction=1.5), 'drop_fraction'),
+      ('every', 'rigl', dict(update_every=0), 'update_every'),
+      ('begin', 'rigl', dict(update_begin=-1), 'update_begin'),
+      ('end_before_begin', 'rigl', dict(update_begin=5, update_end=4),
+       'update_end'),
+      ('drop_to_end_zero', 'set_', dict(update_end=0), 'update_end'),
+      ('gmp_end_at_begin', 'gmp', dict(update_begin=4, update_end=4),
+       'update_end'),
+      ('backward_above', 'top_kast', dict(backward_sparsity=.8),
+       'backward_sparsity'),
+      ('penalty', 'top_kast', dict(penalty_weight=-1.), 'penalty_weight'),
+      ('selection', 'top_kast', dict(backward_selection='best'),
+       'backward_selection'),
+      ('stop', 'top_kast', dict(stop_exploration_at=1.5),
+       'stop_exploration_at'),
+      ('structure', 'dnw', dict(structure='block'), 'structure'),
+      ('allocation', 'dnw', dict(allocation='erk'), 'allocation'),
+      ('n_of_m_fixes_sparsity', 'static',
+       dict(structure=sparse_jax.NM(2, 4)), 'sparsity'),
+      ('n_of_m_is_uniform', 'static',
+       dict(sparsity=.5, structure=sparse_jax.NM(2, 4),
+            allocation=sparse_jax.erk), 'allocation'),
+      ('n_of_m_has_no_schedule', 'gmp',
+       dict(sparsity=.5, structure=sparse_jax.NM(2, 4), update_end=9),
+       'schedule'))
+  def test_impossible_argument_is_named(self, name, keywords, argument):
+    with self.assertRaisesRegex(ValueError, f'`{argument}`'):
+      METHODS[name](**keywords)
+
+
+def same_places(one, two):
+  """Whether the same leaves are sparse in both runs."""
+  return set(one[0].forward) == set(two[0].forward)
+
+
+class LinenNet(nn.Module):
+
+  @nn.compact
+  def __call__(self, x, dtype=jnp.float32):
+    x = nn.Conv(4, (2, 2), padding='VALID', param_dtype=dtype, name='conv')(x)
+    return nn.Dense(6, param_dtype=dtype, name='dense')(x.reshape(2, -1))
+
+
+class NnxNet(nnx.Module):
+
+  def __init__(self, dtype):
+    rngs = nnx.Rngs(0)
+    self.conv = nnx.Conv(3, 4, (2, 2), padding='VALID', param_dtype=dtype,
+                         rngs=rngs)
+    self.dense = nnx.Linear(4, 6, param_dtype=dtype, rngs=rngs)
+
+  def __call__(self, x):
+    return self.dense(self.conv(x).reshape(2, -1))
+
+
+def group_ids(structure, shape):
+  """int of the shape: the group of each entry; for NM, the competition."""
+  row, column = np.indices(shape)[-2:]
+  lead = np.ravel_multi_index(np.indices(shape)[:-2], shape[:-2]) if (
+      len(shape) > 2) else np.zeros(shape, int)
+  if isinstance(structure, sparse_jax.Block):
+    rows, columns = structure.shape
+    parts = (lead, row // rows, column // columns)
+  elif isinstance(structure, sparse_jax.NM):
+    parts = (lead, row // structure.m, column)
+  elif isinstance(structure, sparse_jax.Channel):
+    parts = (row, column)
+  elif isinstance(structure, sparse_jax.Filter):
+    parts = (column,)
+  else:
+    parts = (lead, row, column)
+  _, ids = np.unique(np.stack([np.ravel(part) for part in parts]), axis=1,
+                     return_inverse=True)
+  return ids.reshape(shape)
+
+
+class ModelTest(parameterized.TestCase):
+
+  @parameterized.product(structure=tuple(STRUCTURES), container=('linen', 'nnx'),
+                         dtype=(jnp.float32, jnp.bfloat16))
+  def test_counts_and_dtypes_hold_in_real_models(self, structure, container,
+                                                 dtype):
+    """Five structures, both frameworks, two dtypes, every method at once."""
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 2, 2, 3)), dtype)
+    keywords = dict(structure=STRUCTURES[structure], sparsity=.5)
+    methods = {name: METHODS[name](**keywords, **(
+        dict(backward_sparsity=.25) if 'top_kast' in name else {}))
+               for name in SPARSE
+               if (name, structure) != ('gmp_cubic', 'n_of_m')}
+    if container == 'linen':
+      model = LinenNet()
+      params = model.init(jax.random.key(0), x, dtype)['params']
+      forward = lambda weights: model.apply({'params': weights}, x, dtype)
+    else:
+      graph, params = nnx.split(NnxNet(dtype), nnx.Param)
+      forward = lambda weights: nnx.merge(graph, weights)(x)
+    txs = {name: sparse_jax.sparsify(optax.adam(.1), method)
+           for name, method in methods.items()}
+
+    def step(state):
+      new = {}
+      for name, tx in txs.items():
+        params, slots = state[name]
+        grads = jax.grad(lambda p: jnp.square(forward(
+            methods[name].read(p, slots)) - 1).sum().astype(jnp.float32))(
+                params)
+        updates, slots = tx.update(grads, slots, params)
+        new[name] = optax.apply_updates(params, updates), slots
+      return new
+
+    compiled = jax.jit(step, compiler_options=QUICK)
+    state = {name: (params, tx.init(params)) for name, tx in txs.items()}
+    types = jax.tree.map(jax.typeof, state)
+    for _ in range(4):
+      state = compiled(state)
+    self.assertEqual(compiled._cache_size(), 1)
+    self.assertEqual(jax.tree.map(jax.typeof, state), types)
+    for name in methods:
+      self.check(name, STRUCTURES[structure], *state[name])
+
+  def check(self, name, structure, params, state):
+    masks = base.leaves_by_path(state.sparse.forward_masks)
+    backward = base.leaves_by_path(state.sparse.backward_masks)
+    self.assertEqual(sorted(masks), ['conv/kernel', 'dense/kernel'])
+    # GMP is at step 4 of 5.
+    sparsity = .5 * (1 - .2**3) if name == 'gmp_cubic' else .5
+    widest = {'dnw': 0., 'top_kast': .25, 'top_kast_random': .25}
+    for path, mask in masks.items():
+      for mask, share in ((mask, sparsity),
+                          (backward[path], widest.get(name, sparsity))):
+        ids = group_ids(structure, mask.shape)
+        sizes = np.bincount(ids.ravel())
+        kept = np.bincount(ids.ravel(), weights=np.asarray(mask).ravel())
+        if isinstance(structure, sparse_jax.NM):
+          rivals = sparse_jax.keep_count(structure.m, share)
+          np.testing.assert_array_equal(kept, np.minimum(rivals, sizes))
+        else:
+          np.testing.assert_array_equal(kept % sizes, 0)
+          self.assertEqual(np.count_nonzero(kept),
+                           sparse_jax.keep_count(sizes.size, share), name)
+
+
+class StateTest(parameterized.TestCase):
+
+  def test_state_that_holds_none_or_two_is_an_error(self):
+    params, method = fake_params(), METHODS['static']()
+    with self.assertRaisesRegex(ValueError, 'no SparseState'):
+      method.read(params, optax.adam(.1).init(params))
+    state = method.init(params)
+    with self.assertRaisesRegex(ValueError, '2 SparseStates'):
+      method.read(params, (state, state))
+
+  def test_update_without_parameters_is_an_error(self):
+    params = fake_params()
+    tx = sparse_jax.sparsify(optax.sgd(.1), METHODS['static']())
+    with self.assertRaisesRegex(ValueError, '`params`'):
+      tx.update(params, tx.init(params))
+
+
+if __name__ == '__main__':
+  absltest.main()

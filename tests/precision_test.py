@@ -1,0 +1,207 @@
+"""16-bit parameters, mixed dtypes, 64-bit mode and numbers that overflow."""
+
+import functools
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sparse_jax
+from tests import methods_test
+
+HALVES = (jnp.bfloat16, jnp.float16)
+METHODS = {name: row() for name, row in methods_test.METHODS.items()}
+SMALL = dict(conv=(2, 2, 2, 4), dense=(4, 6))
+
+
+@functools.cache
+def train(dtype, optimizer='adam'):
+  """Every method, one compilation, six steps."""
+  rule = {'adam': optax.adam(.05), 'sgd': optax.sgd(.1, momentum=.9)}[optimizer]
+  return methods_test.run_many(METHODS, methods_test.fake_params(dtype),
+                               optimizer=rule, options=methods_test.QUICK)
+
+
+def kernel_of(values, dtype):
+  return {'kernel': jnp.asarray(values, dtype)}
+
+
+def returned_by(tx):
+  """A compiled step from given gradients, with the parameters returned."""
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  return jax.jit(step, compiler_options=methods_test.QUICK)
+
+
+class HalfTest(parameterized.TestCase):
+
+  @parameterized.product(name=tuple(METHODS), dtype=HALVES)
+  def test_parameters_gradients_and_state_keep_their_dtypes(self, name, dtype):
+    done = train(dtype)[name]
+    self.assertEqual({str(leaf.dtype) for leaf in jax.tree.leaves(done.params)},
+                     {str(jnp.dtype(dtype))})
+    self.assertEqual({str(leaf.dtype) for leaf in
+                      done.moments[-1].grads.values()}, {str(jnp.dtype(dtype))})
+    after = jax.tree.map(jax.typeof, (done.params, done.state))
+    self.assertEqual(after, done.first_state)
+    self.assertEqual(done.compilations, 1)
+
+  @parameterized.product(name=methods_test.SPARSE, dtype=HALVES)
+  def test_counts_are_exact(self, name, dtype):
+    for step, seen in enumerate(train(dtype)[name].moments):
+      self.assertEqual(
+          {path: (int(seen.forward[path].sum()),
+                  int(seen.backward[path].sum())) for path in seen.forward},
+          methods_test.expected_counts(name, sparse_jax.uniform, step))
+
+  @parameterized.product(name=methods_test.BY_MAGNITUDE, dtype=HALVES)
+  def test_masks_are_the_ranking_of_the_parameters_returned(self, name, dtype):
+    """In bfloat16 weights tie, so that a sum kept in 32 bits ranks others."""
+    for step, seen in enumerate(train(dtype)[name].moments):
+      if step not in ((0, 2, 4, 5) if name == 'gmp_cubic' else (0, 2, 4, 6)):
+        continue
+      wanted = methods_test.expected_counts(name, sparse_jax.uniform, step)
+      for path, (forward, backward) in wanted.items():
+        scores = np.abs(seen.params[path].astype(np.float64))
+        if dtype == jnp.bfloat16:
+          self.assertLess(np.unique(scores).size, scores.size)
+        for mask, count in ((seen.forward[path], forward),
+                            (seen.backward[path], backward)):
+          np.testing.assert_array_equal(
+              mask, methods_test.slow_top(scores, count), str(step))
+
+  @parameterized.product(name=methods_test.ZEROS, dtype=HALVES)
+  def test_weights_outside_the_mask_are_zero(self, name, dtype):
+    for seen in train(dtype)[name].moments[1:]:
+      for path, mask in seen.forward.items():
+        self.assertFalse(np.any(seen.params[path][~mask]))
+
+  @parameterized.product(
+      name=[n for n in methods_test.SPARSE if n not in methods_test.ZEROS],
+      dtype=HALVES)
+  def test_weights_outside_the_backward_set_are_bit_identical(self, name,
+                                                              dtype):
+    moments = train(dtype)[name].moments
+    for old, new in zip(moments, moments[1:]):
+      for path, mask in old.backward.items():
+        np.testing.assert_array_equal(
+            methods_test.bits(new.params[path])[~mask],
+            methods_test.bits(old.params[path])[~mask])
+
+  @parameterized.parameters(jnp.float16, jnp.float32)
+  def test_subnormal_float16_weights_are_ranked(self, updates):
+    """Below 6e-5 float16 is subnormal; weights may well be that small."""
+    tiny = np.arange(1, 25, dtype=np.float16).reshape(4, 6) * np.float16(6e-8)
+    params = kernel_of(tiny[::-1], jnp.float16)
+    cast = optax.stateless_with_tree_map(lambda g, p: g.astype(updates))
+    tx = sparse_jax.sparsify(optax.chain(cast, optax.sgd(0.)),
+                             sparse_jax.dnw(.75))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    params, state = returned_by(tx)(params, tx.init(params), zeros)
+    np.testing.assert_array_equal(
+        state.sparse.forward_masks['kernel'],
+        methods_test.slow_top(np.abs(np.asarray(params['kernel'])), 6))
+
+  def test_refresh_keeps_subnormal_float16_weights(self):
+    params = kernel_of(np.full((4, 6), 3e-6), jnp.float16)
+    method = sparse_jax.dnw(.75)
+    after, _ = method.refresh(params, params, method.init(params))
+    np.testing.assert_array_equal(after['kernel'], params['kernel'])
+
+
+class MixedTest(parameterized.TestCase):
+
+  @parameterized.product(name=methods_test.ZEROS, dtype=HALVES)
+  def test_16_bit_gradients_of_32_bit_weights_leave_exact_zeros(self, name,
+                                                                dtype):
+    """-p rounded to the update's 16 bits would leave the rounding error."""
+    params = kernel_of(np.random.default_rng(1).normal(size=(4, 6)),
+                       jnp.float32)
+    tx = sparse_jax.sparsify(optax.sgd(.1), METHODS[name])
+    step, state = returned_by(tx), tx.init(params)
+    for t in range(1, 4):
+      grads = kernel_of(methods_test.fake_batch(params, t)['kernel'], dtype)
+      params, state = step(params, state, grads)
+      mask = np.asarray(state.sparse.forward_masks['kernel'])
+      self.assertFalse(np.any(np.asarray(params['kernel'])[~mask]), t)
+    self.assertEqual(params['kernel'].dtype, jnp.float32)
+
+  @parameterized.product(name=('gmp', 'dnw', 'top_kast'), dtype=HALVES)
+  def test_32_bit_updates_of_16_bit_weights_are_ranked_as_stored(self, name,
+                                                                 dtype):
+    widen = optax.stateless_with_tree_map(lambda g, p: g.astype(jnp.float32))
+    tx = sparse_jax.sparsify(optax.chain(widen, optax.sgd(.1)), METHODS[name])
+    params = kernel_of(np.random.default_rng(2).normal(size=(8, 12)), dtype)
+    step, state = returned_by(tx), tx.init(params)
+    for t in range(1, 5):
+      params, state = step(params, state, methods_test.fake_batch(params, t))
+      if t % 2 and name != 'dnw':
+        continue
+      scores = np.abs(np.asarray(params['kernel']).astype(np.float64))
+      np.testing.assert_array_equal(state.sparse.forward_masks['kernel'],
+                                    methods_test.slow_top(scores, 24))
+    self.assertEqual(params['kernel'].dtype, dtype)
+
+  def test_leaves_of_several_dtypes_live_in_one_tree(self):
+    full = methods_test.fake_params(**SMALL)
+    params = {'conv': full['conv'],
+              'dense': jax.tree.map(lambda p: p.astype(jnp.bfloat16),
+                                    full['dense'])}
+    runs = methods_test.run_many(METHODS, params, optimizer=optax.adamw(.1),
+                                 steps=3, options=methods_test.QUICK)
+    for name, done in runs.items():
+      after = jax.tree.map(jax.typeof, (done.params, done.state))
+      self.assertEqual(after, done.first_state, name)
+
+  @parameterized.parameters(*METHODS)
+  def test_64_bit_mode_changes_no_type(self, name):
+    params, method = methods_test.fake_params(**SMALL), METHODS[name]
+    tx = sparse_jax.sparsify(optax.sgd(.1, momentum=.9), method)
+    with jax.enable_x64(True):
+      state = jax.eval_shape(tx.init, params)
+      updates, after = jax.eval_shape(tx.update, params, state, params)
+      penalty = jax.eval_shape(method.penalty, params, state)
+    self.assertEqual(after, state)
+    wide = [leaf.dtype for leaf in jax.tree.leaves((updates, after, penalty))
+            if leaf.dtype.itemsize == 8]
+    self.assertEqual(wide, [])
+
+  def test_penalty_is_float32_and_its_gradient_of_the_weights_dtype(self):
+    params, method = methods_test.fake_params(jnp.bfloat16), METHODS['top_kast']
+    state = method.init(params)
+    value, grads = jax.value_and_grad(method.penalty)(params, state)
+    self.assertEqual(value.dtype, jnp.float32)
+    self.assertEqual({leaf.dtype for leaf in jax.tree.leaves(grads)},
+                     {np.dtype(jnp.bfloat16)})
+
+
+class DivergedTest(parameterized.TestCase):
+
+  @parameterized.parameters(np.nan, np.inf)
+  def test_counts_are_exact_whatever_the_weights(self, bad):
+    """A run that has diverged still has masks of the right sizes."""
+    params = methods_test.fake_params()
+    params = jax.tree.map(
+        lambda p: p.at[0].set(bad).at[-1].set(-bad) if p.ndim > 1 else p,
+        params)
+    runs = methods_test.run_many(
+        {name: METHODS[name] for name in methods_test.SPARSE}, params, steps=3,
+        options=methods_test.QUICK)
+    for name, done in runs.items():
+      for step, seen in enumerate(done.moments):
+        counts = {path: (int(seen.forward[path].sum()),
+                         int(seen.backward[path].sum()))
+                  for path in seen.forward}
+        self.assertEqual(counts, methods_test.expected_counts(
+            name, sparse_jax.uniform, step), name)
+        for path in counts:
+          self.assertFalse(np.any(seen.forward[path] & ~seen.backward[path]))
+
+
+if __name__ == '__main__':
+  absltest.main()

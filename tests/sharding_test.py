@@ -1,0 +1,207 @@
+"""Many devices: the same run, masks laid out like weights, nothing gathered."""
+
+import contextlib
+import re
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sparse_jax
+from sparse_jax import base
+from tests import methods_test
+
+METHODS = {name: row() for name, row in methods_test.METHODS.items()}
+# Larger than what topk compares pair by pair, of which XLA may gather all.
+SHAPES = {'rows': (16, 12), 'columns': (12, 16)}
+SPECS = {'rows': PartitionSpec('x', None), 'columns': PartitionSpec(None, 'x'),
+         'bias': PartitionSpec()}
+COLLECTIVE = r'= (.*?) (all-gather|all-to-all|collective-permute)(?:-start)?\('
+AXES = {'auto': AxisType.Auto, 'explicit': AxisType.Explicit}
+SHARDED = ('static', 'set_', 'rigl', 'gmp', 'top_kast', 'top_kast_random')
+
+
+def make_mesh(axis_type=AxisType.Auto):
+  return jax.make_mesh((8,), ('x',), axis_types=(axis_type,))
+
+
+def large_collectives(text, size):
+  """The collectives in an HLO that hand around `size` entries or more.
+
+  Short strings to compare: the HLO itself would flood the failure message.
+  """
+  found = []
+  for shape, name in re.findall(COLLECTIVE, text):
+    sizes = [np.prod([int(n) for n in dims.split(',') if n], dtype=int)
+             for dims in re.findall(r'\[([\d,]*)\]', shape)]
+    if max(sizes, default=1) >= size:
+      found.append((name, shape[:60]))
+  return found
+
+
+def fake_params():
+  rng = np.random.default_rng(6)
+  return {'bias': jnp.zeros(12)} | {
+      name: jnp.asarray(.1 * rng.normal(size=shape), jnp.float32)
+      for name, shape in SHAPES.items()}
+
+
+def placed(tree, mesh):
+  """Each leaf on the mesh as its name asks."""
+  return {name: jax.device_put(leaf, NamedSharding(mesh, SPECS[name]))
+          for name, leaf in tree.items()}
+
+
+def shardings_like(tree, params, mesh):
+  """Leaves that mirror a parameter lie like it, the others everywhere."""
+  def place(path, leaf):
+    name = base.path_name(path).rpartition('/')[2]
+    mirrors = name in params and leaf.shape == params[name].shape
+    return NamedSharding(mesh, SPECS[name] if mirrors else PartitionSpec())
+
+  return jax.tree.map_with_path(place, tree)
+
+
+class DataParallelTest(parameterized.TestCase):
+
+  def test_masks_and_loss_are_those_of_one_device(self):
+    """Every method at once: batch split over 8 devices, parameters copied."""
+    optimizer = optax.sgd(.1, momentum=.9)
+    txs = {name: sparse_jax.sparsify(optimizer, method)
+           for name, method in METHODS.items()}
+    rng = np.random.default_rng(7)
+    params = methods_test.fake_params()['dense']
+    batches = [(rng.normal(size=(16, 8)).astype(np.float32),
+                rng.normal(size=(16, 12)).astype(np.float32))
+               for _ in range(5)]
+
+    def loss_fn(params, state, method, batch):
+      weights = method.read(params, state)
+      outputs = batch[0] @ weights['kernel'] + weights['bias'][None]
+      return jnp.mean(jnp.square(outputs - batch[1]))
+
+    @jax.jit
+    def step(states, batch):
+      new, losses = {}, {}
+      for name, tx in txs.items():
+        params, state = states[name]
+        losses[name], grads = jax.value_and_grad(loss_fn)(
+            params, state, METHODS[name], batch)
+        updates, state = tx.update(grads, state, params)
+        new[name] = optax.apply_updates(params, updates), state
+      return new, losses
+
+    mesh = make_mesh()
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec('x'))
+    many = {name: (params, tx.init(params)) for name, tx in txs.items()}
+    one = jax.device_put(many, jax.devices()[0])
+    many = jax.device_put(many, everywhere)
+    for t, batch in enumerate(batches):
+      one, losses = step(one, jax.device_put(batch, jax.devices()[0]))
+      many, others = step(many, jax.device_put(batch, split))
+      for name in METHODS:
+        # The mean of the batch is added up in another order.
+        np.testing.assert_allclose(others[name], losses[name], rtol=1e-6)
+        jax.tree.map(np.testing.assert_array_equal,
+                     sparse_jax.get_state(many[name][1]),
+                     sparse_jax.get_state(one[name][1]))
+        self.assertTrue(all(leaf.sharding.is_equivalent_to(
+            everywhere, leaf.ndim) for leaf in jax.tree.leaves(many[name])), t)
+    self.assertEqual(step._cache_size(), 2)  # One for each placement.
+
+
+class ShardedWeightsTest(parameterized.TestCase):
+
+  def check_places(self, tree, mesh):
+    """Every array of a weight's shape lies like the weight."""
+    params = fake_params()
+    wanted = shardings_like(tree, params, mesh)
+    wrong = [jax.tree_util.keystr(path) for (path, leaf), want in zip(
+        jax.tree.leaves_with_path(tree), jax.tree.leaves(wanted))
+             if not leaf.sharding.is_equivalent_to(want, leaf.ndim)]
+    self.assertEqual(wrong, [])
+
+  @parameterized.product(name=SHARDED, axes=tuple(AXES))
+  def test_eager_init_lays_marks_like_their_weights(self, name, axes):
+    mesh = make_mesh(AXES[axes])
+    with jax.set_mesh(mesh):
+      params = placed(fake_params(), mesh)
+      state = METHODS[name].init(params)
+    marks = [state.marks, state.forward_masks, state.backward_masks]
+    for tree in marks:
+      self.check_places(tree, mesh)
+    plain = METHODS[name].init(fake_params())
+    jax.tree.map(np.testing.assert_array_equal, state.marks, plain.marks)
+
+  @parameterized.parameters(*SHARDED)
+  def test_compiled_init_gathers_nothing(self, name):
+    mesh = make_mesh()
+    params = placed(fake_params(), mesh)
+    tx = sparse_jax.sparsify(optax.adam(.1), METHODS[name])
+    wanted = shardings_like(jax.eval_shape(tx.init, params), params, mesh)
+    compiled = jax.jit(tx.init, out_shardings=wanted,
+                       compiler_options=methods_test.QUICK).lower(
+                           params).compile()
+    self.assertEqual(large_collectives(compiled.as_text(), 192 // 8), [])
+    state = compiled(params)
+    self.check_places(state, mesh)
+    jax.tree.map(np.testing.assert_array_equal, state.sparse.marks,
+                 METHODS[name].init(fake_params()).marks)
+
+  @parameterized.product(name=SHARDED, axes=tuple(AXES))
+  def test_step_with_refresh_gathers_no_weight(self, name, axes):
+    """Nor a shard of one: nothing of the size of a shard moves at all."""
+    mesh = make_mesh(AXES[axes])
+    tx = sparse_jax.sparsify(optax.adam(.1), METHODS[name])
+    step = methods_test.make_step(METHODS[name], tx)
+    plain = fake_params()
+    plain_state = tx.init(plain)
+    with jax.set_mesh(mesh) if axes == 'explicit' else (
+        contextlib.nullcontext()):
+      params = placed(plain, mesh)
+      state = jax.tree.map(jax.device_put, plain_state,
+                           shardings_like(plain_state, params, mesh))
+      batches = [methods_test.fake_batch(plain, t) for t in range(1, 5)]
+      compiled = jax.jit(step, compiler_options=methods_test.QUICK)
+      lowered = compiled.lower(params, state, placed(batches[0], mesh))
+      text = lowered.compile().as_text()
+      self.assertEqual(large_collectives(text, 192 // 8), [])
+      for batch in batches:
+        params, state, _ = compiled(params, state, placed(batch, mesh))
+      self.check_places((params, state), mesh)
+      self.assertEqual(compiled._cache_size(), 1)
+    self.assertNotEqual(re.findall('all-reduce', text), [])
+    reference = jax.jit(step, compiler_options=methods_test.QUICK)
+    for batch in batches:
+      plain, plain_state, _ = reference(plain, plain_state, batch)
+    jax.tree.map(np.testing.assert_array_equal, state.sparse,
+                 plain_state.sparse)
+
+  @parameterized.parameters('block', 'n_of_m', 'channel', 'filter')
+  def test_structured_refresh_gathers_no_weight(self, structure):
+    mesh = make_mesh()
+    method = sparse_jax.top_kast(
+        .5, backward_sparsity=.5, update_every=2,
+        structure=methods_test.STRUCTURES[structure])
+    tx = sparse_jax.sparsify(optax.sgd(.1), method)
+    step = methods_test.make_step(method, tx)
+    plain = fake_params()
+    plain_state = tx.init(plain)
+    params = placed(plain, mesh)
+    state = jax.tree.map(jax.device_put, plain_state,
+                         shardings_like(plain_state, params, mesh))
+    batch = placed(methods_test.fake_batch(plain, 1), mesh)
+    text = jax.jit(step, compiler_options=methods_test.QUICK).lower(
+        params, state, batch).compile().as_text()
+    self.assertEqual(large_collectives(text, 192), [])
+
+
+if __name__ == '__main__':
+  absltest.main()
