@@ -1,4 +1,4 @@
-"""Every test runs on eight CPU devices, with implicit rank promotion an error."""
+"""Tests run on eight CPU devices, with implicit rank promotion an error."""
 
 import os
 

@@ -48,8 +48,8 @@ class KeepCountTest(parameterized.TestCase):
 
   @parameterized.parameters(
       (10, .8, 2), (10, .9, 1), (4, .999, 1), (1, .5, 1), (5, .5, 2),
-      (7, .5, 4), (6, 0., 6), (2**31 - 1, .5, 2**30), (50_000_000, .9,
-                                                        5_000_000))
+      (7, .5, 4), (6, 0., 6), (2**31 - 1, .5, 2**30),
+      (50_000_000, .9, 5_000_000))
   def test_count_is_rounded_half_to_even_and_at_least_one(self, n, s, want):
     self.assertEqual(topk.keep_count(n, s), want)
 
