@@ -54,7 +54,8 @@ def axes_of(axes: Axes, path: base.Path, leaf: Any) -> tuple[int, ...]:
 
 def batch_axes_of(axes: Axes, path: base.Path, leaf: Any) -> tuple[int, ...]:
   """Like `axes_of`, but a tuple skips leaves it does not fit (a bias)."""
-  if not callable(axes) and any(axis >= leaf.ndim for axis in axes):
+  if not callable(axes) and any(
+      not -leaf.ndim <= axis < leaf.ndim for axis in axes):
     return ()
   return axes_of(axes, path, leaf)
 

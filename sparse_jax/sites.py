@@ -31,9 +31,12 @@ class Leaf(NamedTuple):
     return self.layout.keep_count(self.sparsity)
 
   def random_scores(self, key: jax.Array) -> jax.Array:
-    """float32 of the groups' shape, uniform in [0, 1)."""
-    return jax.random.uniform(jax.random.fold_in(key, self.index),
-                              self.layout.group_shape)
+    """float32 of the groups' shape, uniform in [0, 1); NaN in padding."""
+    scores = jax.random.uniform(jax.random.fold_in(key, self.index),
+                                self.layout.group_shape)
+    if self.layout.plain:
+      return scores
+    return scores + self.layout.group(jnp.zeros(self.layout.shape))
 
   def magnitudes(self, weight: jax.Array) -> jax.Array:
     """Scores of the groups by the absolute values of their entries."""

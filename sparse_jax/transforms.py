@@ -27,9 +27,9 @@ def sparsify(optimizer: optax.GradientTransformation,
   """Makes an optimizer train by a sparse method.
 
   Each update: the penalty's gradient is added, the gradient is masked to the
-  backward set, the optimizer steps (with fresh slots outside that set), its
-  update is masked likewise, and the method refreshes its masks on the
-  parameters that result. After `optax.apply_updates` the parameters are what
+  backward set, the optimizer steps, its update is masked likewise, the method
+  refreshes its masks on the parameters that result, and slots of entries that
+  were outside the backward set are made anew. After `optax.apply_updates` the parameters are what
   the method says: exactly 0 where it zeroes them, bit-identical to before
   outside the backward set.
 
@@ -76,15 +76,18 @@ def sparsify(optimizer: optax.GradientTransformation,
     sparse, slots = state
     if penalty:
       grads = _add_penalty(method, grads, params, sparse)
-    updates, new_slots = optimizer.update(
-        _mask(grads, sparse.marks), _refresh_slots(
-            slots, optimizer.init(params), params, sparse.marks),
-        params, **extra_args)
-    updates = _mask(updates, sparse.marks, still=-0.)
+    marks = sparse.marks
+    updates, new_slots = optimizer.update(_mask(grads, marks), slots, params,
+                                          **extra_args)
+    updates = _mask(updates, marks, still=-0.)
     if method.skips is not None:
       updates, new_slots = _skip(method.skips(sparse), updates,
                                  (slots, new_slots))
     updates, sparse = method.settle(params, updates, grads, sparse)
+    # Last, so that what the optimizer itself adds outside B (weight decay
+    # reaches momentum) is gone before an entry enters.
+    fresh = optimizer.init(optax.apply_updates(params, updates))
+    new_slots = _refresh_slots(new_slots, fresh, params, marks)
     return updates, SparsifyState(sparse, new_slots)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -200,7 +203,7 @@ def _where_masked(masks, tree, other):
 
 
 def _refresh_slots(slots, fresh, params, marks):
-  """Slots of entries outside B as `optimizer.init(params)` makes them.
+  """Slots of entries outside B as `optimizer.init` makes them.
 
   So an entry that enters B starts anew, whatever the optimizer keeps. A slot
   is a leaf whose path ends with a parameter's path and has its shape.
