@@ -29,6 +29,20 @@ def check_non_negative(name: str, value: float) -> float:
                 'finite and at least 0')
 
 
+def check_bool(name: str, value: bool) -> bool:
+  """Returns `value` if it is True or False, else raises ValueError."""
+  if not isinstance(value, bool):
+    raise ValueError(f'`{name}` (={value!r}) must be True or False.')
+  return value
+
+
+def check_callable(name: str, value: Any) -> Any:
+  """Returns `value` if it can be called, else raises ValueError."""
+  if not callable(value):
+    raise ValueError(f'`{name}` (={value!r}) must be a function.')
+  return value
+
+
 def check_count(name: str, value: int, *, least: int = 0) -> int:
   """Returns `value` if it is an integer >= `least`, else raises ValueError."""
   whole = (isinstance(value, (int, np.integer))
@@ -41,7 +55,7 @@ def check_count(name: str, value: int, *, least: int = 0) -> int:
 
 def _check(name, value, accepts: Callable[[float], bool], wanted: str) -> float:
   try:
-    number = float(value)
+    number = float('nan' if isinstance(value, (bool, str)) else value)
   except (TypeError, ValueError):
     number = float('nan')
   if not accepts(number):  # NaN is accepted by no comparison.

@@ -59,5 +59,14 @@ def exploration_loss(params: base.PyTree, forward_masks: base.PyTree,
     return jnp.sum(jnp.square(weight.astype(jnp.float32)) * factor) / 2
 
   base.check_non_negative('penalty_weight', penalty_weight)
+  check_density(forward_density)
   losses = base.map_leaves(loss, params, forward_masks, backward_masks)
   return penalty_weight * sum(jax.tree.leaves(losses), jnp.float32(0))
+
+
+def check_density(density) -> None:
+  """Raises ValueError unless it is None, a mapping, or in (0, 1]."""
+  if density is None or isinstance(density, dict):
+    return
+  if base.check_fraction('forward_density', density) == 0:
+    raise ValueError(f'`forward_density` (={density!r}) must be above 0.')

@@ -108,14 +108,15 @@ def layout(shape: tuple[int, ...], *, path: base.Path = '',
     known = selection.contracting_axes(path, len(own))
     rows = tuple(own[i] for i in known) if own else ()
   else:
-    rows = tuple(sorted(axis % len(shape) for axis in contracting))
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    rows = selection.axes_of(contracting, path, leaf, 'contracting')
   made = Layout(tuple(shape), tuple(batch_axes), rows, structure)
   if made.plain:
     return made
   if len(own) < 2:
     raise ValueError(f'`structure` (={structure!r}) needs a leaf of two axes '
                      f'or more, but {path!r} has the shape {shape}.')
-  columns = [i for i in own if i > max(rows)]
+  columns = [i for i in own if i > max(rows, default=len(shape))]
   if set(rows) - set(own) or not columns:
     raise ValueError(f'`contracting` (={contracting!r}) must name axes of '
                      f'{path!r}, of shape {shape}, that are not stacked '

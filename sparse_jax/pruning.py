@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax import assembly
+from sparse_jax import base
 from sparse_jax import schedules
 from sparse_jax import scoring
 from sparse_jax import selection
@@ -86,6 +87,7 @@ def gmp(sparsity: float, *, schedule: schedules.Schedule | None = None,
         window(step), lambda leaf, w, g, m: select(leaf, w, g, step, key),
         sites.leaves(seen.params), seen, state.marks)
 
+  base.check_callable('score', score)
   by_magnitude = score is scoring.magnitude
   read = assembly.read_forward if by_magnitude else assembly.read_dense_gradient
   return assembly.make_method(start, renew=renew, read=read)
@@ -93,6 +95,11 @@ def gmp(sparsity: float, *, schedule: schedules.Schedule | None = None,
 
 def _pruning_schedule(sites, schedule, begin, end):
   """GMP's sparsity by the step, checked against the structure."""
+  if schedule is not None:
+    base.check_callable('schedule', schedule)
+  elif end is not None and end <= begin:
+    raise ValueError(f'`update_end` (={end}) must be above `update_begin` '
+                     f'(={begin}), or the sparsity cannot rise.')
   fixed = isinstance(sites.structure, structures.NM)
   if fixed and (schedule is not None or end is not None):
     raise ValueError('`schedule` and `update_end` must be None with '

@@ -102,6 +102,8 @@ def rigl(sparsity: float, *, drop_fraction: float = 0.3,
 
 def _rewiring(sites, window, drop, skip_step, growth, read) -> SparseMethod:
   """Drop by magnitude, grow by `growth(leaf, grad, key)`, zeros outside."""
+  base.check_bool('skip_step', skip_step)
+
   def renew(seen, state):
     step = state.step + 1
     key = state_lib.step_key(state, step)
@@ -138,4 +140,5 @@ def _drop(fraction: float, end: int | None) -> Callable[[jax.Array], Any]:
   base.check_fraction('drop_fraction', fraction)
   if end is None:
     return lambda step: fraction
+  base.check_count('update_end', end, least=1)
   return schedules.cosine_drop(fraction, end=end)

@@ -42,13 +42,40 @@ def is_kernel(path: base.Path, leaf: Any, batch_axes: tuple[int, ...] = ()):
   return bool(floating and named and leaf.ndim - len(batch_axes) >= 2)
 
 
-def axes_of(axes: Axes, path: base.Path, leaf: Any) -> tuple[int, ...]:
+def check_axes(name: str, axes: Axes) -> Axes:
+  """Returns `axes` if a function or a tuple of integers, else ValueError."""
+  whole = isinstance(axes, tuple) and all(
+      isinstance(axis, int) and not isinstance(axis, bool) for axis in axes)
+  if not whole and not callable(axes):
+    raise ValueError(f'`{name}` (={axes!r}) must be a tuple of integers or a '
+                     'function of path and leaf.')
+  return axes
+
+
+def check_is_sparse(is_sparse: IsSparse) -> IsSparse:
+  """Returns the choice if it is well formed, else raises ValueError."""
+  if is_sparse is None or callable(is_sparse):
+    return is_sparse
+  try:
+    rules = [(re.compile(pattern), value) for pattern, value in is_sparse]
+    if isinstance(is_sparse, str) or not all(
+        isinstance(value, bool) for _, value in rules):
+      raise ValueError('no rules')
+  except (TypeError, ValueError, re.error) as error:
+    raise ValueError(f'`is_sparse` (={is_sparse!r}) must be a function of path '
+                     'and leaf, or a list of (regular expression, bool): '
+                     f'{error}.') from error
+  return is_sparse
+
+
+def axes_of(axes: Axes, path: base.Path, leaf: Any,
+            name: str = 'batch_axes') -> tuple[int, ...]:
   """Axes given as a tuple or as a function of path and leaf, made positive."""
   chosen = axes(path, leaf) if callable(axes) else axes
   for axis in chosen:
     if not -leaf.ndim <= axis < leaf.ndim:
-      raise ValueError(f'axis {axis} (of {chosen}) is not an axis of '
-                       f'{path!r}, of shape {leaf.shape}.')
+      raise ValueError(f'`{name}` (={chosen!r}) has {axis}, which is not an '
+                       f'axis of {path!r}, of shape {leaf.shape}.')
   return tuple(sorted(axis % leaf.ndim for axis in chosen))
 
 
@@ -108,6 +135,10 @@ def select(params: base.PyTree, is_sparse: IsSparse = None,
   chooses = _predicate(is_sparse, batch_axes, leaves)
   chosen = {path: leaf for path, leaf in leaves.items()
             if hasattr(leaf, 'ndim') and chooses(path, leaf)}
+  if isinstance(batch_axes, tuple) and batch_axes and not any(
+      batch_axes_of(batch_axes, path, leaf) for path, leaf in chosen.items()):
+    raise ValueError(f'`batch_axes` (={batch_axes!r}) are axes of none of the '
+                     f'leaves {sorted(chosen)}.')
   if not chosen:
     raise ValueError(f'`is_sparse` (={is_sparse!r}) selects no leaf of '
                      f'{sorted(leaves)}.')

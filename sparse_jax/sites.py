@@ -68,6 +68,10 @@ class Sites(NamedTuple):
                                                         Mapping):
       raise ValueError(f'`allocation` (={self.allocation!r}) must be a '
                        'function or a mapping of paths to sparsities.')
+    selection.check_is_sparse(self.is_sparse)
+    selection.check_axes('batch_axes', self.batch_axes)
+    if self.contracting is not None:
+      selection.check_axes('contracting', self.contracting)
     return self
 
   def leaves(self, params: base.PyTree) -> dict[base.Path, Leaf]:
@@ -91,7 +95,8 @@ class Sites(NamedTuple):
     stacked = selection.batch_axes_of(self.batch_axes, path, leaf)
     contracting = self.contracting
     if contracting is not None:
-      contracting = selection.axes_of(contracting, path, leaf)
+      contracting = selection.axes_of(contracting, path, leaf,
+                                      'contracting')
     return masking.layout(leaf.shape, path=path, structure=self.structure,
                           batch_axes=stacked, contracting=contracting)
 

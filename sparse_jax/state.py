@@ -120,11 +120,11 @@ def key_data(key: int | jax.Array | None) -> jax.Array:
     return jax.random.key_data(jax.random.key(key or 0))
   if isinstance(key, jax.Array):
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-      return jnp.array(jax.random.key_data(key))
+      key = jax.random.key_data(key)
     if key.dtype == jnp.uint32 and key.shape == (2,):
       return jnp.array(key)
-  raise ValueError(f'`key` (={key!r}) must be None, an int, or a key of '
-                   'jax.random.key.')
+  raise ValueError(f'`key` (={key!r}) must be None, an int, or one key of '
+                   'jax.random.key, of the default implementation.')
 
 
 def step_key(state: SparseState, step: jax.Array) -> jax.Array:

@@ -158,7 +158,7 @@ def check_structure(structure: Structure) -> Structure:
     raise ValueError(f'`structure` (={structure!r}) must be Unstructured(), '
                      'Block(...), NM(...), Channel() or Filter().')
   if isinstance(structure, Block):
-    if len(structure.shape) != 2:
+    if not isinstance(structure.shape, tuple) or len(structure.shape) != 2:
       raise ValueError(f'`shape` (={structure.shape!r}) of a Block must be '
                        '(rows, columns).')
     for size in structure.shape:

@@ -29,9 +29,9 @@ def sparsify(optimizer: optax.GradientTransformation,
   Each update: the penalty's gradient is added, the gradient is masked to the
   backward set, the optimizer steps, its update is masked likewise, the method
   refreshes its masks on the parameters that result, and slots of entries that
-  were outside the backward set are made anew. After `optax.apply_updates` the parameters are what
-  the method says: exactly 0 where it zeroes them, bit-identical to before
-  outside the backward set.
+  were outside the backward set are made anew. After `optax.apply_updates` the
+  parameters are what the method says: exactly 0 where it zeroes them,
+  bit-identical to before outside the backward set.
 
   Whatever scales or changes updates outside of it breaks exact zeros, so
   `sparsify` goes outermost; `MultiSteps` and `apply_if_finite` are fine.
@@ -65,6 +65,7 @@ def sparsify(optimizer: optax.GradientTransformation,
   if not isinstance(method, state_lib.SparseMethod):
     raise ValueError(f'`method` (={method!r}) must be a SparseMethod, such as '
                      'sparse_jax.top_kast(...).')
+  base.check_bool('penalty', penalty)
   optimizer = optax.with_extra_args_support(optimizer)
 
   def init_fn(params):
@@ -160,6 +161,7 @@ def add_exploration_decay(
     Array([-3., -0.], dtype=float32)
   """
   base.check_non_negative('penalty_weight', penalty_weight)
+  losses.check_density(forward_density)
 
   def update_fn(updates, state, params=None, *, forward_masks, backward_masks,
                 **extra_args):
