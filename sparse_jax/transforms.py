@@ -210,16 +210,16 @@ def _refresh_slots(slots, fresh, params, marks):
   So an entry that enters B starts anew, whatever the optimizer keeps. A slot
   is a leaf whose path ends with a parameter's path and has its shape.
   """
-  owners = {path: (leaf.shape, mark)
-            for path, leaf in base.leaves_by_path(params).items()
-            if masking.is_marked(
-                mark := base.leaves_by_path(marks).get(path))}
+  levels = base.leaves_by_path(marks)
+  # Dense leaves too: a slot of theirs must not pass for a namesake's.
+  owners = {path: (leaf.shape, levels.get(path))
+            for path, leaf in base.leaves_by_path(params).items()}
 
   def visit(path, slot, new):
-    mark_ = _owner(base.path_name(path), owners)
-    if mark_ is None or getattr(slot, 'shape', None) != mark_[0]:
+    shape, own = _owner(base.path_name(path), owners) or (None, None)
+    if not masking.is_marked(own) or getattr(slot, 'shape', None) != shape:
       return slot
-    return jnp.where(masking.backward_mask(mark_[1]), slot, new)
+    return jnp.where(masking.backward_mask(own), slot, new)
 
   return jax.tree.map_with_path(visit, slots, fresh)
 
