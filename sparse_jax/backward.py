@@ -41,7 +41,10 @@ def masked_weight(weight: jax.Array, forward_mask: jax.Array,
 
 
 def _masked_weight_forward(weight, forward_mask, backward_mask):
-  return masked_weight(weight, forward_mask, backward_mask), backward_mask
+  # Not masked_weight itself: Hessian-vector products differentiate this rule
+  # forward, which a custom_vjp function does not allow.
+  zero = jnp.zeros((), weight.dtype)
+  return jnp.where(forward_mask, weight, zero), backward_mask
 
 
 def _masked_weight_backward(backward_mask, cotangent):

@@ -121,8 +121,12 @@ def top_kast(sparsity: float, *, backward_sparsity: float,
             leaf, outer[leaf.path], w, step, key), leaves, seen, state.marks)
 
   def penalty(params, state):
+    # The allocation is that of the leaves that `init` was given.
+    marks = base.leaves_by_path(state.marks)
+    own = {path: leaf for path, leaf in base.leaves_by_path(params).items()
+           if path in marks}
     densities = {path: 1 - leaf.sparsity
-                 for path, leaf in sites.leaves(params).items()}
+                 for path, leaf in sites.leaves(own).items()}
     return losses.exploration_loss(
         params, state.forward_masks, state.backward_masks,
         penalty_weight=penalty_weight, forward_density=densities)
