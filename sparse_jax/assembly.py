@@ -131,7 +131,8 @@ def _zero_outside(updates, params, old, new):
   """Leads to 0 outside the new mask, and where a weight has just entered."""
   def zero(update, weight, was, now):
     stays = masking.forward_mask(was) & masking.forward_mask(now)
-    return jnp.where(stays, update, -weight.astype(update.dtype))
+    exact = jnp.result_type(update, weight)  # A 16-bit -p would not reach 0.
+    return jnp.where(stays, update.astype(exact), -weight.astype(exact))
 
   def visit(path, update, weight, was, now):
     del path

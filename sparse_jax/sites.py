@@ -184,9 +184,11 @@ def first_marks(params: base.PyTree, leaves: dict[base.Path, Leaf],
     if path not in leaves:
       return None
     levels_ = choose(leaves[path], weight)
-    # Ties the marks to the weight's sharding where arrays are eager.
-    levels_ = jnp.where(weight == weight, levels_, levels_)
-    return masking.mark(levels_.astype(jnp.uint8))
+    marks = masking.mark(levels_.astype(jnp.uint8))
+    if isinstance(weight, jax.Array) and not isinstance(
+        weight, jax.core.Tracer) and len(weight.sharding.device_set) > 1:
+      marks = jax.device_put(marks, weight.sharding)
+    return marks
 
   return base.map_leaves(visit, params)
 
@@ -238,6 +240,8 @@ def apply_update(param: jax.Array, update: jax.Array) -> jax.Array:
   total = param + update
   if jnp.finfo(param.dtype).bits > 16:
     return total.astype(param.dtype)
+  if param.dtype == jnp.float16:  # Whose subnormals reduce_precision flushes.
+    return lax.optimization_barrier(total.astype(param.dtype))
   kind = jnp.finfo(param.dtype)
   exact = lax.reduce_precision(total.astype(jnp.float32), kind.nexp, kind.nmant)
   return exact.astype(param.dtype)
