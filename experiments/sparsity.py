@@ -141,21 +141,26 @@ def _arguments(values, name, known, train_steps) -> dict[str, Any]:
 def _structure(values) -> sparse_jax.structures.Structure:
   kind = values['structure']
   if kind == 'block':
-    return sparse_jax.Block(_pair('block_shape', values),
-                            values['block_reduce'])
+    return _of_pair('block_shape', values, lambda *shape: sparse_jax.Block(
+        shape, values['block_reduce']))
   if kind == 'nm':
-    return sparse_jax.NM(*_pair('nm', values))
+    return _of_pair('nm', values, sparse_jax.NM)
   return {'element': sparse_jax.Unstructured, 'channel': sparse_jax.Channel,
           'filter': sparse_jax.Filter}[kind]()
 
 
-def _pair(flag, values) -> tuple[int, int]:
+def _of_pair(flag, values, make) -> sparse_jax.structures.Structure:
+  given = f'`{flag}` (={",".join(values[flag])!r})'
   try:
     first, second = (int(number) for number in values[flag])
   except ValueError:
-    raise ValueError(f'`{flag}` (={",".join(values[flag])!r}) must be two '
-                     'integers such as 2,4.') from None
-  return first, second
+    raise ValueError(f'{given} must be two integers such as 2,4.') from None
+  structure = make(first, second)
+  try:
+    sparse_jax.structures.check_structure(structure)
+  except ValueError as error:
+    raise ValueError(f'{given}: {error}') from error
+  return structure
 
 
 def _dense_rules(layers) -> list[tuple[str, bool]]:

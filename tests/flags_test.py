@@ -1,0 +1,487 @@
+"""The flags of the image experiment: what they build, and what they refuse."""
+
+import functools
+import itertools
+import os
+import pathlib
+import re
+import tempfile
+from unittest import mock
+
+from absl import flags
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sparse_jax
+from experiments import devices
+from experiments import optimization
+from experiments import sparsity
+from experiments.image import models
+from experiments.image import train
+
+_STRUCTURES = ('element', 'block', 'nm', 'channel', 'filter')
+# So small that a choice among the entries compiles fast.
+_LAYERS = {'stem': (8, 16), 'head': (16, 6)}
+
+
+def setUpModule():
+  # Nothing here runs for long: most of the time goes to the compiler.
+  jax.config.update('jax_disable_most_optimizations', True)
+
+
+def tearDownModule():
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+def _values(**changes):
+  values = train.run_config()
+  assert changes.keys() <= values.keys(), changes
+  return values | {'width': 0.1, 'train_steps': 60} | changes
+
+
+def _parsed(text):
+  """Values of flags as they stand on a command line."""
+  found = dict(re.findall(r'--(\w+)=(\S+)', text))
+  return {name: flags.FLAGS[name].parser.parse(value)
+          for name, value in found.items()}
+
+
+def _params():
+  rng = np.random.default_rng(5)
+  return {name: {'kernel': jnp.asarray(rng.normal(size=shape), jnp.float32),
+                 'bias': jnp.ones(shape[1])}
+          for name, shape in _LAYERS.items()}
+
+
+def _leaves(tree):
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _differ(ones, others):
+  return any(not np.array_equal(a, b) for a, b in zip(ones, others))
+
+
+def _first_state(task, seed=0):
+  return jax.jit(functools.partial(train.init_state, task, seed))()
+
+
+def _every_step(method):
+  has_refreshes = method not in ('dense', 'static', 'dnw')
+  return {'update_every': 1} if has_refreshes else {}
+
+
+def _train(values, steps):
+  """Parameters, state and method after a few steps towards 0."""
+  method = sparsity.from_flags(values, 60)
+  tx = sparse_jax.sparsify(optax.sgd(.1), method, key=values['seed'])
+
+  def loss(params, state):
+    return optax.tree.norm(method.read(params, state), squared=True)
+
+  def step(carry, unused):
+    params, state = carry
+    updates, state = tx.update(jax.grad(loss)(params, state), state, params)
+    return (optax.apply_updates(params, updates), state), unused
+
+  @jax.jit
+  def run():
+    start = _params(), tx.init(_params())
+    return jax.lax.scan(step, start, length=steps)[0]
+
+  return *run(), method
+
+
+def _batch(size=16):
+  rng = np.random.default_rng(7)
+  return {'image': rng.integers(0, 256, (size, 8, 8, 1), np.uint8),
+          'label': np.arange(size, dtype=np.int32) % 10}
+
+
+class ScheduleTest(parameterized.TestCase):
+  """The learning rate of update t, counted from 0, of a run of 100."""
+
+  @parameterized.named_parameters(
+      ('constant', {'lr_schedule': 'constant'},
+       {0: .01, 4: .05, 9: .1, 10: .1, 99: .1}),
+      ('cosine', {'lr_schedule': 'cosine'},
+       {0: .01, 9: .1, 10: .1, 55: .05, 100: 0.}),
+      ('cosine_without_warmup', {'warmup_share': 0.},
+       {0: .1, 50: .05, 100: 0.}),
+      ('steps', {'lr_schedule': 'step'},
+       {0: .01, 9: .1, 29: .1, 30: .01, 69: .01, 70: .001, 90: .0001}),
+      ('other_steps', {'lr_schedule': 'step', 'lr_drops': ['0.5', '0.8'],
+                       'lr_factor': .5, 'warmup_share': 0.},
+       {0: .1, 49: .1, 50: .05, 79: .05, 80: .025, 99: .025}),
+      ('drops_at_one_step', {'lr_schedule': 'step', 'lr_drops': ['.5', '.501']},
+       {49: .1, 50: .001}),
+      ('drop_in_the_warmup', {'lr_schedule': 'step', 'lr_drops': ['.05']},
+       {9: .1, 10: .01}),
+      ('warmup_alone', {'warmup_share': 1.}, {0: .001, 49: .05, 99: .1}),
+  )
+  def test_rate_is_that_of_the_recipe(self, changes, rates):
+    changes = {'warmup_share': .1} | changes
+    rate = optimization.schedule(_values(**changes), 100)
+    for step, expected in rates.items():
+      np.testing.assert_allclose(rate(step), expected, rtol=1e-5, atol=1e-8,
+                                 err_msg=f'step {step}')
+
+  def test_imagenet_recipe_drops_at_the_epochs_of_the_paper(self):
+    values = _values(**_parsed(train.__doc__.split('ImageNet one')[1]))
+    rate = optimization.schedule(values, 32000)
+    # Epochs 5, 30, 70 and 90 of 102.4, at 312.5 steps each.
+    for step, expected in ((0, 1.6 / 1568), (1568, 1.6), (9375, 1.6),
+                           (9376, .16), (21888, .016), (28128, .0016)):
+      # The warm-up is a difference of float32.
+      np.testing.assert_allclose(rate(step), expected, rtol=1e-4)
+
+
+class OptimizerTest(parameterized.TestCase):
+
+  @parameterized.parameters(*optimization.OPTIMIZERS)
+  def test_decay_spares_biases(self, name):
+    params = _params()
+    tx = optimization.make(_values(
+        optimizer=name, learning_rate=.5, weight_decay=.1, warmup_share=0.,
+        lr_schedule='constant'), 10)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
+    for layer in updates:
+      np.testing.assert_array_equal(updates[layer]['bias'], 0.)
+      self.assertTrue(np.all(np.asarray(updates[layer]['kernel']) != 0.))
+      if name in ('sgd', 'adamw'):
+        np.testing.assert_allclose(updates[layer]['kernel'],
+                                   -.05 * params[layer]['kernel'], rtol=1e-5)
+
+  def test_clip_is_before_momentum_and_decay(self):
+    params = _params()
+    tx = optimization.make(_values(
+        optimizer='sgd', learning_rate=1., weight_decay=0., warmup_share=0.,
+        lr_schedule='constant', clip_norm=.5), 10)
+    grads = jax.tree.map(lambda p: 100 * p, params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    self.assertAlmostEqual(float(optax.tree.norm(updates)), .5, places=5)
+
+
+class LossTest(absltest.TestCase):
+
+  def test_smoothing_spreads_a_share_of_the_label(self):
+    values = _values(method='dense', label_smoothing=.3)
+    task, batch = train.make_task(values, 10), _batch()
+    state = _first_state(task)
+    loss, _ = jax.jit(functools.partial(train.loss_fn, task=task))(
+        state.params, state=state, batch=batch)
+    images = (batch['image'] / 255 - 0.3054) / 0.3758
+    logits = np.asarray(task.model.apply(
+        {'params': state.params}, images.astype(np.float32), train=False))
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    labels = .7 * np.eye(10)[batch['label']] + .03
+    np.testing.assert_allclose(loss, -(labels * logs).sum(-1).mean(),
+                               rtol=1e-5)
+
+
+class BuildTest(parameterized.TestCase):
+  """Every combination makes a run that can start."""
+
+  @parameterized.parameters(('dense', None), *itertools.product(
+      sorted(set(sparsity.METHODS) - {'dense'}), _STRUCTURES))
+  def test_method_trains_under_structure(self, name, structure):
+    values = _values(method=name, structure=structure) | _every_step(name)
+    if name != 'dense':
+      values |= {'sparsity': .5}
+    if structure == 'block':
+      values |= {'block_shape': ['2', '4']}
+    params, state, method = _train(values, steps=3)
+    self.assertTrue(all(np.isfinite(leaf).all() for leaf in _leaves(params)))
+    summary = sparse_jax.summarize(params, state, method)
+    expected = 0. if name == 'dense' else .5
+    if name != 'gmp' or structure == 'nm':  # Else it is not there yet.
+      self.assertAlmostEqual(summary.sparsity, expected, delta=.2)
+
+  @parameterized.parameters(*_STRUCTURES)
+  def test_structure_need_not_divide_a_kernel(self, structure):
+    method = sparsity.from_flags(_values(
+        method='static', structure=structure, sparsity=.5,
+        **{'block': {'block_shape': ['5', '7']}, 'nm': {'nm': ['3', '6']}}.get(
+            structure, {})), 60)
+    params = {'kernel': jnp.ones((13, 11))}
+    weights = method.read(params, jax.jit(lambda p: method.init(p))(params))
+    density = float(jnp.mean(weights['kernel'] != 0))
+    self.assertAlmostEqual(density, .5, delta=.15)
+
+  @parameterized.named_parameters(
+      ('cifar', r'(--dataset=cifar10[^\n]*\n[^\n]*)', 10, (32, 32, 3)),
+      ('imagenet', r'ImageNet one(.*)which nobody', 1000, (224, 224, 3)))
+  def test_recipe_of_the_docstring_builds(self, pattern, classes, image_shape):
+    recipe = re.search(pattern, train.__doc__, re.DOTALL).group(1)
+    recipe = _parsed(recipe) | {'data_dir': None}
+    values = _values(**{'width': 1., 'train_steps': 1000} | recipe)
+    self.assertGreaterEqual(len(recipe), 5)
+    task = train.make_task(values, values['train_steps'])
+    state = jax.eval_shape(functools.partial(train.init_state, task, 0))
+    self.assertEqual(state.params['head']['kernel'].shape[-1], classes)
+    size = values['batch_size']
+    batch = {'image': jax.ShapeDtypeStruct((size, *image_shape), jnp.uint8),
+             'label': jax.ShapeDtypeStruct((size,), jnp.int32)}
+    after = jax.eval_shape(functools.partial(train.train_step, task), state,
+                           batch)
+    self.assertEqual(jax.tree.map(lambda x: (x.shape, x.dtype), after),
+                     jax.tree.map(lambda x: (x.shape, x.dtype), state))
+
+  @parameterized.parameters(*sorted(models.MODELS))
+  def test_model_is_made_at_its_width(self, model):
+    task = train.make_task(_values(model=model, method='static', width=.02), 9)
+    state = jax.eval_shape(functools.partial(train.init_state, task, 0))
+    self.assertIn('head', state.params)
+
+
+class EffectTest(parameterized.TestCase):
+  """No flag is ignored: two of its values give two outcomes."""
+
+  METHOD_FLAGS = (
+      ('method', 'static', 'set', {}),
+      ('sparsity', .5, .6, {}),
+      ('backward_sparsity', .5, .6, {'sparsity': .8}),
+      ('penalty_weight', 1e-4, 1e-1, {}),
+      ('backward_selection', 'magnitude', 'random', {'sparsity': .5}),
+      ('stop_exploration_at', None, 2, {}),
+      ('drop_fraction', .2, .5, {'method': 'set', 'sparsity': .5}),
+      ('skip_step', False, True, {'method': 'rigl', 'sparsity': .5}),
+      ('update_every', 1, 4, {'method': 'set', 'sparsity': .5}),
+      ('update_begin', 0, 4, {'method': 'set', 'sparsity': .5}),
+      ('update_end', 2, -1, {'method': 'set', 'sparsity': .5}),
+      ('allocation', None, 'erk', {'sparsity': .5}),
+      ('structure', None, 'block', {'sparsity': .5}),
+      ('block_shape', ['2', '2'], ['4', '4'], {'structure': 'block'}),
+      ('block_reduce', 'sum', 'max', {'structure': 'block'}),
+      ('nm', ['2', '4'], ['1', '2'], {'structure': 'nm', 'sparsity': .5}),
+      ('dense_layers', [], ['stem', 'head'], {}),
+  )
+  OPTIMIZER_FLAGS = (
+      ('optimizer', 'momentum', 'nesterov', {}),
+      ('optimizer', 'adam', 'adamw', {'weight_decay': .1}),
+      ('optimizer', 'sgd', 'momentum', {}),
+      ('learning_rate', .1, .2, {}),
+      ('lr_schedule', 'constant', 'cosine', {}),
+      ('warmup_share', 0., .5, {}),
+      ('lr_drops', ['0.2'], ['0.9'], {'lr_schedule': 'step'}),
+      ('lr_factor', .1, .5, {'lr_schedule': 'step'}),
+      ('weight_decay', 0., .1, {}),
+      ('clip_norm', None, .1, {}),
+  )
+  MODEL_FLAGS = (
+      ('model', 'mlp', 'small_cnn', {}),
+      ('dataset', 'digits', 'mnist', {}),
+      ('width', .1, .2, {}),
+      ('dropout', 0., .5, {'model': 'wrn_16_8'}),
+      ('bfloat16', False, True, {}),
+      ('label_smoothing', 0., .1, {}),
+      ('log_every', 50, 60, {}),
+  )
+  LENGTH_FLAGS = (
+      ('batch_size', 64, 128, {}),
+      ('train_epochs', 1., 2., {}),
+      ('train_steps', 5, 6, {'train_epochs': None}),
+  )
+  # Watched in whole runs: see experiments_test.
+  ELSEWHERE = {'seed', 'data_dir', 'augment', 'workdir', 'eval_every',
+               'checkpoint_every'}
+
+  @parameterized.parameters(*METHOD_FLAGS)
+  def test_method_flag_changes_an_argument(self, flag, one, other, context):
+    def arguments(value):
+      values = _values(**context | {flag: value})
+      constructor = sparsity.METHODS[values['method']]
+      recorder = functools.wraps(constructor)(lambda **given: given)
+      with mock.patch.dict(sparsity.METHODS, {values['method']: recorder}):
+        return values['method'], sparsity.from_flags(values, 60)
+
+    self.assertNotEqual(arguments(one), arguments(other))
+
+  @parameterized.parameters(*OPTIMIZER_FLAGS)
+  def test_optimizer_flag_changes_the_updates(self, flag, one, other, context):
+    def outcome(value):
+      tx = optimization.make(_values(**context | {flag: value}), 6)
+      update, params = jax.jit(tx.update), _params()
+      state = tx.init(params)
+      for _ in range(5):
+        updates, state = update(params, state, params)
+        params = optax.apply_updates(params, updates)
+      return _leaves(params)
+
+    self.assertTrue(_differ(outcome(one), outcome(other)))
+
+  @parameterized.parameters(*MODEL_FLAGS)
+  def test_model_flag_changes_the_task(self, flag, one, other, context):
+    tasks = [train.make_task(_values(**context | {flag: value}), 6)
+             for value in (one, other)]
+    # Methods and optimizers are functions, made anew each time.
+    first, second = (task._replace(method=None, tx=None) for task in tasks)
+    self.assertNotEqual(first, second)
+
+  @parameterized.parameters(*LENGTH_FLAGS)
+  def test_length_flag_changes_the_length(self, flag, one, other, context):
+    lengths = [train.run_length(_values(
+        **{'train_steps': None} | context | {flag: value}), 1437)
+               for value in (one, other)]
+    self.assertNotEqual(*lengths)
+
+  def test_seed_changes_weights_and_masks(self):
+    states = [_first_state(train.make_task(_values(
+        method='static', seed=seed), 6), seed) for seed in (0, 2**32 - 1)]
+    for part in (lambda state: state.params['stem']['kernel'],
+                 lambda state: state.opt_state.sparse.marks['stem']['kernel']):
+      self.assertTrue(_differ(*(_leaves(part(state)) for state in states)))
+
+  def test_every_flag_is_in_a_table(self):
+    tables = (self.METHOD_FLAGS, self.OPTIMIZER_FLAGS, self.MODEL_FLAGS,
+              self.LENGTH_FLAGS)
+    watched = {row[0] for table in tables for row in table} | self.ELSEWHERE
+    self.assertEqual(watched, set(train.run_config()))
+
+
+class RefusalTest(parameterized.TestCase):
+  """A bad flag is named with its value, and nothing is left behind."""
+
+  @parameterized.named_parameters(
+      ('sparsity_one', {'sparsity': 1.}, 'sparsity.*1.0'),
+      ('sparsity_nan', {'sparsity': float('nan')}, 'sparsity.*nan'),
+      ('sparsity_negative', {'sparsity': -.1}, 'sparsity.*-0.1'),
+      ('sparsity_for_dense', {'method': 'dense', 'sparsity': .5},
+       'sparsity.*0.5.*method=dense'),
+      ('backward_above_forward', {'sparsity': .8, 'backward_sparsity': .9},
+       'backward_sparsity.*0.9.*0.8'),
+      ('backward_nan', {'backward_sparsity': float('nan')},
+       'backward_sparsity.*nan'),
+      ('penalty_negative', {'penalty_weight': -1.}, 'penalty_weight.*-1'),
+      ('stop_negative', {'stop_exploration_at': -1},
+       'stop_exploration_at.*-1'),
+      ('drop_above_one', {'method': 'rigl', 'drop_fraction': 1.5},
+       'drop_fraction.*1.5'),
+      ('update_every_zero', {'update_every': 0}, 'update_every.*0'),
+      ('update_begin_negative', {'update_begin': -2}, 'update_begin.*-2'),
+      ('update_end_before_begin', {'update_begin': 9, 'update_end': 3},
+       'update_end.*3.*update_begin.*9'),
+      ('update_begin_after_default_end', {'method': 'set', 'update_begin': 50},
+       'update_end.*45.*update_begin.*50'),
+      ('block_shape_zero', {'structure': 'block', 'block_shape': ['0', '4']},
+       'block_shape.*0,4.*shape.*0'),
+      ('block_shape_of_three', {
+          'structure': 'block', 'block_shape': ['2', '2', '2']},
+       'block_shape.*2,2,2'),
+      ('block_shape_of_words', {
+          'structure': 'block', 'block_shape': ['two', 'four']},
+       'block_shape.*two,four'),
+      ('block_shape_without_blocks', {'block_shape': ['4', '4']},
+       'block_shape.*4.*structure=block'),
+      ('block_reduce_without_blocks', {
+          'structure': 'filter', 'block_reduce': 'max'},
+       'block_reduce.*max.*structure=block.*filter'),
+      ('nm_reversed', {'structure': 'nm', 'nm': ['4', '2'], 'sparsity': .5},
+       'nm.*4,2'),
+      ('nm_without_nm', {'nm': ['1', '4']}, 'nm.*1.*structure=nm'),
+      ('nm_at_another_sparsity', {'structure': 'nm', 'sparsity': .9},
+       'sparsity.*0.9'),
+      ('nm_with_allocation', {
+          'structure': 'nm', 'sparsity': .5, 'allocation': 'erk'},
+       'allocation'),
+      ('rule_without_a_match', {'dense_layers': ['nosuchlayer']},
+       'nosuchlayer'),
+      ('rule_that_leaves_nothing', {'dense_layers': ['kernel']}, 'kernel'),
+      ('rule_that_is_no_expression', {'dense_layers': ['(']},
+       r'dense_layers.*\('),
+      ('too_sparse_for_the_allocation', {
+          'allocation': 'uniform_plus', 'sparsity': .999, 'model': 'resnet20'},
+       'sparsity'),
+      ('lr_drops_of_words', {'lr_schedule': 'step', 'lr_drops': ['soon']},
+       'lr_drops.*soon'),
+      ('lr_drops_above_one', {'lr_schedule': 'step', 'lr_drops': ['30']},
+       'lr_drops.*30'),
+      ('lr_drops_without_steps', {'lr_drops': ['0.5']},
+       'lr_drops.*0.5.*lr_schedule=step.*cosine'),
+      ('lr_factor_without_steps', {'lr_factor': .5}, 'lr_factor.*0.5'),
+      ('warmup_above_one', {'warmup_share': 5.}, 'warmup_share.*5'),
+      ('warmup_nan', {'warmup_share': float('nan')}, 'warmup_share.*nan'),
+      ('learning_rate_zero', {'learning_rate': 0.}, 'learning_rate.*0'),
+      ('learning_rate_nan', {'learning_rate': float('nan')},
+       'learning_rate.*nan'),
+      ('decay_negative', {'weight_decay': -1.}, 'weight_decay.*-1'),
+      ('clip_zero', {'clip_norm': 0.}, 'clip_norm.*0'),
+      ('batch_not_divisible', {'batch_size': 100}, 'batch_size.*100.*8'),
+      ('batch_zero', {'batch_size': 0}, 'batch_size.*0'),
+      ('batch_above_the_data', {'batch_size': 4096}, 'batch_size.*4096'),
+      ('steps_and_epochs', {'train_steps': 5, 'train_epochs': 2.},
+       'train_steps.*5.*train_epochs.*2'),
+      ('steps_zero', {'train_steps': 0}, 'train_steps.*0'),
+      ('epochs_nan', {'train_steps': None, 'train_epochs': float('nan')},
+       'train_epochs.*nan'),
+      ('epochs_negative', {'train_steps': None, 'train_epochs': -1.},
+       'train_epochs.*-1'),
+      ('log_every_zero', {'log_every': 0}, 'log_every.*0'),
+      ('eval_every_zero', {'eval_every': 0}, 'eval_every.*0'),
+      ('checkpoint_every_zero', {'checkpoint_every': 0}, 'checkpoint_every.*0'),
+      ('seed_negative', {'seed': -1}, 'seed.*-1'),
+      ('seed_that_wraps', {'seed': 2**32}, 'seed.*4294967296'),
+      ('smoothing_above_one', {'label_smoothing': 1.5}, 'label_smoothing.*1.5'),
+      ('width_zero', {'width': 0.}, 'width.*0'),
+      ('width_infinite', {'width': float('inf')}, 'width.*inf'),
+      ('dropout_where_there_is_none', {'dropout': .5}, 'dropout.*0.5'),
+      ('dropout_one', {'model': 'wrn_16_8', 'dropout': 1.}, 'dropout.*1'),
+      ('data_dir_empty_name', {'data_dir': ''}, 'data_dir.*\'\''),
+  )
+  def test_flag_is_named_with_its_value(self, changes, message):
+    self._assert_refused(ValueError, changes, message)
+
+  @parameterized.parameters(
+      ('rigl', 'backward_sparsity', .5), ('set', 'penalty_weight', .1),
+      ('gmp', 'drop_fraction', .1), ('static', 'update_every', 5),
+      ('dnw', 'update_end', 5), ('top_kast', 'skip_step', True),
+      ('rigl', 'backward_selection', 'random'),
+      ('dense', 'stop_exploration_at', 5), ('dense', 'allocation', 'erk'),
+      ('dense', 'structure', 'block'), ('dense', 'dense_layers', ['head']))
+  def test_flag_of_another_method_is_refused(self, method, flag, value):
+    self._assert_refused(
+        ValueError, {'method': method, flag: value},
+        f'`{flag}`.*{re.escape(str(value))}.*--method={method}')
+
+  def test_empty_data_dir_is_named(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    self._assert_refused(FileNotFoundError, {'data_dir': folder},
+                         f'data_dir.*{folder}')
+    self.assertEmpty(os.listdir(folder))
+
+  @parameterized.parameters(
+      ('dataset', 'cifar11'), ('model', 'resnet21'), ('method', 'rigged'),
+      ('allocation', 'even'), ('structure', 'cube'), ('optimizer', 'adamx'),
+      ('lr_schedule', 'line'), ('backward_selection', 'best'),
+      ('block_reduce', 'mean'), ('sparsity', 'much'), ('train_steps', '1.5'))
+  def test_unknown_value_is_named(self, flag, value):
+    with self.assertRaisesRegex(flags.IllegalFlagValueError,
+                                f'{flag}={value}'):
+      flags.FLAGS[flag].parse(value)
+
+  @parameterized.named_parameters(
+      ('no_address', {'num_processes': 2}, 'num_processes.*2'),
+      ('incomplete', {'distributed': True, 'coordinator': 'host:1'},
+       'coordinator.*host:1'),
+      ('not_distributed', {'coordinator': 'host:1', 'num_processes': 2,
+                           'process_id': 0}, 'coordinator.*host:1'))
+  def test_half_named_processes_are_refused(self, changes, message):
+    nothing = {'distributed': False, 'coordinator': None,
+               'num_processes': None, 'process_id': None}
+    with self.assertRaisesRegex(ValueError, message):
+      devices.join(nothing | changes)
+
+  def _assert_refused(self, kind, changes, message):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    workdir = pathlib.Path(folder, 'run')
+    with self.assertRaisesRegex(kind, message):
+      train.train(_values(workdir=str(workdir), **changes))
+    self.assertFalse(workdir.exists())
+
+
+if __name__ == '__main__':
+  absltest.main()
