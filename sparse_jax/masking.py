@@ -191,6 +191,12 @@ def is_marked(marks) -> bool:
   return hasattr(marks, 'dtype') and hasattr(marks, 'shape')
 
 
+def paths(marks: base.PyTree) -> set[base.Path]:
+  """The paths of all leaves that were looked at, sparse or never sparse."""
+  leaves = jax.tree.leaves_with_path(marks, is_leaf=lambda leaf: leaf is None)
+  return {base.path_name(path) for path, _ in leaves}
+
+
 def forward_mask(marks: jax.Array) -> jax.Array:
   """bool, same shape: the forward set A."""
   return (marks & _FORWARD) > 0

@@ -34,6 +34,18 @@ def _decode(read, marks):
   return jax.tree.map(read, marks)
 
 
+class Work(NamedTuple):
+  """The share of a dense leaf's products that training does, on average.
+
+  Each is a fraction in [0, 1] of the multiply-adds of that pass with a dense
+  weight.
+  """
+
+  forward: float
+  input_gradient: float
+  weight_gradient: float
+
+
 class SparseMethod(NamedTuple):
   """A sparse-training method: pure functions of trees.
 
@@ -57,6 +69,9 @@ class SparseMethod(NamedTuple):
   settle: Callable[..., tuple[base.PyTree, SparseState]]
   # state -> bool[]: whether the coming update skips the optimizer, or None.
   skips: Callable[[SparseState], jax.Array] | None = None
+  # (params, steps) -> {path: Work} of the sparse leaves, averaged over a run
+  # of so many steps; a leaf that is not named works dense. Or None.
+  work: Callable[[base.PyTree, int], dict[base.Path, Work]] | None = None
 
 
 def get_state(opt_state: Any) -> SparseState:

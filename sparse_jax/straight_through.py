@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from sparse_jax import assembly
 from sparse_jax import base
 from sparse_jax import losses
+from sparse_jax import masking
 from sparse_jax import selection
 from sparse_jax import sites as sites_lib
 from sparse_jax import state as state_lib
@@ -122,9 +123,9 @@ def top_kast(sparsity: float, *, backward_sparsity: float,
 
   def penalty(params, state):
     # The allocation is that of the leaves that `init` was given.
-    marks = base.leaves_by_path(state.marks)
+    given = masking.paths(state.marks)
     own = {path: leaf for path, leaf in base.leaves_by_path(params).items()
-           if path in marks}
+           if path in given}
     densities = {path: 1 - leaf.sparsity
                  for path, leaf in sites.leaves(own).items()}
     return losses.exploration_loss(

@@ -42,8 +42,8 @@ _EVERYTHING = {
 
 
 # Runs the program with the network below, in a process of its own.
-_WITH_SMALL_NETWORK = ('-c', 'from tests import experiments_test as test; '
-                       'test.run_with_small_network()')
+_WITH_SMALL_NETWORK = ('-c', f'from tests import {pathlib.Path(__file__).stem}'
+                       ' as test; test.run_with_small_network()')
 _CACHE = tempfile.TemporaryDirectory()
 # Nothing here runs for long: most of the time would go to the compiler.
 _COMPILER = {'jax_disable_most_optimizations': True,
