@@ -1,6 +1,8 @@
 """What a method is made of: a start, a reading, a way to renew its masks."""
 
+from collections.abc import Callable
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,13 @@ import jax.numpy as jnp
 from sparse_jax import allocation
 from sparse_jax import backward
 from sparse_jax import base
+from sparse_jax import budget
 from sparse_jax import masking
+from sparse_jax import schedules
 from sparse_jax import sites as sites_lib
 from sparse_jax import state as state_lib
 from sparse_jax import structures
+from sparse_jax import topk
 
 SparseMethod = state_lib.SparseMethod
 # Defaults that all methods share.
@@ -19,22 +24,29 @@ UNIFORM = allocation.uniform
 UNSTRUCTURED = structures.Unstructured()
 
 
-def make_method(start, *, read, renew=None, zeros=False, penalty=None,
-                skips=None) -> SparseMethod:
+def make_method(start, *, read, renew=None, extra=None, zeros=False,
+                adjust=None, penalty=None, skips=None, resets=None,
+                parametrize=None, work=None) -> SparseMethod:
   """Makes a method of its parts.
 
   Args:
     start: (params, typed key) -> marks.
     read: (params, SparseState) -> weights.
-    renew: (sites.Step, SparseState) -> marks, or None for masks that stay.
+    renew: (sites.Step, SparseState) -> SparseState with new marks (and
+      extra), or None for masks that stay.
+    extra: params -> the method's own arrays at the start, or None.
     zeros: whether stored weights are 0 outside A, and where they enter it.
+    adjust: (params, updates, old SparseState, new one) -> updates, or None.
     penalty: (params, SparseState) -> float32[], or None for 0.
-    skips: SparseState -> bool[], or None.
+    skips, resets: SparseState -> bool[], or None.
+    parametrize: params -> params, or None for the identity.
+    work: as in SparseMethod.
   """
   def init(params, key=None):
     data = state_lib.key_data(key)
     marks = start(params, jax.random.wrap_key_data(data))
-    return state_lib.SparseState(jnp.zeros((), jnp.int32), data, marks)
+    own = () if extra is None else extra(params)
+    return state_lib.SparseState(jnp.zeros((), jnp.int32), data, marks, own)
 
   def read_weights(params, state):
     return read(params, state_lib.get_state(state))
@@ -44,23 +56,42 @@ def make_method(start, *, read, renew=None, zeros=False, penalty=None,
       return jnp.float32(0)
     return penalty(params, state_lib.get_state(state))
 
-  def settle(params, updates, grads, state):
-    seen = sites_lib.Step(params, updates, grads)
+  def settle(params, updates, grads, state, **extra_args):
+    seen = sites_lib.Step(params, updates, grads, extra_args)
     if not zeros:
       stepped = jax.tree.map(sites_lib.apply_update, params, updates)
-      seen = sites_lib.Step(stepped, None, grads)
-    marks = state.marks if renew is None else renew(seen, state)
+      seen = sites_lib.Step(stepped, None, grads, extra_args)
+    new = state if renew is None else renew(seen, state)
     if zeros:
-      updates = _zero_outside(updates, params, state.marks, marks)
-    return updates, state._replace(step=state.step + 1, marks=marks)
+      updates = _zero_outside(updates, params, state.marks, new.marks)
+    if adjust is not None:
+      updates = adjust(params, updates, state, new)
+    return updates, new._replace(step=state.step + 1)
 
-  def refresh(params, grads, state):
+  return SparseMethod(parametrize or (lambda params: params), init,
+                      read_weights, total_penalty, refresh_by(settle), settle,
+                      skips, resets, work)
+
+
+def refresh_by(settle):
+  """A method's `refresh`, from its `settle`."""
+  def refresh(params, grads, state, **extra_args):
     still = jax.tree.map(lambda p: jnp.full_like(p, -0.), params)
-    updates, state = settle(params, still, grads, state_lib.get_state(state))
+    updates, state = settle(params, still, grads, state_lib.get_state(state),
+                            **extra_args)
     return jax.tree.map(sites_lib.apply_update, params, updates), state
 
-  return SparseMethod(lambda params: params, init, read_weights,
-                      total_penalty, refresh, settle, skips)
+  return refresh
+
+
+def shared_work(sites, share):
+  """A method's `work`: `share(density)` of each leaf, three numbers."""
+  def work(params, steps):
+    del steps
+    return {path: state_lib.Work(*share(1 - leaf.sparsity))
+            for path, leaf in sites.leaves(params).items()}
+
+  return work
 
 
 def read_forward(params, state):
@@ -105,13 +136,7 @@ def random_start(sites):
 def refresh_window(every: int, begin: int, end: int | None, *,
                    also_at_end: bool = False, also_at: int | None = None):
   """A function of the step: whether the masks refresh after that update."""
-  base.check_count('update_every', every, least=1)
-  base.check_count('update_begin', begin)
-  if end is not None:
-    base.check_count('update_end', end)
-    if end < begin:
-      raise ValueError(f'`update_end` (={end}) must not be below '
-                       f'`update_begin` (={begin}).')
+  check_window(every, begin, end)
   if (every, begin, end) == (1, 0, None):
     return lambda step: True
 
@@ -125,6 +150,57 @@ def refresh_window(every: int, begin: int, end: int | None, *,
     return due
 
   return window
+
+
+def check_window(every: int, begin: int, end: int | None) -> None:
+  """Raises ValueError naming the argument that is out of range."""
+  base.check_count('update_every', every, least=1)
+  base.check_count('update_begin', begin)
+  if end is not None:
+    base.check_count('update_end', end)
+    if end < begin:
+      raise ValueError(f'`update_end` (={end}) must not be below '
+                       f'`update_begin` (={begin}).')
+
+
+def drop_schedule(fraction: float, end: int | None
+                  ) -> Callable[[jax.Array], Any]:
+  """The drop fraction: constant, or annealed to `end` by a cosine."""
+  base.check_fraction('drop_fraction', fraction)
+  if end is None:
+    return lambda step: fraction
+  base.check_count('update_end', end, least=1)
+  return schedules.cosine_drop(fraction, end=end)
+
+
+def full_start(sites):
+  """Every entry in A."""
+  def choose(leaf, weight):
+    del weight
+    full = jnp.ones(leaf.layout.group_shape, bool)
+    return sites_lib.levels(leaf, full, full)
+
+  def start(params, key):
+    del key
+    return sites_lib.first_marks(params, sites.leaves(params), choose)
+
+  return start
+
+
+def best_levels(leaves, groups, counts):
+  """{path: levels} of the best groups; scores and counts are by path."""
+  chosen = {path: leaf.layout.top(groups[path], counts[path])
+            for path, leaf in leaves.items()}
+  return {path: sites_lib.levels(leaf, chosen[path], chosen[path])
+          for path, leaf in leaves.items()}
+
+
+def counts_by_scope(leaves, groups, scope, sparsity):
+  """{path: groups kept}: each leaf's own count, or one budget for all."""
+  if scope == 'layer':
+    return {path: leaf.count for path, leaf in leaves.items()}
+  size = sum(groups[path].size for path in leaves)
+  return budget.global_counts(leaves, groups, topk.keep_count(size, sparsity))
 
 
 def _zero_outside(updates, params, old, new):

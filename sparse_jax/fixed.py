@@ -26,7 +26,8 @@ def dense() -> SparseMethod:
     del key
     return jax.tree.map(lambda _: None, params)
 
-  return assembly.make_method(start, read=lambda params, state: params)
+  return assembly.make_method(start, read=lambda params, state: params,
+                              work=lambda params, steps: {})
 
 
 def static(sparsity: float, *, allocation=UNIFORM, structure=UNSTRUCTURED,
@@ -64,4 +65,6 @@ def static(sparsity: float, *, allocation=UNIFORM, structure=UNSTRUCTURED,
   sites = sites_lib.Sites(sparsity, allocation, structure, is_sparse,
                           batch_axes, contracting).checked()
   return assembly.make_method(assembly.random_start(sites),
-                              read=assembly.read_forward, zeros=True)
+                              read=assembly.read_forward, zeros=True,
+                              work=assembly.shared_work(sites, lambda d: (
+                                  d, d, d)))

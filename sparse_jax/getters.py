@@ -82,6 +82,46 @@ def nnx_getter(method: state_lib.SparseMethod, opt_state: Any
   """
   def getter(model):
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    return nnx.merge(graph, method.read(params, opt_state), rest, copy=True)
+    weights = method.read(params, opt_state)
+    # What `nnx_parametrize` has added stays as it is.
+    weights = nnx.State({**params, **weights})
+    return nnx.merge(graph, weights, rest, copy=True)
 
   return getter
+
+
+def nnx_parametrize(method: state_lib.SparseMethod, model: nnx.Module
+                    ) -> nnx.Module:
+  """`method.parametrize` for an NNX module, in place.
+
+  Thresholds and gates become attributes of the module, `nnx.Param`s like any
+  other, so that `nnx.Optimizer(..., wrt=nnx.Param)` trains them. For methods
+  that add nothing it does nothing.
+
+  Args:
+    method: a sparse method.
+    model: the module; call before making its optimizer.
+
+  Returns:
+    The same module.
+
+  Example:
+    >>> import sparse_jax
+    >>> model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    >>> model = nnx_parametrize(sparse_jax.str_(), model)
+    >>> model.thresholds['kernel'].shape
+    (1, 1)
+  """
+  params = nnx.state(model, nnx.Param)
+  for key, value in method.parametrize(params).items():
+    if key in params:
+      nnx.update(model, nnx.State({key: value}))
+    else:
+      setattr(model, key, _as_params(value))
+  return model
+
+
+def _as_params(tree):
+  if isinstance(tree, Mapping):
+    return nnx.Dict({key: _as_params(value) for key, value in tree.items()})
+  return nnx.Param(tree)

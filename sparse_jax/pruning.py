@@ -4,15 +4,18 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparse_jax import assembly
 from sparse_jax import base
+from sparse_jax import budget
 from sparse_jax import schedules
 from sparse_jax import scoring
 from sparse_jax import selection
 from sparse_jax import sites as sites_lib
 from sparse_jax import state as state_lib
 from sparse_jax import structures
+from sparse_jax import topk
 from sparse_jax.assembly import SparseMethod
 from sparse_jax.assembly import UNIFORM
 from sparse_jax.assembly import UNSTRUCTURED
@@ -20,7 +23,7 @@ from sparse_jax.assembly import UNSTRUCTURED
 
 def gmp(sparsity: float, *, schedule: schedules.Schedule | None = None,
         score: Callable[..., jax.Array] = scoring.magnitude,
-        allocation=UNIFORM, structure=UNSTRUCTURED,
+        scope: str = 'layer', allocation=UNIFORM, structure=UNSTRUCTURED,
         is_sparse: selection.IsSparse = None, batch_axes: selection.Axes = (),
         contracting: selection.Axes | None = None, update_every: int = 100,
         update_begin: int = 0, update_end: int | None = None) -> SparseMethod:
@@ -40,6 +43,8 @@ def gmp(sparsity: float, *, schedule: schedules.Schedule | None = None,
     score: `score(weight, grad, key)`, the worth of each entry: a function of
       `scoring`, or your own. One that is not by magnitude receives the dense
       gradient.
+    scope: 'layer', each leaf keeps its own share; 'global', the entries of
+      all leaves compete, and only a uniform allocation goes with it.
     update_every: steps between refreshes, at least 1.
     update_begin, update_end: first and last step that may refresh;
       `update_end` itself always does.
@@ -61,36 +66,74 @@ def gmp(sparsity: float, *, schedule: schedules.Schedule | None = None,
   window = assembly.refresh_window(update_every, update_begin, update_end,
                                    also_at_end=True)
   schedule = _pruning_schedule(sites, schedule, update_begin, update_end)
+  base.check_callable('score', score)
+  budget.check_scope(sites, scope)
 
-  def count(leaf, step):
+  def count(keep_count, step, final):
+    """What `keep_count` gives at the sparsity of the step."""
     if schedule is None:
-      return leaf.count
-    kept = leaf.layout.keep_count(schedule(step) * (leaf.sparsity / sparsity))
+      return keep_count(final)
+    kept = keep_count(schedule(step) * (final / sparsity))
     if update_end is None:
       return kept
-    return jnp.where(step >= update_end, leaf.count, kept)
+    return jnp.where(step >= update_end, keep_count(final), kept)
+
+  def scores(leaf, weight, grad, key):
+    own = jax.random.fold_in(key, leaf.index)
+    return leaf.layout.group(score(weight, grad, own))
 
   def select(leaf, weight, grad, step, key):
-    own = jax.random.fold_in(key, leaf.index)
-    groups = leaf.layout.group(score(weight, grad, own))
-    chosen = leaf.layout.top(groups, count(leaf, step))
+    kept = count(leaf.layout.keep_count, step, leaf.sparsity)
+    chosen = leaf.layout.top(scores(leaf, weight, grad, key), kept)
     return sites_lib.levels(leaf, chosen, chosen)
 
+  def select_together(leaves, weights, grads, step, key):
+    groups = {path: scores(leaf, weights[path], grads[path], key)
+              for path, leaf in leaves.items()}
+    size = sum(each.size for each in groups.values())
+    total = count(lambda s: topk.keep_count(size, s), step, sparsity)
+    return assembly.best_levels(leaves, groups,
+                                budget.global_counts(leaves, groups, total))
+
   def start(params, key):
-    return sites_lib.first_marks(params, sites.leaves(params), lambda leaf, w:
-                                 select(leaf, w, w, jnp.int32(0), key))
+    leaves, first = sites.leaves(params), jnp.int32(0)
+    if scope == 'layer':
+      return sites_lib.first_marks(params, leaves, lambda leaf, w: select(
+          leaf, w, w, first, key))
+    weights = base.leaves_by_path(params)
+    levels = select_together(leaves, weights, weights, first, key)
+    return sites_lib.first_marks(params, leaves,
+                                 lambda leaf, w: levels[leaf.path])
 
   def renew(seen, state):
     step = state.step + 1
-    key = state_lib.step_key(state, step)
-    return sites_lib.next_marks(
-        window(step), lambda leaf, w, g, m: select(leaf, w, g, step, key),
-        sites.leaves(seen.params), seen, state.marks)
+    key, leaves = state_lib.step_key(state, step), sites.leaves(seen.params)
+    if scope == 'layer':
+      return sites_lib.next_state(
+          window(step), lambda leaf, w, g, m: select(leaf, w, g, step, key),
+          leaves, seen, state)
+    grads = base.leaves_by_path(seen.grads)
+    return sites_lib.next_together(
+        window(step), lambda weights: (select_together(
+            leaves, weights, grads, step, key), state.extra), seen, state)
 
-  base.check_callable('score', score)
+  def work(params, steps):
+    return _mean_work(sites.leaves(params), steps, window, schedule, sparsity)
+
   by_magnitude = score is scoring.magnitude
   read = assembly.read_forward if by_magnitude else assembly.read_dense_gradient
-  return assembly.make_method(start, renew=renew, read=read)
+  return assembly.make_method(start, renew=renew, read=read, work=work)
+
+
+def _mean_work(leaves, steps, window, schedule, sparsity):
+  """Each leaf's density, averaged over the steps of a run."""
+  times = [0] + [t for t in range(1, steps) if window(t)]
+  held = np.diff([*times, steps])
+  risen = (np.ones(len(times)) if schedule is None else
+           np.asarray(schedule(np.array(times))) / sparsity)
+  mean = float(np.sum(risen * held) / max(steps, 1))
+  dense = {path: 1 - leaf.sparsity * mean for path, leaf in leaves.items()}
+  return {path: state_lib.Work(d, d, d) for path, d in dense.items()}
 
 
 def _pruning_schedule(sites, schedule, begin, end):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 import math
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from sparse_jax import allocation as allocation_lib
 from sparse_jax import base
 from sparse_jax import masking
 from sparse_jax import selection
+from sparse_jax import state as state_lib
 from sparse_jax import structures
 from sparse_jax import topk
 
@@ -130,7 +132,8 @@ def levels(leaf: Leaf, forward: jax.Array, backward: jax.Array) -> jax.Array:
 
 
 def drop_and_grow(leaf: Leaf, active: jax.Array, worth: jax.Array,
-                  growth: jax.Array, fraction) -> jax.Array:
+                  growth: jax.Array, fraction,
+                  negative: jax.Array | None = None) -> jax.Array:
   """Drops the least worthy of the active groups, grows the most promising.
 
   Of n active groups the keep_count(n, fraction) of largest `worth` stay; the
@@ -143,6 +146,8 @@ def drop_and_grow(leaf: Leaf, active: jax.Array, worth: jax.Array,
     worth, growth: float of the groups' shape.
     fraction: share of the active groups that is dropped, in [0, 1]: a Python
       number or a traced float32[].
+    negative: bool of the groups' shape: these and the others are dropped
+      apart, each by the fraction. None: there is one ranking.
 
   Returns:
     bool of the groups' shape.
@@ -151,11 +156,22 @@ def drop_and_grow(leaf: Leaf, active: jax.Array, worth: jax.Array,
     Evci et al., RigL, 2020, https://arxiv.org/abs/1911.11134, section 3. The
     official code truncates the number dropped and ranks inactive entries as
     zero when dropping; here the count is rounded and only active ones drop.
+    Apart by sign: Mocanu et al., SET, 2018, algorithm 1.
   """
-  kept_count = _kept(leaf.count, fraction)
-  kept = leaf.layout.top(_only(active, worth), kept_count)
-  grown = leaf.layout.top(_only(~kept, growth), leaf.count - kept_count)
+  if negative is None:
+    stay = _kept(leaf.count, fraction)
+    kept = leaf.layout.top(only(active, worth), stay)
+  else:
+    kept = (_keep_share(leaf, active & negative, worth, fraction)
+            | _keep_share(leaf, active & ~negative, worth, fraction))
+    stay = count(leaf, kept)
+  grown = leaf.layout.top(only(~kept, growth), leaf.count - stay)
   return kept | grown
+
+
+def _keep_share(leaf, side, worth, fraction):
+  stay = topk.keep_count(count(leaf, side), fraction)
+  return leaf.layout.top(only(side, worth), stay)
 
 
 def _kept(count: int, fraction):
@@ -165,7 +181,13 @@ def _kept(count: int, fraction):
   return 1
 
 
-def _only(choosable: jax.Array, scores: jax.Array) -> jax.Array:
+def count(leaf: Leaf, groups: jax.Array) -> jax.Array:
+  """int32: True groups of each competition, its axes kept as 1."""
+  return jnp.sum(groups, axis=leaf.layout.competing, keepdims=True,
+                 dtype=jnp.int32)
+
+
+def only(choosable: jax.Array, scores: jax.Array) -> jax.Array:
   """Scores with NaN, the lowest of all, where a group may not be chosen."""
   scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
   return jnp.where(choosable, scores, jnp.nan)
@@ -193,10 +215,10 @@ def first_marks(params: base.PyTree, leaves: dict[base.Path, Leaf],
   return base.map_leaves(visit, params)
 
 
-def next_marks(due: bool | jax.Array, choose: Callable[..., jax.Array],
+def next_state(due: bool | jax.Array, choose: Callable[..., jax.Array],
                leaves: dict[base.Path, Leaf], step: 'Step',
-               marks: base.PyTree) -> base.PyTree:
-  """Marks after a step: chosen anew where `due`, else as they were.
+               state: state_lib.SparseState) -> state_lib.SparseState:
+  """The state with marks chosen anew where `due`, else as they were.
 
   `choose(leaf, weight, grad, marks)` gives new levels. There is one `cond` a
   leaf, which carries marks alone, so that an ordinary step pays only for
@@ -215,7 +237,36 @@ def next_marks(due: bool | jax.Array, choose: Callable[..., jax.Array],
       return renew(*operands) if due else old
     return lax.cond(due, renew, lambda p, u, g, old: old, *operands)
 
-  return base.map_leaves(visit, step.params, step.updates, step.grads, marks)
+  return state._replace(marks=base.map_leaves(
+      visit, step.params, step.updates, step.grads, state.marks))
+
+
+def next_together(due: bool | jax.Array,
+                  choose: Callable[[dict[base.Path, jax.Array]], Any],
+                  step: 'Step', state: state_lib.SparseState
+                  ) -> state_lib.SparseState:
+  """The state with marks of leaves that must be chosen together.
+
+  `choose({path: weight})` gives `({path: levels}, extra)`. One `cond` for the
+  tree, which carries marks and extra arrays alone.
+  """
+  def renew():
+    weights = base.leaves_by_path(step.weights())
+    levels_, extra = choose(weights)
+
+    def visit(path, old):
+      return masking.mark(levels_[path], old)
+
+    return base.map_leaves(visit, state.marks), extra
+
+  def keep():
+    return state.marks, state.extra
+
+  if isinstance(due, bool):
+    marks, extra = renew() if due else keep()
+  else:
+    marks, extra = lax.cond(due, renew, keep)
+  return state._replace(marks=marks, extra=extra)
 
 
 class Step(NamedTuple):
@@ -229,6 +280,13 @@ class Step(NamedTuple):
   params: base.PyTree
   updates: base.PyTree | None
   grads: base.PyTree
+  extra_args: Mapping[str, Any] = {}  # Those of `tx.update`.
+
+  def weights(self) -> base.PyTree:
+    """The weights to judge."""
+    if self.updates is None:
+      return self.params
+    return jax.tree.map(apply_update, self.params, self.updates)
 
 
 def apply_update(param: jax.Array, update: jax.Array) -> jax.Array:

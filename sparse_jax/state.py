@@ -69,6 +69,8 @@ class SparseMethod(NamedTuple):
   settle: Callable[..., tuple[base.PyTree, SparseState]]
   # state -> bool[]: whether the coming update skips the optimizer, or None.
   skips: Callable[[SparseState], jax.Array] | None = None
+  # state -> bool[]: whether the coming update makes all slots anew, or None.
+  resets: Callable[[SparseState], jax.Array] | None = None
   # (params, steps) -> {path: Work} of the sparse leaves, averaged over a run
   # of so many steps; a leaf that is not named works dense. Or None.
   work: Callable[[base.PyTree, int], dict[base.Path, Work]] | None = None

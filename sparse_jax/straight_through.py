@@ -1,5 +1,6 @@
 """Gradients past the forward mask: hidden weights learn, and come back."""
 
+import jax
 import jax.numpy as jnp
 
 from sparse_jax import assembly
@@ -9,6 +10,7 @@ from sparse_jax import masking
 from sparse_jax import selection
 from sparse_jax import sites as sites_lib
 from sparse_jax import state as state_lib
+from sparse_jax import structures
 from sparse_jax.assembly import SparseMethod
 from sparse_jax.assembly import UNIFORM
 from sparse_jax.assembly import UNSTRUCTURED
@@ -40,6 +42,90 @@ def dnw(sparsity: float, *, allocation=UNIFORM, structure=UNSTRUCTURED,
                   update_every=1, allocation=allocation, structure=structure,
                   is_sparse=is_sparse, batch_axes=batch_axes,
                   contracting=contracting)
+
+
+def ste(*, structure=structures.NM(2, 4), is_sparse: selection.IsSparse = None,
+        batch_axes: selection.Axes = (),
+        contracting: selection.Axes | None = None) -> SparseMethod:
+  """N:M sparsity by the plain straight-through estimator.
+
+  Every step the N largest of each M weights along the inputs are read, and
+  the gradient with respect to what was read goes to all. It is `dnw` with
+  N:M competitions. Training costs 2 f_S + f_D.
+
+  Args:
+    structure: an NM; it fixes the sparsity at 1 - n/m.
+    is_sparse, batch_axes, contracting: as in `static`.
+
+  Raises:
+    ValueError: naming the argument that is out of range.
+
+  Example:
+    >>> method = ste(structure=structures.NM(1, 4))
+
+  Reference:
+    Zhou et al., Learning N:M fine-grained structured sparse neural networks,
+    2021, https://arxiv.org/abs/2102.04010, section 3.1. Deviation: of equal
+    weights the earlier is kept.
+  """
+  return sr_ste(structure=structure, decay=0., is_sparse=is_sparse,
+                batch_axes=batch_axes, contracting=contracting)
+
+
+def sr_ste(*, structure=structures.NM(2, 4), decay: float = 2e-4,
+           is_sparse: selection.IsSparse = None,
+           batch_axes: selection.Axes = (),
+           contracting: selection.Axes | None = None) -> SparseMethod:
+  """N:M sparsity by the sparse-refined straight-through estimator.
+
+  As `ste`, and weights that are not read decay: the penalty is decay / 2
+  times their sum of squares, so that decay * w is added to their gradient
+  and they change places with those that are read less often. Training costs
+  2 f_S + f_D.
+
+  Law: decay = 0 is `ste`.
+
+  Args:
+    structure: an NM; it fixes the sparsity at 1 - n/m.
+    decay: lambda_w of the paper, at least 0. It comes besides any weight
+      decay of the optimizer.
+    is_sparse, batch_axes, contracting: as in `static`.
+
+  Raises:
+    ValueError: naming the argument that is out of range.
+
+  Example:
+    >>> import sparse_jax
+    >>> method = sr_ste(decay=2e-4)
+    >>> w = {'kernel': jnp.array([[.5], [-.1], [.3], [-.8]])}
+    >>> method.read(w, method.init(w))['kernel'].ravel()
+    Array([ 0.5,  0. ,  0. , -0.8], dtype=float32)
+
+  Reference:
+    Zhou et al., 2021, https://arxiv.org/abs/2102.04010, equation 9.
+  """
+  if not isinstance(structure, structures.NM):
+    raise ValueError(f'`structure` (={structure!r}) must be an NM.')
+  structures.check_structure(structure)
+  base.check_non_negative('decay', decay)
+  every_step = dnw(structure.sparsity, structure=structure,
+                   is_sparse=is_sparse, batch_axes=batch_axes,
+                   contracting=contracting)
+
+  def penalty(params, state):
+    marks = state_lib.get_state(state).marks
+
+    def hidden(path, weight, mark):
+      del path
+      if not masking.is_marked(mark):
+        return jnp.float32(0)
+      unread = jnp.where(masking.forward_mask(mark), 0, weight)
+      return jnp.sum(jnp.square(unread.astype(jnp.float32)))
+
+    squares = base.map_leaves(hidden, params, marks)
+    return decay / 2 * sum(jax.tree.leaves(squares), jnp.float32(0))
+
+  return every_step._replace(penalty=penalty) if decay else every_step
 
 
 def top_kast(sparsity: float, *, backward_sparsity: float,
@@ -117,9 +203,9 @@ def top_kast(sparsity: float, *, backward_sparsity: float,
     step = state.step + 1
     key = state_lib.step_key(state, step)
     leaves, outer = sites.leaves(seen.params), wider.leaves(seen.params)
-    return sites_lib.next_marks(
+    return sites_lib.next_state(
         window(step), lambda leaf, w, g, m: select(
-            leaf, outer[leaf.path], w, step, key), leaves, seen, state.marks)
+            leaf, outer[leaf.path], w, step, key), leaves, seen, state)
 
   def penalty(params, state):
     # The allocation is that of the leaves that `init` was given.
@@ -132,8 +218,16 @@ def top_kast(sparsity: float, *, backward_sparsity: float,
         params, state.forward_masks, state.backward_masks,
         penalty_weight=penalty_weight, forward_density=densities)
 
+  def work(params, steps):
+    del steps
+    leaves, outer = sites.leaves(params), wider.leaves(params)
+    return {path: state_lib.Work(*(1 - leaf.sparsity,) * 2,
+                                 1 - outer[path].sparsity)
+            for path, leaf in leaves.items()}
+
   return assembly.make_method(start, renew=renew, read=assembly.read_both,
-                              penalty=penalty if penalty_weight else None)
+                              penalty=penalty if penalty_weight else None,
+                              work=work)
 
 
 def _finite(scores):

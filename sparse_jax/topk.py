@@ -7,6 +7,7 @@ search costs a handful of reads, and on a sharded array each pass is a single
 scalar all-reduce; the array itself is never gathered.
 """
 
+from collections.abc import Sequence
 import functools
 import math
 from typing import NamedTuple
@@ -24,19 +25,22 @@ _LARGEST_SIZE = 2**31 - 1
 _FEW, _TINY = 16, 128
 
 
-def keep_count(size: int, sparsity: float | jax.Array) -> int | jax.Array:
+def keep_count(size: int | jax.Array,
+               sparsity: float | jax.Array) -> int | jax.Array:
   """How many of `size` entries stay at a sparsity: max(1, round((1 - s) n)).
 
   Halves round to even. A Python sparsity gives a Python integer, exact for
-  every size below 2**31; a traced one gives an int32, worked out in integers,
-  so that it does not lose counts above 2**24 as float32 arithmetic would.
+  every size below 2**31; a traced one, or a traced size, gives an int32,
+  worked out in integers, so that it does not lose counts above 2**24 as
+  float32 arithmetic would.
 
   Args:
-    size: the number of entries, at least 1.
+    size: the number of entries, at least 1; or an int32 array of such, where
+      0 gives 0.
     sparsity: fraction that becomes zero, in [0, 1).
 
   Returns:
-    The count, an int (or int32[] if `sparsity` is an array).
+    The count, an int (or int32 if an argument is an array).
 
   Raises:
     ValueError: if `size` is below 1 or too large, or `sparsity` out of range.
@@ -45,6 +49,10 @@ def keep_count(size: int, sparsity: float | jax.Array) -> int | jax.Array:
     >>> keep_count(10, 0.8), keep_count(4, 0.999), keep_count(5, 0.5)
     (2, 1, 2)
   """
+  if isinstance(size, jax.Array):
+    sparsity = jnp.asarray(sparsity, jnp.float32)
+    return jnp.minimum(_traced_keep_count(size.astype(jnp.uint32), sparsity),
+                       size)
   base.check_count('size', size, least=1)
   if size > _LARGEST_SIZE:
     raise ValueError(f'`size` (={size}) must be below 2**31.')
@@ -54,7 +62,7 @@ def keep_count(size: int, sparsity: float | jax.Array) -> int | jax.Array:
   return max(1, round((1 - sparsity) * size))
 
 
-def _traced_keep_count(size: int, sparsity: jax.Array) -> jax.Array:
+def _traced_keep_count(size, sparsity: jax.Array) -> jax.Array:
   """max(1, round(size * density)) with the density as a multiple of 2**-31."""
   scale = jnp.float32(2.0**31)
   sparse = (jnp.clip(sparsity.astype(jnp.float32), 0, 1) * scale)
@@ -66,7 +74,7 @@ def _traced_keep_count(size: int, sparsity: jax.Array) -> jax.Array:
   return jnp.maximum(whole + up, 1).astype(jnp.int32)
 
 
-def _wide_product(x: jax.Array, y: int) -> tuple[jax.Array, jax.Array]:
+def _wide_product(x: jax.Array, y) -> tuple[jax.Array, jax.Array]:
   """The upper and lower 32 bits of x * y, by products of 16-bit halves."""
   mask = jnp.uint32(0xFFFF)
   x1, x0 = x >> 16, x & mask
@@ -330,3 +338,74 @@ def _counts(keys: jax.Array, probes: list[jax.Array], axes) -> list[jax.Array]:
 
 def _add_all(xs, ys):
   return tuple(x + y for x, y in zip(xs, ys))
+
+
+def joint_counts(scores: Sequence[jax.Array], k: int | jax.Array,
+                 axes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+  """How many entries of each array are among the k largest of them all.
+
+  Law: `top_k_mask(scores[i], counts[i], axes=axes[i])` together mark exactly
+  the k largest of all arrays; equal scores go to the earlier array, the
+  earlier slice, the earlier entry.
+
+  Args:
+    scores: float[...] arrays, of any shapes; fewer than 2**31 entries in all.
+    k: how many to keep of all entries, at least 0: an int or a traced int32[].
+    axes: for each array the axes along which entries compete; a count is
+      given for every index of its other axes.
+
+  Returns:
+    int32 arrays, each the shape of its scores with `axes` as 1.
+
+  Example:
+    >>> counts = joint_counts([jnp.array([3., 1.]), jnp.array([2., 5., 4.])],
+    ...                       3, [(0,), (0,)])
+    >>> [int(count[0]) for count in counts]
+    [1, 2]
+  """
+  kind = jnp.result_type(*scores)
+  keys = [sortable_keys(each.astype(kind)) for each in scores]
+  k = jnp.asarray(k).astype(keys[0].dtype)
+  key = _joint_key(keys, k, kind)
+  above = [_tally(each > key, own) for each, own in zip(keys, axes)]
+  equal = [_tally(each == key, own) for each, own in zip(keys, axes)]
+  room, given = k.astype(jnp.int32) - sum(map(jnp.sum, above)), []
+  for more, same in zip(above, equal):
+    flat = same.ravel()
+    before = jnp.cumsum(flat) - flat
+    extra = jnp.clip(room - before, 0, flat).reshape(same.shape)
+    given.append(more + extra)
+    room -= jnp.sum(flat)
+  return given
+
+
+def _tally(marked: jax.Array, axes) -> jax.Array:
+  return jnp.sum(marked, axis=axes, keepdims=True, dtype=jnp.int32)
+
+
+def _joint_key(keys: list[jax.Array], k: jax.Array, kind) -> jax.Array:
+  """The k-th largest key of all arrays."""
+  _, half, infinity = _key_constants(kind)
+  word = keys[0].dtype.type
+  size = word(sum(each.size for each in keys))
+  none, top = jnp.zeros_like(k), jnp.full_like(k, half + infinity + 1)
+  start = _Cut(jnp.where(k > 0, none, top), top, jnp.where(k > 0, size, none),
+               none, k, none, none)
+
+  def narrow(ends):
+    cut = _Cut(*ends)
+    probes = _probes(cut)
+    reached = [0] * len(probes)
+    for each in keys:
+      shaped = [_like(probe, each.ndim) for probe in probes]
+      own = _counts(each, shaped, tuple(range(each.ndim)))
+      reached = [sum_ + n.reshape(()) for sum_, n in zip(reached, own)]
+    for probe, count in zip(probes, reached):
+      cut = _tighten(cut, probe, count)
+    return jnp.stack(cut)
+
+  def search(ends):
+    cut = _Cut(*ends)
+    return cut.high - cut.low > 1
+
+  return _Cut(*lax.while_loop(search, narrow, jnp.stack(start))).low

@@ -84,11 +84,13 @@ def sparsify(optimizer: optax.GradientTransformation,
     if method.skips is not None:
       updates, new_slots = _skip(method.skips(sparse), updates,
                                  (slots, new_slots))
-    updates, sparse = method.settle(params, updates, grads, sparse)
+    renewed = method.resets and method.resets(sparse)
+    updates, sparse = method.settle(params, updates, grads, sparse,
+                                    **extra_args)
     # Last, so that what the optimizer itself adds outside B (weight decay
     # reaches momentum) is gone before an entry enters.
     fresh = optimizer.init(optax.apply_updates(params, updates))
-    new_slots = _refresh_slots(new_slots, fresh, params, marks)
+    new_slots = _refresh_slots(new_slots, fresh, params, marks, renewed)
     return updates, SparsifyState(sparse, new_slots)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -204,11 +206,12 @@ def _where_masked(masks, tree, other):
   return base.map_leaves(mask, tree, masks)
 
 
-def _refresh_slots(slots, fresh, params, marks):
+def _refresh_slots(slots, fresh, params, marks, renewed):
   """Slots of entries outside B as `optimizer.init` makes them.
 
   So an entry that enters B starts anew, whatever the optimizer keeps. A slot
-  is a leaf whose path ends with a parameter's path and has its shape.
+  is a leaf whose path ends with a parameter's path and has its shape. Where
+  `renewed` (a bool[] or None) every slot starts anew.
   """
   levels = base.leaves_by_path(marks)
   # Dense leaves too: a slot of theirs must not pass for a namesake's.
@@ -217,7 +220,11 @@ def _refresh_slots(slots, fresh, params, marks):
 
   def visit(path, slot, new):
     shape, own = _owner(base.path_name(path), owners) or (None, None)
-    if not masking.is_marked(own) or getattr(slot, 'shape', None) != shape:
+    if shape is None or getattr(slot, 'shape', None) != shape:
+      return slot
+    if renewed is not None:
+      slot = jnp.where(renewed, new, slot)
+    if not masking.is_marked(own):
       return slot
     return jnp.where(masking.backward_mask(own), slot, new)
 

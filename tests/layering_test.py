@@ -13,9 +13,12 @@ LAYERS = (
     {'base'},
     {'topk', 'structures', 'selection', 'scoring', 'schedules', 'backward'},
     {'allocation', 'masking', 'losses'},
-    {'sites', 'state'},
-    {'assembly', 'summary', 'transforms', 'getters'},
-    {'fixed', 'rewiring', 'pruning', 'straight_through'},
+    {'state'},
+    {'sites', 'summary', 'transforms', 'getters'},
+    {'budget'},
+    {'assembly'},
+    {'fixed', 'at_init', 'rewiring', 'redistribution', 'pruning',
+     'alternating', 'straight_through', 'learned', 'powerprop'},
     {'__init__'},
 )
 # Only these files may know these packages.
