@@ -12,7 +12,7 @@ LIBRARY = pathlib.Path(__file__).parents[1] / 'sparse_jax'
 LAYERS = (
     {'base'},
     {'topk', 'structures', 'selection', 'scoring', 'schedules', 'backward'},
-    {'allocation', 'masking', 'losses'},
+    {'allocation', 'masking', 'losses', 'filters'},
     {'state'},
     {'sites', 'summary', 'transforms', 'getters'},
     {'budget'},

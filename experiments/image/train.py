@@ -163,7 +163,9 @@ def train_step(task: Task, state: TrainState, batch) -> TrainState:
   """One update."""
   (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(
       loss_fn, has_aux=True)(state.params, task, state, batch)
-  updates, opt_state = task.tx.update(grads, state.opt_state, state.params)
+  updates, opt_state = task.tx.update(
+      grads, state.opt_state, state.params, grad_fn=lambda params: jax.grad(
+          loss_fn, has_aux=True)(params, task, state, batch)[0])
   params = optax.apply_updates(state.params, updates)
   # In the state, so that a run stopped between two rows continues its sums.
   begins = state.step % task.log_every == 0
