@@ -9,6 +9,7 @@ gradient may reach every weight, so the backward set is full.
 from collections.abc import Callable
 from collections.abc import Mapping
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -380,5 +381,6 @@ def _output_shape(leaf: sites_lib.Leaf) -> tuple[int, ...]:
 
 
 def _check_finite(name: str, value: float) -> None:
-  if isinstance(value, (bool, str)) or not math.isfinite(value):
+  numeric = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  if not numeric or not math.isfinite(value):
     raise ValueError(f'`{name}` (={value!r}) must be a finite number.')
