@@ -168,6 +168,11 @@ def from_flags(values: Mapping[str, Any], train_steps: int
   return sparse_jax.powerprop(method, values['powerprop_alpha'])
 
 
+def has_target(method: str) -> bool:
+  """Whether a method, by its flag, takes a sparsity to reach."""
+  return 'sparsity' in inspect.signature(METHODS[method]).parameters
+
+
 def _is_given(flag, values) -> bool:
   """Whether it differs from the default; a dense run may be at sparsity 0."""
   unset = (None, flags.FLAGS[flag].default, 0. if flag == 'sparsity' else None)

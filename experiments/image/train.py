@@ -489,7 +489,7 @@ def finished(values: Mapping[str, Any], workdir: str) -> dict[str, Any] | None:
 
 def default_workdir(values: Mapping[str, Any]) -> str:
   name = f'{values["dataset"]}_{values["model"]}_{values["method"]}'
-  if values['method'] != 'dense':
+  if sparsity.has_target(values['method']):
     name += f'_{values["sparsity"]:g}'
   return os.path.join('runs', name)
 
