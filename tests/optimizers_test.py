@@ -225,7 +225,10 @@ class OptimizerTest(LawCase):
   def test_every_method_keeps_its_laws_under(self, name):
     """A name that a later Optax adds comes by itself, with its defaults."""
     optimizer, extras = build(name)
-    seen, compilations = train(optimizer, extras)
+    # Its step divides by the size of the last gradient, which is nearly 0
+    # where a reparametrized weight is small: it diverges by itself.
+    names = set(METHODS) - {'powerprop' if name == 'acprop' else ''}
+    seen, compilations = train(optimizer, extras, names=sorted(names))
     # L-BFGS begins with weakly typed scalars, and so compiles twice alone.
     self.check_laws(seen, compilations - changes_types(optimizer, extras))
 
@@ -436,7 +439,7 @@ class WrapperTest(LawCase):
       for step in steps[1:]:
         step.before.update({k: v + 0 for k, v in step.before.items()})
         step.after.update({k: v + 0 for k, v in step.after.items()})
-        self.check_step(name, step)
+        self.check_step(name, step, int(step.state.step))
 
   def test_apply_if_finite_outside_leaves_everything_where_it_was(self):
     method = METHODS['rigl']()
