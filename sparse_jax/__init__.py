@@ -18,10 +18,17 @@ from sparse_jax.learned import dst
 from sparse_jax.learned import str_
 from sparse_jax.losses import exploration_loss
 from sparse_jax.masking import make_mask
+from sparse_jax.operands import Operands
+from sparse_jax.operators import first_thresholds
+from sparse_jax.operators import sparse_conv_general_dilated
+from sparse_jax.operators import sparse_dot_general
+from sparse_jax.operators import sparse_einsum
 from sparse_jax.powerprop import powerprop
 from sparse_jax.pruning import gmp
 from sparse_jax.redistribution import dsr
 from sparse_jax.redistribution import snfs
+from sparse_jax.residuals import gate
+from sparse_jax.residuals import relu
 from sparse_jax.rewiring import itop
 from sparse_jax.rewiring import rigl
 from sparse_jax.rewiring import set_

@@ -16,71 +16,24 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from sparse_jax import base
-from sparse_jax import masking
+from sparse_jax import operands as operands_lib
 from sparse_jax import residuals
-from sparse_jax import selection
 from sparse_jax import structures
 from sparse_jax import topk
 
+Operands = operands_lib.Operands
+_UNSTRUCTURED = structures.Unstructured()
 # Room for entries above a stored threshold, over the count asked for.
 _SLACK = 1.25
-
-
-class Operands(NamedTuple):
-  """What each operand has in each pass: by default its sparsity, in [0, 1).
-
-  SWAT is Operands(s, 0, s, a, 0), meProp Operands(output_gradient=g); its
-  authors' sensitivity studies are other combinations. A sparsity is a number,
-  or a float32[] array where it moves; what is kept is then not packed.
-
-  Attributes:
-    forward_weight: of w in y.
-    forward_activation: of x in y.
-    backward_weight: of w in dX.
-    backward_activation: of x in dW.
-    output_gradient: of dy in dX and dW.
-
-  Reference:
-    Raihan and Aamodt, SWAT, 2020, https://arxiv.org/abs/2001.01969,
-    equations 1 to 3. Sun et al., meProp, 2017,
-    https://arxiv.org/abs/1706.06197.
-  """
-
-  forward_weight: float | jax.Array = 0.
-  forward_activation: float | jax.Array = 0.
-  backward_weight: float | jax.Array = 0.
-  backward_activation: float | jax.Array = 0.
-  output_gradient: float | jax.Array = 0.
-
-
-class _Options(NamedTuple):
-  """The keywords that the three operators share."""
-
-  activation_scope: str | int
-  gradient_scope: str | int
-  structure: structures.Structure
-  batch_axes: tuple[int, ...]
-  pack: bool
-
-
-class _Axes(NamedTuple):
-  """What the axes of one product mean."""
-
-  order: tuple[int, ...]  # Of the weight: stacked, leading, rows, columns.
-  rows: int  # How many axes of the weight are summed over.
-  columns: int  # How many become axes of the output.
-  features: tuple[int, ...]  # Those, in the output.
-  examples: bool  # Whether axis 0 of activation and output are the examples.
 
 
 class _Rule(NamedTuple):
   """All that is static in one product."""
 
   product: Callable[[jax.Array, jax.Array], jax.Array]
-  sparsities: Operands  # None where traced.
-  options: _Options
-  axes: _Axes
+  sparsities: operands_lib.Operands  # None where traced.
+  options: operands_lib.Options
+  axes: operands_lib.Axes
   activation: Any  # Types of the two operands.
   weight: Any
 
@@ -88,8 +41,8 @@ class _Rule(NamedTuple):
 class _Traced(NamedTuple):
   """All that is traced in one product, besides its operands."""
 
-  sparsities: Operands  # None where static.
-  thresholds: Operands | None
+  sparsities: operands_lib.Operands  # None where static.
+  thresholds: operands_lib.Operands | None
   due: jax.Array
 
 
@@ -100,14 +53,13 @@ class _Saved(NamedTuple):
   weight: jax.Array
   weight_bits: jax.Array | None
   traced: _Traced
-  thresholds: Operands
+  thresholds: operands_lib.Operands
 
 
 def sparse_dot_general(operands: Operands, *, weight: str = 'right',
                        activation_scope: str | int = 'tensor',
                        gradient_scope: str | int = 'tensor',
-                       structure: structures.Structure
-                       = structures.Unstructured(),
+                       structure: structures.Structure = _UNSTRUCTURED,
                        batch_axes: tuple[int, ...] = (), pack: bool = True,
                        thresholds: Operands | None = None,
                        due: bool | jax.Array = True):
@@ -167,11 +119,9 @@ def sparse_dot_general(operands: Operands, *, weight: str = 'right',
     algorithm 1. The authors' code keeps every entry that reaches the k-th
     magnitude; here ties do not change the count, unless `thresholds` are used.
   """
-  options = _checked(operands, activation_scope, gradient_scope, structure,
-                     batch_axes, pack)
-  if weight not in ('left', 'right'):
-    raise ValueError(f'`weight` (={weight!r}) must be \'left\' or \'right\'.')
-  right = weight == 'right'
+  options = operands_lib.checked(operands, activation_scope, gradient_scope,
+                                 structure, batch_axes, pack)
+  right = _checked_side(weight)
 
   def dot_general(lhs, rhs, dimension_numbers, *args, **kwargs):
     def product(x, w):
@@ -179,7 +129,7 @@ def sparse_dot_general(operands: Operands, *, weight: str = 'right',
       return lax.dot_general(*pair, dimension_numbers, *args, **kwargs)
 
     x, w = (lhs, rhs) if right else (rhs, lhs)
-    axes = _dot_axes(dimension_numbers, x.ndim, w.ndim, right)
+    axes = operands_lib.dot_axes(dimension_numbers, lhs.ndim, rhs.ndim, weight)
     return _apply(product, operands, options, axes, x, w, thresholds, due)
 
   return dot_general
@@ -188,8 +138,7 @@ def sparse_dot_general(operands: Operands, *, weight: str = 'right',
 def sparse_conv_general_dilated(operands: Operands, *,
                                 activation_scope: str | int = 'tensor',
                                 gradient_scope: str | int = 'tensor',
-                                structure: structures.Structure
-                                = structures.Unstructured(),
+                                structure: structures.Structure = _UNSTRUCTURED,
                                 batch_axes: tuple[int, ...] = (),
                                 pack: bool = True,
                                 thresholds: Operands | None = None,
@@ -216,15 +165,16 @@ def sparse_conv_general_dilated(operands: Operands, *,
             [-4.],
             [ 0.]]], dtype=float32)
   """
-  options = _checked(operands, activation_scope, gradient_scope, structure,
-                     batch_axes, pack)
+  options = operands_lib.checked(operands, activation_scope, gradient_scope,
+                                 structure, batch_axes, pack)
 
   def conv_general_dilated(lhs, rhs, *args, **kwargs):
     def product(x, w):
       return lax.conv_general_dilated(x, w, *args, **kwargs)
 
     numbers = kwargs.get('dimension_numbers', args[4] if args[4:] else None)
-    axes = _conv_axes(lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers))
+    axes = operands_lib.conv_axes(
+        lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers))
     return _apply(product, operands, options, axes, lhs, rhs, thresholds, due)
 
   return conv_general_dilated
@@ -233,7 +183,7 @@ def sparse_conv_general_dilated(operands: Operands, *,
 def sparse_einsum(operands: Operands, *, weight: str = 'right',
                   activation_scope: str | int = 'tensor',
                   gradient_scope: str | int = 'tensor',
-                  structure: structures.Structure = structures.Unstructured(),
+                  structure: structures.Structure = _UNSTRUCTURED,
                   batch_axes: tuple[int, ...] = (), pack: bool = True,
                   thresholds: Operands | None = None,
                   due: bool | jax.Array = True):
@@ -254,11 +204,9 @@ def sparse_einsum(operands: Operands, *, weight: str = 'right',
     >>> einsum('bi,oi->bo', jnp.ones((1, 2)), jnp.array([[3., 1.], [2., 4.]]))
     Array([[3., 4.]], dtype=float32)
   """
-  options = _checked(operands, activation_scope, gradient_scope, structure,
-                     batch_axes, pack)
-  if weight not in ('left', 'right'):
-    raise ValueError(f'`weight` (={weight!r}) must be \'left\' or \'right\'.')
-  right = weight == 'right'
+  options = operands_lib.checked(operands, activation_scope, gradient_scope,
+                                 structure, batch_axes, pack)
+  right = _checked_side(weight)
 
   def einsum(subscripts, lhs, rhs, **kwargs):
     def product(x, w):
@@ -266,7 +214,7 @@ def sparse_einsum(operands: Operands, *, weight: str = 'right',
       return jnp.einsum(subscripts, *pair, **kwargs)
 
     x, w = (lhs, rhs) if right else (rhs, lhs)
-    axes = _einsum_axes(subscripts, right)
+    axes = operands_lib.einsum_axes(subscripts, weight)
     return _apply(product, operands, options, axes, x, w, thresholds, due)
 
   return einsum
@@ -286,103 +234,22 @@ def first_thresholds() -> Operands:
     ...   print(t.backward_activation, dw.ravel())
     3.0 [0. 4. 0. 3.]
     3.0 [0. 5. 3. 4.]
-    3.0 [0. 6. 4. 5.]
+    3.0 [3. 6. 4. 5.]
     6.0 [0. 7. 0. 6.]
   """
   return Operands(*(jnp.zeros((), jnp.float32) for _ in Operands._fields))
 
 
-def _checked(operands, activation_scope, gradient_scope, structure, batch_axes,
-             pack) -> _Options:
-  """The options, or ValueError naming the bad argument."""
-  if not isinstance(operands, Operands):
-    raise ValueError(f'`operands` (={operands!r}) must be Operands(...).')
-  for name, value in operands._asdict().items():
-    if not isinstance(value, jax.Array):
-      base.check_sparsity(name, value)
-  _check_scope('activation_scope', activation_scope, ('tensor', 'example'))
-  _check_scope('gradient_scope', gradient_scope,
-               ('tensor', 'example', 'unified'))
-  structures.check_structure(structure)
-  for name in ('forward_weight', 'backward_weight'):
-    value = getattr(operands, name)
-    if isinstance(value, jax.Array) or value:
-      _check_structure_sparsity(name, structure, value)
-  if callable(batch_axes):
-    raise ValueError(f'`batch_axes` (={batch_axes!r}) must be a tuple.')
-  selection.check_axes('batch_axes', batch_axes)
-  base.check_bool('pack', pack)
-  return _Options(activation_scope, gradient_scope, structure, batch_axes, pack)
-
-
-def _check_structure_sparsity(name, structure, value):
-  try:
-    masking.check_fixed_sparsity(structure, value)
-  except ValueError as error:
-    raise ValueError(str(error).replace('`sparsity`', f'`{name}`')) from None
-
-
-def _check_scope(name, scope, words):
-  if isinstance(scope, str) and scope in words:
-    return
-  if isinstance(scope, str):
-    raise ValueError(f'`{name}` (={scope!r}) must be one of {words} or a '
-                     'number of parts.')
-  base.check_count(name, scope, least=1)
-
-
-def _dot_axes(dimension_numbers, x_ndim, w_ndim, right) -> _Axes:
-  """The axes of a dot_general, whose dimension numbers are (lhs, rhs) pairs."""
-  own, other = (1, 0) if right else (0, 1)
-  (contract, batch) = [[tuple(pair[side]) for side in (own, other)]
-                       for pair in dimension_numbers]
-  kept = [i for i in range(w_ndim) if i not in contract[0] + batch[0]]
-  free = x_ndim - len(contract[1]) - len(batch[1])
-  first = len(batch[0]) + (free if right else 0)
-  features = tuple(range(first, first + len(kept)))
-  leads = 0 if batch[1] else (0 if right or not kept else None)
-  examples = leads == 0 and 0 == (batch[1][0] if batch[1] else min(
-      (i for i in range(x_ndim) if i not in contract[1]), default=-1))
-  return _Axes((*batch[0], *contract[0], *kept), len(contract[0]), len(kept),
-               features, examples)
-
-
-def _conv_axes(numbers: lax.ConvDimensionNumbers) -> _Axes:
-  out, into, *spatial = numbers.rhs_spec
-  examples = numbers.lhs_spec[0] == 0 and numbers.out_spec[0] == 0
-  return _Axes((*spatial, into, out), 1, 1, (numbers.out_spec[1],), examples)
-
-
-def _einsum_axes(subscripts: str, right: bool) -> _Axes:
-  """The axes of an explicit einsum of two operands."""
-  try:
-    operands, out = subscripts.replace(' ', '').split('->')
-    x, w = operands.split(',')[::1 if right else -1]
-  except ValueError as error:
-    raise ValueError(f'`subscripts` (={subscripts!r}) must name two operands '
-                     'and, after "->", the output.') from error
-  if '.' in w:
-    raise ValueError(f'`subscripts` (={subscripts!r}) must name every axis of '
-                     'the weight.')
-  rows = [i for i in w if i not in out]
-  columns = [i for i in w if i in out and i not in x]
-  stacked = [i for i in w if i in out and i in x]
-  features = tuple(_place(out, i) for i in columns)
-  return _Axes(tuple(w.index(i) for i in stacked + rows + columns), len(rows),
-               len(columns), features, x[:1] == out[:1])
-
-
-def _place(out: str, letter: str) -> int:
-  """The axis of a letter of an einsum's output, where '...' may be any."""
-  before, _, after = out.partition('...')
-  if letter in after:
-    return after.index(letter) - len(after)
-  return before.index(letter)
+def _checked_side(weight: str) -> bool:
+  """Whether the weight is the right operand."""
+  if weight not in ('left', 'right'):
+    raise ValueError(f'`weight` (={weight!r}) must be \'left\' or \'right\'.')
+  return weight == 'right'
 
 
 def _apply(product, operands, options, axes, x, w, thresholds, due):
   """One product with sparse operands."""
-  _check_product(options, axes, x, thresholds)
+  operands_lib.check_product(options, axes, x, thresholds is not None)
   fixed = Operands(*(None if isinstance(s, jax.Array) else float(s)
                      for s in operands))
   moving = Operands(*(s if isinstance(s, jax.Array) else None
@@ -391,25 +258,6 @@ def _apply(product, operands, options, axes, x, w, thresholds, due):
     thresholds = Operands(*(jnp.asarray(t, jnp.float32) for t in thresholds))
   rule = _Rule(product, fixed, options, axes, jax.typeof(x), jax.typeof(w))
   return _product(rule, x, w, _Traced(moving, thresholds, jnp.asarray(due)))
-
-
-def _check_product(options, axes, x, thresholds):
-  for name in ('activation_scope', 'gradient_scope'):
-    scope = getattr(options, name)
-    if scope in ('tensor', 'unified'):
-      continue
-    if not axes.examples:
-      raise ValueError(f'`{name}` (={scope!r}) needs products whose axis 0 are '
-                       'the examples, of the activation and of the output.')
-    if thresholds is not None and scope == 'example':
-      raise ValueError(f'`{name}` (={scope!r}) must not be \'example\' with '
-                       '`thresholds`, which hold for the whole tensor.')
-    if scope != 'example' and x.shape[0] % scope:
-      raise ValueError(f'`{name}` (={scope!r}) must divide axis 0 of the '
-                       f'activation, of shape {x.shape}.')
-  if thresholds is not None and isinstance(options.structure, structures.NM):
-    raise ValueError(f'`structure` (={options.structure}) has a threshold for '
-                     'each group; `thresholds` hold one for all.')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -428,8 +276,8 @@ def _forward(rule, x, w, traced):
 
 def _product_forward(rule, x, w, traced):
   y, masks, used = _forward(rule, x, w, traced)
-  w_mask, w_threshold = _keep_again(rule, 'weight', w, traced, masks, used)
-  x_mask, x_threshold = _keep_again(rule, 'activation', x, traced, masks, used)
+  w_mask, w_threshold = _keep_again(rule, 'weight', w, traced, masks)
+  x_mask, x_threshold = _keep_again(rule, 'activation', x, traced, masks)
   used = used._replace(backward_weight=w_threshold,
                        backward_activation=x_threshold)
   bits = None if w_mask is None else residuals.mask_bits(w_mask)
@@ -466,14 +314,14 @@ def _save(rule, x, mask, traced) -> residuals.Packed:
   sparsity = rule.sparsities.backward_activation
   if mask is None or sparsity is None or not rule.options.pack:
     return residuals.Packed(_where(mask, x), None)
-  parts = _parts(rule.options.activation_scope, x)
+  parts = operands_lib.parts_of(rule.options.activation_scope, x)
   count = topk.keep_count(x.size // parts, sparsity)
   if traced.thresholds is not None:
     count = min(math.ceil(count * _SLACK), x.size // parts)
   return residuals.pack(x, mask, count, parts=parts)
 
 
-def _keep_again(rule, operand, tensor, traced, masks, used):
+def _keep_again(rule, operand, tensor, traced, masks):
   """What the backward pass keeps; the forward's choice if it is the same."""
   forward, backward = f'forward_{operand}', f'backward_{operand}'
   same = getattr(rule.sparsities, forward)
@@ -490,64 +338,32 @@ def _keep(rule, name, tensor, traced: _Traced):
     return None, None
   if sparsity is None:
     sparsity = getattr(traced.sparsities, name)
-  groups, spread, axes = _groups(rule, name, tensor)
+  groups = _groups(rule, name, tensor)
+  scores = groups.scores
   if traced.thresholds is None:
-    rivals = math.prod(groups.shape[axis] for axis in axes)
-    k = topk.keep_count(rivals, sparsity)
-    return spread(topk.top_k_mask(groups, k, axes=axes)), None
-  k = topk.keep_count(groups.size, sparsity)
-  threshold = lax.cond(traced.due, lambda: _smallest_kept(groups, k),
+    k = topk.keep_count(groups.rivals, sparsity)
+    return groups.spread(topk.top_k_mask(scores, k, axes=groups.axes)), None
+  k = topk.keep_count(scores.size, sparsity)
+  threshold = lax.cond(traced.due, lambda: _smallest_kept(scores, k),
                        lambda: getattr(traced.thresholds, name))
-  return spread((groups > 0) & (groups >= threshold)), threshold
+  return groups.spread((scores > 0) & (scores >= threshold)), threshold
 
 
-def _smallest_kept(groups, k) -> jax.Array:
+def _smallest_kept(scores, k) -> jax.Array:
   """float32[]: the k-th largest."""
-  kept = topk.top_k_mask(groups, k)
-  return jnp.min(groups, initial=jnp.inf, where=kept).astype(jnp.float32)
+  kept = topk.top_k_mask(scores, k)
+  return jnp.min(scores, initial=jnp.inf, where=kept).astype(jnp.float32)
 
 
-def _groups(rule, name, tensor):
-  """Scores of what competes, a way back to entries, the competing axes."""
-  scores, options = jnp.abs(tensor), rule.options
+def _groups(rule, name, tensor) -> operands_lib.Groups:
+  options = rule.options
   if name.endswith('weight'):
-    return _weight_groups(rule, scores)
-  gradient = name == 'output_gradient'
-  scope = options.gradient_scope if gradient else options.activation_scope
-  if scope == 'unified':
-    features = {axis % tensor.ndim for axis in rule.axes.features}
-    others = tuple(i for i in range(tensor.ndim) if i not in features)
-    sums = jnp.sum(scores.astype(jnp.float32), others, keepdims=True)
-    return (sums, lambda mask: jnp.broadcast_to(mask, tensor.shape),
-            tuple(range(tensor.ndim)))
-  parts = _parts(scope, tensor)
-  if parts == 1:
-    return scores, lambda mask: mask, tuple(range(tensor.ndim))
-  split = scores.reshape(parts, -1)
-  return split, lambda mask: mask.reshape(tensor.shape), (1,)
-
-
-def _parts(scope: str | int, tensor) -> int:
-  """How many parts of axis 0 have a top-k of their own."""
-  if isinstance(scope, str):
-    return tensor.shape[0] if scope == 'example' else 1
-  return scope
-
-
-def _weight_groups(rule, scores):
-  axes, options = rule.axes, rule.options
-  plain = isinstance(options.structure, structures.Unstructured)
-  order = tuple(range(scores.ndim)) if plain else axes.order
-  stacked = selection.axes_of(options.batch_axes, 'weight', scores)
-  first = len(order) - axes.rows - axes.columns
-  layout = masking.layout(
-      tuple(scores.shape[i] for i in order), path='weight',
-      structure=options.structure,
-      batch_axes=tuple(sorted(order.index(axis) for axis in stacked)),
-      contracting=None if plain else tuple(range(first, first + axes.rows)))
-  back = tuple(order.index(i) for i in range(len(order)))
-  return (layout.group(scores.transpose(order)),
-          lambda mask: layout.spread(mask).transpose(back), layout.competing)
+    return operands_lib.weight_groups(tensor, options, rule.axes)
+  if name.endswith('activation'):
+    return operands_lib.activation_groups(tensor, options.activation_scope)
+  if options.gradient_scope == 'unified':
+    return operands_lib.feature_groups(tensor, rule.axes.features)
+  return operands_lib.activation_groups(tensor, options.gradient_scope)
 
 
 def _where(mask, x):

@@ -11,10 +11,11 @@ LIBRARY = pathlib.Path(__file__).parents[1] / 'sparse_jax'
 # Lowest first. A new file must be given its place here.
 LAYERS = (
     {'base'},
-    {'topk', 'structures', 'selection', 'scoring', 'schedules', 'backward'},
+    {'topk', 'structures', 'selection', 'scoring', 'schedules', 'backward',
+     'residuals'},
     {'allocation', 'masking', 'losses'},
-    {'state'},
-    {'sites', 'summary', 'transforms', 'getters'},
+    {'state', 'operands'},
+    {'sites', 'summary', 'transforms', 'getters', 'operators'},
     {'budget'},
     {'assembly'},
     {'fixed', 'at_init', 'rewiring', 'redistribution', 'pruning',
