@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from sparse_jax import base
 from sparse_jax import masking
+from sparse_jax import residuals
 from sparse_jax import selection
 from sparse_jax import structures
 
@@ -197,8 +198,8 @@ def activation_groups(x: jax.Array, scope: str | int) -> Groups:
   parts, scores = parts_of(scope, x), jnp.abs(x)
   if parts == 1:
     return Groups(scores, lambda mask: mask, tuple(range(x.ndim)))
-  return Groups(scores.reshape(parts, -1),
-                lambda mask: mask.reshape(x.shape), (1,))
+  return Groups(residuals.split(scores, parts),
+                lambda mask: residuals.join(mask, x.shape), (1,))
 
 
 def feature_groups(x: jax.Array, features: tuple[int, ...]) -> Groups:

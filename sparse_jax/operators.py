@@ -249,6 +249,7 @@ def _checked_side(weight: str) -> bool:
 
 def _apply(product, operands, options, axes, x, w, thresholds, due):
   """One product with sparse operands."""
+  x, w = jnp.asarray(x), jnp.asarray(w)
   operands_lib.check_product(options, axes, x, thresholds is not None)
   fixed = Operands(*(None if isinstance(s, jax.Array) else float(s)
                      for s in operands))

@@ -53,11 +53,11 @@ def pack(x: jax.Array, mask: jax.Array, count: int, *,
   kind = _smallest(size, count, x.dtype.itemsize)
   if kind == 'whole':
     return Packed(jnp.where(mask, x, jnp.zeros((), x.dtype)), None)
-  words = _words(mask.reshape(parts, size))
+  words = _words(split(mask, parts))
   places = _each_part(lambda words: _positions(words, count, size), words)
   values = _each_part(
       lambda x, places: x.at[places].get(mode='fill', fill_value=0),
-      x.reshape(parts, size), places)
+      split(x, parts), places)
   return Packed(values, words if kind == 'bits' else places)
 
 
@@ -75,7 +75,25 @@ def unpack(packed: Packed, like: jax.Array) -> jax.Array:
     return jnp.zeros(size, values.dtype).at[places].set(
         values, mode='drop', unique_indices=True, indices_are_sorted=True)
 
-  return _each_part(spread, values, places).reshape(like.shape)
+  return join(_each_part(spread, values, places), like.shape)
+
+
+def split(x: jax.Array, parts: int) -> jax.Array:
+  """[parts, n / parts]: equal parts of the leading axis, each flat.
+
+  In two steps, each of which keeps a sharded leading axis sharded.
+  """
+  if parts == 1:
+    return x.reshape(1, -1)
+  return x.reshape(parts, -1, *x.shape[1:]).reshape(parts, -1)
+
+
+def join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The inverse of `split`."""
+  parts = x.shape[0]
+  if parts == 1:
+    return x.reshape(shape)
+  return x.reshape(parts, shape[0] // parts, *shape[1:]).reshape(shape)
 
 
 def _smallest(size: int, count: int, itemsize: int) -> str:
