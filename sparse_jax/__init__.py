@@ -55,6 +55,7 @@ from sparse_jax.structures import NM
 from sparse_jax.structures import Unstructured
 from sparse_jax.summary import summarize
 from sparse_jax.summary import Summary
+from sparse_jax.swat import swat
 from sparse_jax.topk import keep_count
 from sparse_jax.topk import top_k_mask
 from sparse_jax.transforms import add_exploration_decay

@@ -19,7 +19,7 @@ LAYERS = (
     {'budget'},
     {'assembly'},
     {'fixed', 'at_init', 'rewiring', 'redistribution', 'pruning',
-     'alternating', 'straight_through', 'learned', 'powerprop'},
+     'alternating', 'straight_through', 'learned', 'powerprop', 'swat'},
     {'__init__'},
 )
 # Only these files may know these packages.
