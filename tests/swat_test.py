@@ -18,7 +18,7 @@ QUICK = {'xla_backend_optimization_level': 0}
 
 def fake_params():
   rng = np.random.default_rng(0)
-  shapes = {'a': (6, 8), 'b': (3, 3, 4, 5), 'c': (4, 2)}
+  shapes = {'a': (6, 8), 'b': (2, 2, 4, 5), 'c': (4, 2)}
   return {name: {'kernel': jnp.asarray(rng.normal(size=shape), jnp.float32)}
           for name, shape in shapes.items()}
 
@@ -62,6 +62,11 @@ def run(method, steps=4, slopes=None):
   return moments
 
 
+@functools.cache
+def plain_run():
+  return run(sparse_jax.swat(.75), steps=5)
+
+
 def counts(moment):
   return {name: int(mask.sum()) for name, mask in moment.masks.items()}
 
@@ -69,7 +74,7 @@ def counts(moment):
 class SwatTest(parameterized.TestCase):
 
   def test_the_largest_weights_are_read_anew_every_step(self):
-    moments = run(sparse_jax.swat(.75))
+    moments = plain_run()
     self.assertNotEqual(moments[0].masks['a'].tolist(),
                         moments[-1].masks['a'].tolist())
     for moment in moments:
@@ -81,15 +86,14 @@ class SwatTest(parameterized.TestCase):
 
   def test_the_gradient_reaches_all_weights(self):
     """SW-b: that of what was read, unmasked."""
-    for moment in run(sparse_jax.swat(.75), steps=2):
-      target = kernels(jax.tree.map(lambda p: jnp.flip(p) + 1, fake_params()))
+    target = kernels(jax.tree.map(lambda p: jnp.flip(p) + 1, fake_params()))
+    for moment in plain_run():
       for name, grad in moment.grads.items():
         np.testing.assert_allclose(grad, moment.read[name] - target[name],
                                    rtol=1e-6)
 
   def test_it_follows_dnw(self):
-    for ours, other in zip(run(sparse_jax.swat(.75)),
-                           run(sparse_jax.dnw(.75))):
+    for ours, other in zip(plain_run(), run(sparse_jax.dnw(.75), steps=5)):
       jax.tree.map(np.testing.assert_array_equal, ours, other)
 
   def test_a_masked_update_leaves_hidden_weights_alone(self):
@@ -100,7 +104,7 @@ class SwatTest(parameterized.TestCase):
       self.assertTrue(np.all(old[mask] != new[mask]))
 
   def test_the_weights_in_use_are_frozen_but_hidden_ones_still_move(self):
-    free = run(sparse_jax.swat(.75), steps=5)
+    free = plain_run()
     held = run(sparse_jax.swat(.75, freeze_at=2), steps=5)
     for i, moment in enumerate(held):
       jax.tree.map(np.testing.assert_array_equal, moment.masks,
@@ -117,8 +121,8 @@ class SwatTest(parameterized.TestCase):
 
   def test_structured_swat_keeps_channels_whole(self):
     moment = run(sparse_jax.swat(.75, structure=sparse_jax.Channel()), 2)[1]
-    taps = moment.masks['b'].reshape(9, 4, 5)
-    np.testing.assert_array_equal(taps, np.broadcast_to(taps[:1], (9, 4, 5)))
+    taps = moment.masks['b'].reshape(4, 4, 5)
+    np.testing.assert_array_equal(taps, np.broadcast_to(taps[:1], (4, 4, 5)))
     sums = np.abs(moment.weights['b']).sum((0, 1))
     self.assertGreaterEqual(sums[taps[0]].min(), sums[~taps[0]].max())
 
@@ -128,9 +132,9 @@ class MomentumTest(parameterized.TestCase):
   def test_the_budget_is_uniform_at_first_and_constant(self):
     moments = run(sparse_jax.swat(.75, allocation='momentum'),
                   slopes={'a': 1., 'b': .1, 'c': 1.})
-    self.assertEqual(counts(moments[0]), {'a': 12, 'b': 45, 'c': 2})
+    self.assertEqual(counts(moments[0]), {'a': 12, 'b': 20, 'c': 2})
     for moment in moments:
-      self.assertEqual(sum(counts(moment).values()), 59)
+      self.assertEqual(sum(counts(moment).values()), 34)
     self.assertNotEqual(counts(moments[0]), counts(moments[1]))
 
   def test_shares_are_those_of_the_mean_momentum_in_use(self):
@@ -142,14 +146,14 @@ class MomentumTest(parameterized.TestCase):
     total = sum(mean.values())
     for name, count in counts(second).items():
       # One each is fixed, and shares are whole.
-      self.assertAlmostEqual(count - 1, 56 * mean[name] / total, delta=1)
+      self.assertAlmostEqual(count - 1, 31 * mean[name] / total, delta=1)
     self.assertEqual(counts(second)['c'], 1)
 
   def test_a_full_layer_hands_on_what_it_cannot_take(self):
     moment = run(sparse_jax.swat(.75, allocation='momentum'), 2,
                  slopes={'a': .1, 'b': .1, 'c': 100.})[1]
     self.assertEqual(counts(moment)['c'], 8)
-    self.assertEqual(sum(counts(moment).values()), 59)
+    self.assertEqual(sum(counts(moment).values()), 34)
 
 
 class OperatorsTest(parameterized.TestCase):
