@@ -1,5 +1,13 @@
 """Sparse training of neural networks in JAX and Flax."""
 
+from sparse_jax.activations import activation_penalty
+from sparse_jax.activations import calibrate_thresholds
+from sparse_jax.activations import dsg_mask
+from sparse_jax.activations import fat_relu
+from sparse_jax.activations import hoyer
+from sparse_jax.activations import l1
+from sparse_jax.activations import meprop
+from sparse_jax.activations import random_projection
 from sparse_jax.allocation import erdos_renyi
 from sparse_jax.allocation import erk
 from sparse_jax.allocation import uniform

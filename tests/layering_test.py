@@ -16,7 +16,7 @@ LAYERS = (
     {'allocation', 'masking', 'losses'},
     {'state', 'operands'},
     {'sites', 'summary', 'transforms', 'getters', 'operators'},
-    {'budget'},
+    {'budget', 'activations'},
     {'assembly'},
     {'fixed', 'at_init', 'rewiring', 'redistribution', 'pruning',
      'alternating', 'straight_through', 'learned', 'powerprop', 'swat'},
