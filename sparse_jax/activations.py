@@ -121,11 +121,10 @@ def hoyer(x: jax.Array) -> jax.Array:
     float32[].
 
   Example:
-    >>> x = jnp.array([.2, .5, .1])
-    >>> hoyer(x).round(3)
-    Array(2.133, dtype=float32)
-    >>> jax.grad(hoyer)(x).round(3)
-    Array([ 2.489, -1.778,  3.911], dtype=float32)
+    >>> float(hoyer(jnp.array([1., 1., 0.]))), float(hoyer(jnp.array([5., 0.])))
+    (2.0, 1.0)
+    >>> jax.grad(hoyer)(jnp.array([3., 1.])).round(2)
+    Array([-0.16,  0.48], dtype=float32)
 
   Reference:
     Kurtz et al., 2020, as in `fat_relu`; Hoyer, 2004.
@@ -264,9 +263,10 @@ def random_projection(key: jax.Array, size: int, dims: int) -> jax.Array:
   return sign * np.float32(math.sqrt(3 / dims))
 
 
-def dsg_mask(product: Callable[[jax.Array, jax.Array], jax.Array],
-             x: jax.Array, weight: jax.Array, *, projection: jax.Array,
-             sparsity: float) -> jax.Array:
+def dsg_mask(x: jax.Array, weight: jax.Array, *, projection: jax.Array,
+             sparsity: float,
+             product: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul
+             ) -> jax.Array:
   """Forecasts which outputs of a layer will be large, in few dimensions.
 
   Input and weight are projected, multiplied there, and the largest of these
@@ -281,14 +281,14 @@ def dsg_mask(product: Callable[[jax.Array, jax.Array], jax.Array],
   are the outputs, and of the first example the keep_count largest are kept.
 
   Args:
-    product: the layer's own bilinear function of (x, weight): a matrix
-      product, or a convolution with its strides and padding.
     x: float[examples, ...].
     weight: float[..., outputs]; all axes but the last are summed over.
     projection: float[dims, entries of `weight` for one output], as of
       `random_projection`: drawn once and kept.
     sparsity: fraction of the outputs of the first example that is dropped, in
       [0, 1).
+    product: the layer's own bilinear function of (x, weight): a matrix
+      product, or a convolution with its strides and padding.
 
   Returns:
     bool of the shape of `product(x, weight)`.
@@ -299,8 +299,7 @@ def dsg_mask(product: Callable[[jax.Array, jax.Array], jax.Array],
   Example:
     >>> x, w = jnp.array([[1., 2.], [3., 1.]]), jnp.array([[1., 0., 2.],
     ...                                                    [0., 3., 1.]])
-    >>> dsg_mask(jnp.matmul, x, w, projection=jnp.eye(2),
-    ...          sparsity=2 / 3).astype(int)
+    >>> dsg_mask(x, w, projection=jnp.eye(2), sparsity=2 / 3).astype(int)
     Array([[0, 1, 0],
            [0, 0, 1]], dtype=int32)
 

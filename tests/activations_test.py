@@ -161,7 +161,7 @@ class DsgTest(parameterized.TestCase):
 
   def test_without_a_projection_it_knows_the_outputs(self):
     x, w = normal(6, 8), normal(8, 10, seed=1)
-    mask = activations.dsg_mask(jnp.matmul, jnp.asarray(x), jnp.asarray(w),
+    mask = activations.dsg_mask(jnp.asarray(x), jnp.asarray(w),
                                 projection=jnp.eye(8), sparsity=.7)
     np.testing.assert_array_equal(mask, self.expected(x @ w, .7))
     self.assertEqual(mask[0].sum(), 3)
@@ -170,7 +170,7 @@ class DsgTest(parameterized.TestCase):
     x, w = normal(2, 5, 5, 2), normal(3, 3, 2, 4, seed=1)
     conv = lambda x, w: lax.conv_general_dilated(
         x, w, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-    mask = activations.dsg_mask(conv, jnp.asarray(x), jnp.asarray(w),
+    mask = activations.dsg_mask(jnp.asarray(x), jnp.asarray(w), product=conv,
                                 projection=jnp.eye(18), sparsity=.75)
     outputs = np.asarray(conv(x, w))
     self.assertEqual(mask.shape, outputs.shape)
@@ -178,7 +178,7 @@ class DsgTest(parameterized.TestCase):
 
   def test_the_forecast_sees_only_the_projections(self):
     x, w, r = normal(6, 8), normal(8, 10, seed=1), normal(4, 8, seed=2)
-    mask = activations.dsg_mask(jnp.matmul, jnp.asarray(x), jnp.asarray(w),
+    mask = activations.dsg_mask(jnp.asarray(x), jnp.asarray(w),
                                 projection=jnp.asarray(r), sparsity=.7)
     np.testing.assert_array_equal(
         mask, self.expected((x @ r.T) @ (r @ w), .7))
@@ -198,7 +198,7 @@ class DsgTest(parameterized.TestCase):
   def test_the_double_mask_closes_forward_and_backward(self):
     """Normalisation fills the zeros; the mask empties them again."""
     x, w = jnp.asarray(normal(6, 8)), jnp.asarray(normal(8, 10, seed=1))
-    mask = activations.dsg_mask(jnp.matmul, x, w, projection=jnp.eye(8),
+    mask = activations.dsg_mask(x, w, projection=jnp.eye(8),
                                 sparsity=.7)
 
     def layer(extra):
@@ -217,7 +217,7 @@ class DsgTest(parameterized.TestCase):
   def test_a_bad_argument_is_named(self, arguments, message):
     arguments = dict(projection=jnp.eye(8), sparsity=.5) | arguments
     with self.assertRaisesRegex(ValueError, message):
-      activations.dsg_mask(jnp.matmul, jnp.ones((2, 8)), jnp.ones((8, 4)),
+      activations.dsg_mask(jnp.ones((2, 8)), jnp.ones((8, 4)),
                            **arguments)
 
   def test_bad_sizes_of_a_projection_are_named(self):
