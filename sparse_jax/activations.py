@@ -228,7 +228,7 @@ def meprop(sparsity: float, *, unified: bool = False):
       gradient_scope='unified' if unified else 'example')
 
 
-def random_projection(key: jax.Array, size: int, dims: int) -> jax.Array:
+def random_projection(key: jax.Array, size: int, *, dims: int) -> jax.Array:
   """A sparse random projection: inner products survive, in expectation.
 
   Entries are sqrt(3) with probability 1/6, -sqrt(3) with 1/6 and 0 with 2/3,
@@ -249,7 +249,7 @@ def random_projection(key: jax.Array, size: int, dims: int) -> jax.Array:
     ValueError: if `size` or `dims` is below 1.
 
   Example:
-    >>> random_projection(jax.random.key(0), 10, 4).shape
+    >>> random_projection(jax.random.key(0), 10, dims=4).shape
     (4, 10)
 
   Reference:

@@ -185,7 +185,7 @@ class DsgTest(parameterized.TestCase):
 
   def test_a_projection_keeps_inner_products_in_the_mean(self):
     """Of 4000 rows; the deviation of the mean is about |x||y| / 60."""
-    r = activations.random_projection(jax.random.key(3), 12, 4000)
+    r = activations.random_projection(jax.random.key(3), 12, dims=4000)
     x, y = normal(12), normal(12, seed=1)
     self.assertAlmostEqual(float((r @ x) @ (r @ y)), float(x @ y),
                            delta=4 * np.linalg.norm(x) * np.linalg.norm(y) / 60)
@@ -223,7 +223,7 @@ class DsgTest(parameterized.TestCase):
   def test_bad_sizes_of_a_projection_are_named(self):
     for size, dims, name in ((0, 3, 'size'), (3, 0, 'dims')):
       with self.assertRaisesRegex(ValueError, rf'`{name}` \(=0\)'):
-        activations.random_projection(jax.random.key(0), size, dims)
+        activations.random_projection(jax.random.key(0), size, dims=dims)
 
 
 if __name__ == '__main__':
