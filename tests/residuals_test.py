@@ -147,8 +147,10 @@ class MemoryTest(absltest.TestCase):
                              (0., 4 * 64 * 128)):
       dot = operators.sparse_dot_general(
           operands.Operands(backward_activation=sparsity))
-      _, pull = jax.vjp(lambda x, w: dot(x, w, (((1,), (0,)), ((), ()))), x, w)
-      saved = sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
+      pull = jax.eval_shape(lambda x, w: jax.vjp(
+          lambda x, w: dot(x, w, (((1,), (0,)), ((), ()))), x, w)[1], x, w)
+      saved = sum(leaf.size * leaf.dtype.itemsize
+                  for leaf in jax.tree.leaves(pull))
       self.assertEqual(saved - w.nbytes, bytes_ + 1)  # `due` is one byte.
 
 
