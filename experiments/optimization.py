@@ -8,6 +8,8 @@ from absl import flags
 import jax
 import optax
 
+# The key under which sparse_jax.cs puts its gates.
+GATES = jax.tree_util.DictKey('gates')
 OPTIMIZERS = ('sgd', 'momentum', 'nesterov', 'adam', 'adamw')
 
 
@@ -82,7 +84,9 @@ def make(values: Mapping[str, Any], train_steps: int
 
 
 def _kernels(params):
-  return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+  """What decays: kernels and their thresholds, not the gates of `cs`."""
+  return jax.tree.map_with_path(
+      lambda path, leaf: leaf.ndim > 1 and path[0] != GATES, params)
 
 
 def _drops(values, train_steps, warmup) -> dict[int, float]:

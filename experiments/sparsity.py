@@ -18,11 +18,22 @@ import sparse_jax
 METHODS = {
     'dense': sparse_jax.dense,
     'static': sparse_jax.static,
+    'snip': sparse_jax.snip,
+    'grasp': sparse_jax.grasp,
     'set': sparse_jax.set_,
     'rigl': sparse_jax.rigl,
+    'itop': sparse_jax.itop,
+    'snfs': sparse_jax.snfs,
+    'dsr': sparse_jax.dsr,
     'gmp': sparse_jax.gmp,
+    'ac_dc': sparse_jax.ac_dc,
     'dnw': sparse_jax.dnw,
     'top_kast': sparse_jax.top_kast,
+    'ste': sparse_jax.ste,
+    'sr_ste': sparse_jax.sr_ste,
+    'str': sparse_jax.str_,
+    'dst': sparse_jax.dst,
+    'cs': sparse_jax.cs,
 }
 ALLOCATIONS = {
     'uniform': sparse_jax.uniform,
@@ -31,14 +42,26 @@ ALLOCATIONS = {
     'uniform_plus': sparse_jax.uniform_plus,
 }
 # First and last refresh as shares of the run, where a paper sets them: RigL's
-# 25k of 32k steps, pruning's 10k to 25k (and SET as RigL runs it).
-WINDOWS = {'rigl': (0., .75), 'set': (0., .75), 'gmp': (.3, .78)}
+# 25k of 32k steps, pruning's 10k to 25k (and SET, SNFS, DSR as RigL runs
+# them), AC/DC's epochs 10 to 85 of 100; ITOP refreshes to the end.
+WINDOWS = {'rigl': (0., .75), 'set': (0., .75), 'snfs': (0., .75),
+           'dsr': (0., .75), 'itop': (0., 1.), 'gmp': (.3, .78),
+           'ac_dc': (.1, .85)}
+# Refreshes a run, where they are rare by design: AC/DC's phases are 5 of 100
+# epochs, ITOP's 4000 of 78000 steps.
+REFRESHES = {'ac_dc': 20, 'itop': 20}
+SCORES = {'magnitude': sparse_jax.magnitude, 'random': sparse_jax.random,
+          'saliency': sparse_jax.saliency}
 # Flags, and what the methods that have them call them.
 ARGUMENTS = {name: name for name in (
     'sparsity', 'backward_sparsity', 'penalty_weight', 'backward_selection',
-    'stop_exploration_at', 'drop_fraction', 'skip_step', 'update_every',
+    'stop_exploration_at', 'drop_fraction', 'drop_by', 'growth', 'scope',
+    'score', 'skip_step', 'final_dense', 'reset_slots', 'least_kept',
+    'temperature', 'rounds', 'round_steps', 'rewind_to', 'update_every',
     'update_begin', 'update_end', 'allocation', 'structure')}
-ARGUMENTS['dense_layers'] = 'is_sparse'
+ARGUMENTS |= {'dense_layers': 'is_sparse', 'growth_momentum': 'momentum',
+              'drop_threshold': 'threshold', 'hidden_decay': 'decay',
+              'initial_gate': 'initial'}
 # Flags of one structure alone.
 STRUCTURE_FLAGS = {'block_shape': 'block', 'block_reduce': 'block', 'nm': 'nm'}
 
@@ -52,24 +75,52 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
   flags.DEFINE_float('backward_sparsity', backward_sparsity, 'top_kast: '
                      'fraction of the weights without a gradient, in '
                      '[0, sparsity]. Default: sparsity - 0.1, at least 0.')
-  flags.DEFINE_float('penalty_weight', None, 'top_kast: coefficient of the '
-                     'exploration loss.')
+  flags.DEFINE_float('penalty_weight', None, 'Coefficient of the penalty. '
+                     'top_kast: the exploration loss; dst: exp(-threshold); '
+                     'cs: the gates.')
   flags.DEFINE_enum('backward_selection', None, ['magnitude', 'random'],
                     'top_kast: how the set B outside A is chosen.')
   flags.DEFINE_integer('stop_exploration_at', None, 'top_kast: the step from '
                        'which on only the forward set gets a gradient.')
-  flags.DEFINE_float('drop_fraction', None, 'set, rigl: share of the active '
-                     'weights replaced at a refresh, in [0, 1].')
-  flags.DEFINE_bool('skip_step', None, 'set, rigl: a refresh replaces the '
+  flags.DEFINE_float('drop_fraction', None, 'set, rigl, itop, snfs, dsr: share '
+                     'of the active weights replaced at a refresh, in [0, 1].')
+  flags.DEFINE_enum('drop_by', None, ['magnitude', 'sign'], 'set: one ranking, '
+                    'or positive and negative weights apart, as originally.')
+  flags.DEFINE_enum('growth', None, ['gradient', 'random'], 'itop: how '
+                    'weights are grown.')
+  flags.DEFINE_float('growth_momentum', None, 'snfs: coefficient of the '
+                     'average gradient, in [0, 1).')
+  flags.DEFINE_float('drop_threshold', None, 'dsr: first threshold on |w|.')
+  flags.DEFINE_enum('scope', None, ['layer', 'global'], 'snip, grasp, gmp, '
+                    'ac_dc: whether weights compete in their layer or in all.')
+  flags.DEFINE_enum('score', None, sorted(SCORES), 'gmp: what is pruned last.')
+  flags.DEFINE_bool('skip_step', None, 'set, rigl, ...: a refresh replaces the '
                     'optimizer\'s step, as in RigL\'s paper.')
+  flags.DEFINE_integer('final_dense', None, 'ac_dc: steps of the last dense '
+                       'phase. Default: 10% of the run.')
+  flags.DEFINE_bool('reset_slots', None, 'ac_dc: whether each dense phase '
+                    'makes all of the optimizer\'s slots anew.')
+  flags.DEFINE_float('hidden_decay', None, 'sr_ste: decay of unread weights.')
+  flags.DEFINE_float('initial_gate', None, 'str, cs: the first value of what '
+                     'is learnt.')
+  flags.DEFINE_float('least_kept', None, 'dst: a layer that keeps no more of '
+                     'its weights starts over.')
+  flags.DEFINE_float('temperature', None, 'cs: the last of a round.')
+  flags.DEFINE_integer('rounds', None, 'cs: how many rounds.')
+  flags.DEFINE_integer('round_steps', None, 'cs: steps of a round. Default: '
+                       'the run divided by the rounds.')
+  flags.DEFINE_integer('rewind_to', None, 'cs: the step to whose weights '
+                       'rounds return.')
+  flags.DEFINE_float('powerprop_alpha', None, 'Trains the method on weights '
+                     'theta * |theta|**(alpha - 1); at least 1.')
   flags.DEFINE_integer('update_every', None, 'Steps between two refreshes of '
                        'the masks. Default: 100, or a 300th of the run if '
                        'that is less.')
   flags.DEFINE_integer('update_begin', None, 'First step that may refresh. '
-                       'Default: 0; gmp: 30% of the run.')
+                       'Default: 0; gmp 30%, ac_dc 10% of the run.')
   flags.DEFINE_integer('update_end', None, 'Last step that may refresh. '
-                       'Default: the end; set and rigl 75%, gmp 78% of the '
-                       'run. Negative: never ends.')
+                       'Default: the end; set, rigl, snfs, dsr 75%, gmp 78%, '
+                       'ac_dc 85% of the run. Negative: never ends.')
   flags.DEFINE_enum('allocation', None, sorted(ALLOCATIONS), 'How the '
                     'sparsity is shared among layers. Default: uniform.')
   flags.DEFINE_enum('structure', None,
@@ -111,7 +162,15 @@ def from_flags(values: Mapping[str, Any], train_steps: int
       raise ValueError(f'`{flag}` (={values[flag]!r}) is a setting of '
                        f'--structure={structure}, not of '
                        f'{values["structure"] or "element"}.')
-  return constructor(**_arguments(values, name, known, train_steps))
+  method = constructor(**_arguments(values, name, known, train_steps))
+  if values['powerprop_alpha'] is None:
+    return method
+  return sparse_jax.powerprop(method, values['powerprop_alpha'])
+
+
+def has_target(method: str) -> bool:
+  """Whether a method, by its flag, takes a sparsity to reach."""
+  return 'sparsity' in inspect.signature(METHODS[method]).parameters
 
 
 def _is_given(flag, values) -> bool:
@@ -130,8 +189,17 @@ def _arguments(values, name, known, train_steps) -> dict[str, Any]:
     chosen['structure'] = _structure(values)
   if 'is_sparse' in chosen:
     chosen['is_sparse'] = _dense_rules(chosen['is_sparse'])
+  if 'score' in chosen:
+    chosen['score'] = SCORES[chosen['score']]
   if 'update_every' in known:
-    chosen.setdefault('update_every', min(max(train_steps // 300, 1), 100))
+    often = min(max(train_steps // 300, 1), 100)
+    rare = max(train_steps // REFRESHES.get(name, 1), 1)
+    chosen.setdefault('update_every', rare if name in REFRESHES else often)
+  if 'final_dense' in known:
+    chosen.setdefault('final_dense', train_steps // 10)
+  if 'round_steps' in known:
+    chosen.setdefault('round_steps', max(train_steps // chosen.get(
+        'rounds', 1), 1))
   if name == 'top_kast':
     chosen.setdefault('backward_sparsity',
                       max(0., round(values['sparsity'] - .1, 6)))

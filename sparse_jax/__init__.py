@@ -16,6 +16,8 @@ from sparse_jax.alternating import ac_dc
 from sparse_jax.at_init import grasp
 from sparse_jax.at_init import snip
 from sparse_jax.backward import masked_weight
+from sparse_jax.filters import filter_norms
+from sparse_jax.filters import prune_filters
 from sparse_jax.fixed import dense
 from sparse_jax.fixed import static
 from sparse_jax.getters import linen_getter

@@ -111,8 +111,11 @@ def grasp(sparsity: float, *, scope: str = 'global', skip_step: bool = False,
 
 def _hessian_gradient(seen, paths):
   """H g over the leaves of these paths; the others are held constant."""
-  tangents = base.map_leaves(
-      lambda path, g: g if path in paths else jnp.zeros_like(g), seen.grads)
+  def tangent(path, param, grad):
+    own = grad.astype(param.dtype)
+    return own if path in paths else jnp.zeros_like(own)
+
+  tangents = base.map_leaves(tangent, seen.params, seen.grads)
   grad_fn = seen.extra_args['grad_fn']
   _, curved = jax.jvp(grad_fn, (seen.params,), (tangents,))
   return curved

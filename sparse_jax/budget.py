@@ -63,19 +63,20 @@ def share_out(total: jax.Array, claims: Counts, room: Counts) -> Counts:
   most, weight = _flat(room), _flat(claims).astype(jnp.float32)
 
   def give(given):
-    left, open_ = total - jnp.sum(given), given < most
+    left, open_ = total - _sum(given), given < most
     claim = jnp.where(open_, weight, 0)
     claim = jnp.where(jnp.sum(claim) > 0, claim, open_.astype(jnp.float32))
-    pool = (left + jnp.sum(jnp.where(open_, given, 0))).astype(jnp.float32)
+    pool = (left + _sum(jnp.where(open_, given, 0))).astype(jnp.float32)
     due = claim / jnp.sum(claim) * pool - given.astype(jnp.float32)
     whole = jnp.clip(jnp.floor(due * (1 - 2**-20)).astype(jnp.int32), 0,
                      most - given)
-    whole = jnp.clip(left - jnp.cumsum(whole) + whole, 0, whole)
+    before = jnp.cumsum(whole, dtype=jnp.int32) - whole
+    whole = jnp.clip(left - before, 0, whole)
     single = topk.top_k_mask(jnp.where(open_, due, jnp.nan), left) & open_
     return given + jnp.where(jnp.any(whole > 0), whole, single)
 
   def unfinished(given):
-    return (jnp.sum(given) < total) & jnp.any(given < most)
+    return (_sum(given) < total) & jnp.any(given < most)
 
   shares = lax.while_loop(unfinished, give, jnp.zeros_like(most))
   return _unflat(shares, room)
@@ -99,6 +100,10 @@ def check_scope(sites: sites_lib.Sites, scope: str) -> str:
       raise ValueError(f'`allocation` (={sites.allocation!r}) must be uniform '
                        'with `scope` =\'global\', which allocates by itself.')
   return scope
+
+
+def _sum(counts: jax.Array) -> jax.Array:
+  return jnp.sum(counts, dtype=jnp.int32)
 
 
 def _finite(scores: jax.Array):

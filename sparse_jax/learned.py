@@ -9,6 +9,7 @@ gradient may reach every weight, so the backward set is full.
 from collections.abc import Callable
 from collections.abc import Mapping
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -335,13 +336,19 @@ def split(params: base.PyTree, name: str) -> tuple[base.PyTree, base.PyTree]:
   if not isinstance(params, Mapping) or name not in params:
     raise ValueError(f'`params` (a {type(params).__name__}) must have the key '
                      f'{name!r}: use params = method.parametrize(params).')
-  model = {key: value for key, value in params.items() if key != name}
-  return type(params)(model), params[name]
+  own = _entries(params)
+  learnt = own.pop(name)
+  return type(params)(own), learnt
 
 
 def join(model: base.PyTree, learnt: base.PyTree, name: str) -> base.PyTree:
   """The tree that `split` takes apart."""
-  return type(model)({**model, name: learnt})
+  return type(model)({**_entries(model), name: learnt})
+
+
+def _entries(tree: Mapping) -> dict:
+  """The keys and values of a mapping; NNX would wrap its values anew."""
+  return dict(getattr(tree, 'raw_mapping', tree))
 
 
 def _only(tree, replacements, path=()):
@@ -374,5 +381,6 @@ def _output_shape(leaf: sites_lib.Leaf) -> tuple[int, ...]:
 
 
 def _check_finite(name: str, value: float) -> None:
-  if isinstance(value, (bool, str)) or not math.isfinite(value):
+  numeric = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  if not numeric or not math.isfinite(value):
     raise ValueError(f'`{name}` (={value!r}) must be a finite number.')

@@ -77,7 +77,8 @@ def powerprop(method: SparseMethod, alpha: float = 2., *,
 
   def settle(params, updates, grads, state, **extra_args):
     stepped = jax.tree.map(sites_lib.apply_update, params, updates)
-    weights = weights_of(stepped, state.marks)
+    weights = masking.map_marked(lambda leaf, own: _wide_power(leaf, alpha),
+                                 stepped, state.marks)
     still = jax.tree.map(lambda w: jnp.full_like(w, -0.), weights)
     slopes = masking.map_marked(lambda leaf, own: jnp.where(
         masking.backward_mask(own), _slope(leaf, alpha, least_slope), 1),
@@ -100,12 +101,21 @@ def _combine(alpha, path, theta, update, weight, move, marks):
   if not masking.is_marked(marks):
     return jnp.where(move == 0, update, update + move)
   moved = sites_lib.apply_update(weight, move)
-  return jnp.where(moved == weight, update, _root(moved, alpha) - theta)
+  there = _root(moved, alpha).astype(theta.dtype)
+  return jnp.where(moved == weight, update, there - theta)
 
 
 def _power(theta: jax.Array, alpha: float) -> jax.Array:
   wide = theta.astype(jnp.float32)
   return (jnp.sign(wide) * jnp.abs(wide)**alpha).astype(theta.dtype)
+
+
+def _wide_power(theta: jax.Array, alpha: float) -> jax.Array:
+  """w in float32, and not 0 where theta is not: it may have to become 0."""
+  wide = theta.astype(jnp.float32)
+  weight = _power(wide, alpha)
+  tiny = jnp.copysign(jnp.finfo(jnp.float32).tiny, wide)
+  return jnp.where((weight == 0) & (wide != 0), tiny, weight)
 
 
 def _root(weight: jax.Array, alpha: float) -> jax.Array:

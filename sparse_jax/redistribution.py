@@ -206,7 +206,7 @@ def _counts(leaves, groups):
 
 
 def _total(counts) -> jax.Array:
-  return sum(jnp.sum(count) for count in counts.values())
+  return sum(jnp.sum(count, dtype=jnp.int32) for count in counts.values())
 
 
 def _mean(leaf, groups: jax.Array, active: jax.Array) -> jax.Array:

@@ -121,11 +121,11 @@ def _words(mask: jax.Array) -> jax.Array:
 
 def _positions(words: jax.Array, count: int, size: int) -> jax.Array:
   """int32[count]: where the bits are set, in order; beyond `size` for none."""
-  ends = jnp.cumsum(lax.population_count(words).astype(jnp.int32))
+  ends = jnp.cumsum(lax.population_count(words), dtype=jnp.int32)
   starts = jnp.pad(ends, (1, 0))
   # How many words end at or before each slot is the word that it lies in.
   turns = jnp.zeros(count + 1, jnp.int32).at[ends].add(1, mode='drop')
-  word = jnp.cumsum(turns)[:count]
+  word = jnp.cumsum(turns, dtype=jnp.int32)[:count]
   slot = jnp.arange(count, dtype=jnp.int32)
   bit = _select_bit(words.at[word].get(mode='clip'),
                     slot - starts.at[word].get(mode='clip'))

@@ -369,14 +369,19 @@ def joint_counts(scores: Sequence[jax.Array], k: int | jax.Array,
   key = _joint_key(keys, k, kind)
   above = [_tally(each > key, own) for each, own in zip(keys, axes)]
   equal = [_tally(each == key, own) for each, own in zip(keys, axes)]
-  room, given = k.astype(jnp.int32) - sum(map(jnp.sum, above)), []
+  room, given = k.astype(jnp.int32) - sum(map(_whole, above)), []
   for more, same in zip(above, equal):
     flat = same.ravel()
-    before = jnp.cumsum(flat) - flat
+    before = jnp.cumsum(flat, dtype=jnp.int32) - flat
     extra = jnp.clip(room - before, 0, flat).reshape(same.shape)
     given.append(more + extra)
-    room -= jnp.sum(flat)
+    room -= _whole(flat)
   return given
+
+
+def _whole(counts: jax.Array) -> jax.Array:
+  """Their sum, int32[] in 64-bit mode too."""
+  return jnp.sum(counts, dtype=jnp.int32)
 
 
 def _tally(marked: jax.Array, axes) -> jax.Array:

@@ -30,8 +30,18 @@ METHODS = {
     'dnw': lambda **kw: sparse_jax.dnw(**{'sparsity': .5} | kw),
     'top_kast': lambda **kw: sparse_jax.top_kast(
         **{'sparsity': .5, 'backward_sparsity': .25} | kw),
+    'snip': lambda **kw: sparse_jax.snip(**{'sparsity': .5} | kw),
+    'grasp': lambda **kw: sparse_jax.grasp(
+        **{'sparsity': .5, 'scope': 'layer'} | kw),
+    'snfs': lambda **kw: sparse_jax.snfs(**{'sparsity': .5} | kw),
+    'dsr': lambda **kw: sparse_jax.dsr(**{'sparsity': .5} | kw),
+    'ac_dc': lambda **kw: sparse_jax.ac_dc(
+        **{'sparsity': .5, 'scope': 'layer'} | kw),
 }
-WINDOWED = ('set_', 'rigl', 'gmp', 'top_kast')
+WINDOWED = ('set_', 'rigl', 'gmp', 'top_kast', 'snfs', 'dsr', 'ac_dc')
+MOVING = ('set_', 'rigl', 'snfs', 'dsr')
+LEARNED = {'str_': sparse_jax.str_, 'dst': sparse_jax.dst, 'cs': sparse_jax.cs,
+           'sr_ste': sparse_jax.sr_ste}
 
 
 def cases(names, argument, values):
@@ -45,8 +55,14 @@ BAD = (
                                               None))
     + cases(('top_kast',), 'backward_selection', ('typo', None, 3))
     + cases(('top_kast',), 'stop_exploration_at', NOT_COUNTS)
-    + cases(('set_', 'rigl'), 'drop_fraction', NOT_FRACTIONS)
-    + cases(('set_', 'rigl'), 'skip_step', ('no', None, 2))
+    + cases(MOVING, 'drop_fraction', NOT_FRACTIONS)
+    + cases((*MOVING, 'snip', 'grasp'), 'skip_step', ('no', None, 2))
+    + cases(('snip', 'grasp', 'gmp', 'ac_dc'), 'scope', ('both', None, 1))
+    + cases(('set_',), 'drop_by', ('size', None))
+    + cases(('snfs',), 'momentum', NOT_SPARSITIES)
+    + cases(('dsr',), 'threshold', (NAN, 0., -1., 'x', None))
+    + cases(('ac_dc',), 'final_dense', (*NOT_COUNTS, 5))
+    + cases(('ac_dc',), 'reset_slots', ('no', None, 2))
     + cases(WINDOWED, 'update_every', (*NOT_COUNTS, 0, None))
     + cases(WINDOWED, 'update_begin', (*NOT_COUNTS, None))
     + cases(WINDOWED, 'update_end', NOT_COUNTS)
@@ -82,6 +98,25 @@ class MethodTest(parameterized.TestCase):
                 for value in values}
     self.assertEqual(problems, dict.fromkeys(problems))
 
+  @parameterized.parameters(
+      ('str_', 'initial', (NAN, 'x', None, True)),
+      ('dst', 'penalty_weight', (NAN, -1., 'x', None)),
+      ('dst', 'least_kept', NOT_FRACTIONS),
+      ('cs', 'initial', (NAN, 'x', None)),
+      ('cs', 'temperature', (NAN, 0., -1., 'x')),
+      ('cs', 'penalty_weight', (NAN, -1., 'x')),
+      ('cs', 'rounds', (*NOT_COUNTS, 0)),
+      ('cs', 'round_steps', (*NOT_COUNTS, 0)),
+      ('cs', 'rewind_to', (*NOT_COUNTS, 3)),
+      ('sr_ste', 'decay', (NAN, -1., 'x', None)),
+      ('sr_ste', 'structure', (None, Block((2, 2)), 'nm')))
+  def test_bad_setting_of_what_has_no_sparsity_is_named(self, name, argument,
+                                                        values):
+    problems = {repr(value): complaint(
+        argument, value, lambda: LEARNED[name](**{argument: value}))
+                for value in values}
+    self.assertEqual(problems, dict.fromkeys(problems))
+
   @parameterized.parameters(*METHODS)
   def test_good_arguments_pass(self, name):
     METHODS[name]()
@@ -93,7 +128,7 @@ class MethodTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, r'`update_end` \(=3\)'):
       METHODS[name](update_begin=5, update_end=3)
 
-  @parameterized.parameters('set_', 'rigl', 'gmp')
+  @parameterized.parameters(*MOVING, 'gmp')
   def test_an_end_that_leaves_no_room_is_named_as_it_was_given(self, name):
     """The schedules inside call it `end`; the caller does not."""
     with self.assertRaisesRegex(ValueError, r'`update_end` \(=0\)'):
@@ -104,6 +139,9 @@ class MethodTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, r'`sparsity` \(=0.25\)'):
       METHODS[name](sparsity=.25, structure=NM(2, 4), **(
           {'backward_sparsity': 0.} if name == 'top_kast' else {}))
+    if name in ('snfs', 'dsr'):  # No budget could move at all.
+      with self.assertRaisesRegex(ValueError, '`structure` .*NM'):
+        METHODS[name](structure=NM(2, 4))
     for allocation in (sparse_jax.erk, {'w': .5}):
       with self.assertRaisesRegex(ValueError, '`allocation` .*NM'):
         METHODS[name](structure=NM(2, 4), allocation=allocation)

@@ -44,7 +44,9 @@ class CheckpointTest(parameterized.TestCase):
       return states
 
     # Committed to a device, as restored arrays are.
-    start = jax.device_put({name: (params, tx.init(params))
+    starts = {name: method.parametrize(params)
+              for name, method in METHODS.items()}
+    start = jax.device_put({name: (starts[name], tx.init(starts[name]))
                             for name, tx in txs.items()}, jax.devices()[0])
     cls.saved = train(start, 1, HALF)
     cls.unbroken = train(cls.saved, HALF + 1, HALF + 6)

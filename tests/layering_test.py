@@ -13,7 +13,7 @@ LAYERS = (
     {'base'},
     {'topk', 'structures', 'selection', 'scoring', 'schedules', 'backward',
      'residuals'},
-    {'allocation', 'masking', 'losses'},
+    {'allocation', 'masking', 'losses', 'filters'},
     {'state', 'operands'},
     {'sites', 'summary', 'transforms', 'getters', 'operators'},
     {'budget', 'activations'},

@@ -49,7 +49,7 @@ METHODS = {
                               allocation=sparse_jax.uniform),
     'snfs': functools.partial(sparse_jax.snfs, sparsity=.75, update_every=2),
     'dsr': functools.partial(sparse_jax.dsr, sparsity=.75, update_every=2,
-                             threshold=.5),
+                             threshold=.5, drop_fraction=.5),
     'gmp_global': functools.partial(sparse_jax.gmp, sparsity=.75,
                                     update_every=2, scope='global'),
     'ac_dc': functools.partial(sparse_jax.ac_dc, sparsity=.75, update_every=2,
@@ -62,8 +62,7 @@ METHODS = {
     'str_': functools.partial(sparse_jax.str_, initial=-3.),
     'dst': functools.partial(sparse_jax.dst, penalty_weight=.1),
     'cs': functools.partial(sparse_jax.cs, round_steps=5),
-    'cs_rounds': functools.partial(sparse_jax.cs, round_steps=2, rounds=2,
-                                   rewind_to=1),
+    'cs_rounds': functools.partial(sparse_jax.cs, round_steps=2, rounds=2),
     'powerprop': functools.partial(
         sparse_jax.powerprop, method=sparse_jax.top_kast(
             .75, backward_sparsity=.5, update_every=2)),
@@ -126,7 +125,7 @@ ARGUMENTS = {
     'backward_selection': ('magnitude', 'random', {}),
     'stop_exploration_at': (None, 3, {}),
     'scope': ('layer', 'global', {}),
-    'drop_by': ('magnitude', 'sign', {}),
+    'drop_by': ('magnitude', 'sign', dict(drop_fraction=.5, update_every=1)),
     'growth': ('gradient', 'random', {}),
     'momentum': (.9, 0., {}),
     'threshold': (.5, .8, {}),
@@ -156,6 +155,17 @@ OWN_ARGUMENTS = {
     ('sr_ste', 'structure'): (sparse_jax.NM(1, 4), sparse_jax.NM(2, 4), {}),
     ('ste', 'contracting'): (None, (0,), {}),
     ('sr_ste', 'contracting'): (None, (0,), {}),
+    # Stacked inputs: the competitions are along another axis.
+    ('ste', 'batch_axes'): ((), lambda path, leaf: (
+        (2,) if 'conv' in path else ()), {}),
+    ('sr_ste', 'batch_axes'): ((), lambda path, leaf: (
+        (2,) if 'conv' in path else ()), {}),
+    # One axis is left: a vector, which is never sparse.
+    ('cs', 'batch_axes'): ((), lambda path, leaf: (
+        (0,) if 'dense' in path else ()), {}),
+    ('snip', 'batch_axes'): ((), lambda path, leaf: (
+        (3,) if 'conv' in path else ()), {}),
+    ('dsr', 'drop_fraction'): (.5, .1, {}),
     ('dst', 'penalty_weight'): (.1, 1., {}),
     ('cs', 'penalty_weight'): (1e-8, 1., {}),
     ('cs', 'initial'): (0., -1., {}),
@@ -651,6 +661,8 @@ class WeightTest(parameterized.TestCase):
 
   @parameterized.parameters(*SPARSE)
   def test_every_active_weight_moves(self, name):
+    if name == 'cs_rounds':
+      self.skipTest('closed gates let no gradient through')
     moments = run(name).moments
     skipped = (2, 4, 6) if name == 'rigl_skip_step' else ()
     for step, (old, new) in enumerate(zip(moments, moments[1:]), 1):
@@ -702,7 +714,10 @@ class WeightTest(parameterized.TestCase):
     state = tx.init(params)
     for t in range(1, 4):
       ours, by_hand, state = both(params, state, fake_batch(params, t))
-      jax.tree.map(np.testing.assert_array_equal, ours, by_hand)
+      # A round that ends goes back to first weights: p + (first - p).
+      rtol = 1e-6 if name == 'cs_rounds' else 0.
+      jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol),
+                   ours, by_hand)
       params = ours[0]
 
 

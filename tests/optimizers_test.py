@@ -20,8 +20,10 @@ from sparse_jax import base
 from tests import methods_test
 
 # The rows of the law table that are methods, not variants of one.
+# One of each mechanism: ITOP is RigL, STE is DNW, DST and CS learn like STR.
 METHODS = {name: row for name, row in methods_test.METHODS.items()
-           if name not in methods_test.VARIANTS}
+           if name not in methods_test.VARIANTS and name not in (
+               'itop', 'dsr', 'grasp', 'ste', 'sr_ste', 'dst', 'cs')}
 # One of each kind, for wrappers: fixed, moving with zeros, hidden weights.
 KINDS = ('static', 'rigl', 'top_kast')
 ZEROS = methods_test.ZEROS
@@ -128,7 +130,8 @@ def train(optimizer, extras=(), *, outer=lambda tx: tx, steps=5,
   else:
     txs = {name: outer(sparse_jax.sparsify(optimizer, method))
            for name, method in methods.items()}
-  params = fake_params()
+  starts = {name: method.parametrize(fake_params())
+            for name, method in methods.items()}
 
   def one(method, tx, params, state, batch):
     value, grads = jax.value_and_grad(lambda p: methods_test.quadratic(
@@ -142,10 +145,11 @@ def train(optimizer, extras=(), *, outer=lambda tx: tx, steps=5,
             for name in methods}
 
   compiled = jax.jit(step, compiler_options=methods_test.QUICK)
-  states = {name: (params, tx.init(params)) for name, tx in txs.items()}
+  states = {name: (starts[name], tx.init(starts[name]))
+            for name, tx in txs.items()}
   seen = {name: [] for name in methods}
   for t in range(1, steps + 1):
-    new = compiled(states, methods_test.fake_batch(params, t))
+    new = compiled(states, methods_test.fake_batch(fake_params(), t))
     for name in methods:
       seen[name].append(Seen(
           base.leaves_by_path(jax.tree.map(np.array, states[name][0])),
@@ -174,12 +178,14 @@ def changes_types(optimizer, extras) -> bool:
   return weak[0] != weak[1]
 
 
-def counts_of(name, size=24):
-  """Entries of A and B in the one kernel."""
+def counts_of(name, step, size=24):
+  """Entries of A and B in the one kernel after a step."""
   if name == 'dense':
     return {}
+  if name == 'ac_dc' and step // 2 % 2 == 0:
+    return {'kernel': (size, size)}
   forward = sparse_jax.keep_count(size, .75)
-  backward = {'dnw': 0., 'top_kast': .5}.get(name, .75)
+  backward = {'dnw': 0., 'top_kast': .5, 'powerprop': .5}.get(name, .75)
   return {'kernel': (forward, sparse_jax.keep_count(size, backward))}
 
 
@@ -191,16 +197,16 @@ class LawCase(parameterized.TestCase):
     for name, steps in seen.items():
       for t, step in enumerate(steps, 1):
         with self.subTest(method=name, step=t):
-          self.check_step(name, step)
+          self.check_step(name, step, t)
 
-  def check_step(self, name, step):
+  def check_step(self, name, step, t):
     masks = [base.leaves_by_path(tree) for tree in (
         step.state.forward_masks, step.state.backward_masks,
         step.old_state.backward_masks)]
     forward, backward, previous = masks
-    self.assertEqual({path: (int(forward[path].sum()),
-                             int(backward[path].sum())) for path in forward},
-                     counts_of(name))
+    if name not in methods_test.LEARNED:
+      self.assertEqual({path: (int(forward[path].sum()), int(
+          backward[path].sum())) for path in forward}, counts_of(name, t))
     for path, value in step.after.items():
       self.assertTrue(np.all(np.isfinite(value)), path)
     for path, mask in forward.items():
@@ -219,7 +225,10 @@ class OptimizerTest(LawCase):
   def test_every_method_keeps_its_laws_under(self, name):
     """A name that a later Optax adds comes by itself, with its defaults."""
     optimizer, extras = build(name)
-    seen, compilations = train(optimizer, extras)
+    # Its step divides by the size of the last gradient, which is nearly 0
+    # where a reparametrized weight is small: it diverges by itself.
+    names = set(METHODS) - {'powerprop' if name == 'acprop' else ''}
+    seen, compilations = train(optimizer, extras, names=sorted(names))
     # L-BFGS begins with weakly typed scalars, and so compiles twice alone.
     self.check_laws(seen, compilations - changes_types(optimizer, extras))
 
@@ -301,12 +310,14 @@ class SlotTest(parameterized.TestCase):
       age = np.where(inside, age + 1, 0)
     self.assertGreater(entered, 3)
 
-  @parameterized.parameters(*(name for name in METHODS if name != 'dense'))
+  @parameterized.parameters(*(name for name in METHODS if name not in (
+      'dense', 'powerprop', *methods_test.RESETS)))
   def test_slots_of_a_namesake_that_is_not_sparse_are_left_alone(self, name):
     """'head/kernel' also ends with the path of the sparse leaf 'kernel'."""
     kernel = fake_params()['kernel']
     params = {'kernel': kernel, 'head': {'kernel': kernel + 1}}
     method = METHODS[name](is_sparse=[('head', False)])
+    params = method.parametrize(params)
     tx, inner = sparse_jax.sparsify(optax.adam(.1), method), optax.adam(.1)
     one, two = params['head'], params['head']
     state, slots = tx.init(params), inner.init(two)
@@ -428,7 +439,7 @@ class WrapperTest(LawCase):
       for step in steps[1:]:
         step.before.update({k: v + 0 for k, v in step.before.items()})
         step.after.update({k: v + 0 for k, v in step.after.items()})
-        self.check_step(name, step)
+        self.check_step(name, step, int(step.state.step))
 
   def test_apply_if_finite_outside_leaves_everything_where_it_was(self):
     method = METHODS['rigl']()

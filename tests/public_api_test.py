@@ -25,7 +25,8 @@ PROMISED = (
     'Block', 'NM', 'Channel', 'Filter', 'uniform', 'erdos_renyi', 'erk',
     'uniform_plus', 'cubic_sparsity', 'cosine_drop', 'dense', 'static', 'gmp',
     'set_', 'rigl', 'dnw', 'top_kast', 'magnitude', 'gradient_magnitude',
-    'saliency', 'random')
+    'saliency', 'random', 'snip', 'grasp', 'snfs', 'dsr', 'ac_dc', 'str_',
+    'cs', 'dst', 'sr_ste', 'powerprop')
 HEAVY = ('tensorflow', 'tensorflow_datasets', 'orbax', 'grain', 'chex',
          'matplotlib', 'sklearn', 'PIL', 'experiments')
 
@@ -60,7 +61,7 @@ class PublicApiTest(parameterized.TestCase):
     exceptions = {
         'masked_weight': 3, 'exploration_loss': 3, 'summarize': 3,
         'magnitude': 3, 'gradient_magnitude': 3, 'saliency': 3, 'random': 3,
-        'is_kernel': 3}
+        'is_kernel': 3, 'prune_filters': 3}
     for name in NAMES:
       value = getattr(sparse_jax, name)
       if inspect.isclass(value):

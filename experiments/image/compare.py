@@ -26,6 +26,7 @@ import jax
 
 from experiments import plots
 from experiments import reporting
+from experiments import sparsity as sparsity_flags
 from experiments.image import train
 
 _METHODS = flags.DEFINE_list(
@@ -41,13 +42,14 @@ _OUTDIR = flags.DEFINE_string('outdir', 'runs/compare', 'Where it all goes.')
 
 
 def cells() -> list[dict[str, Any]]:
-  """The settings that tell the runs apart; a dense run has no sparsity."""
+  """The settings that tell the runs apart; some methods have no target."""
   grid = itertools.product(_SEEDS.value, _SPARSITIES.value[::-1],
                            _METHODS.value)
   found = {}
   for seed, sparsity, method in grid:
     cell = {'method': method, 'seed': int(seed),
-            'sparsity': float(sparsity) if method != 'dense' else 0.}
+            'sparsity': float(sparsity) if (
+                sparsity_flags.has_target(method)) else 0.}
     found[tuple(cell.values())] = cell
   return list(found.values())
 
@@ -72,25 +74,35 @@ def workdir(cell) -> str:
   return os.path.join(_OUTDIR.value, name)
 
 
-def accuracy(cell) -> float | None:
-  """Test accuracy of a finished cell."""
+def result(cell) -> dict[str, Any] | None:
+  """What a finished cell has left."""
   path = os.path.join(workdir(cell), 'result.json')
   if not os.path.exists(path):
     return None
   with open(path) as file:
-    return json.load(file)['test_accuracy']
+    return json.load(file)
 
 
 def collect() -> list[dict[str, Any]]:
-  """One row of each method and sparsity: mean and deviation over seeds."""
+  """One row of each method and sparsity: mean and deviation over seeds.
+
+  The sparsity is the one asked for; of a method that has no target the one
+  it reached, so that its runs lie where they belong in the picture.
+  """
   groups = {}
   for cell in cells():
-    if (value := accuracy(cell)) is not None:
-      groups.setdefault((cell['method'], cell['sparsity']), []).append(value)
-  return [{'method': method, 'sparsity': sparsity, 'seeds': len(values),
-           'accuracy': statistics.mean(values),
-           'accuracy_std': statistics.stdev(values) if values[1:] else 0.}
-          for (method, sparsity), values in sorted(groups.items())]
+    if (found := result(cell)) is not None:
+      groups.setdefault((cell['method'], cell['sparsity']), []).append(found)
+  rows = []
+  for (method, sparsity), found in sorted(groups.items()):
+    accuracies = [each['test_accuracy'] for each in found]
+    if not sparsity_flags.has_target(method):
+      sparsity = statistics.mean(each['sparsity'] for each in found)
+    rows.append({
+        'method': method, 'sparsity': sparsity, 'seeds': len(found),
+        'accuracy': statistics.mean(accuracies),
+        'accuracy_std': statistics.stdev(accuracies) if found[1:] else 0.})
+  return rows
 
 
 def write(rows) -> str:
@@ -131,7 +143,7 @@ def main(_):
   common = train.run_config()
   todo = cells()
   for number, cell in enumerate(todo, 1):
-    if accuracy(cell) is not None:
+    if result(cell) is not None:
       continue
     print(f'cell {number} of {len(todo)}: {cell}', flush=True)
     try:

@@ -163,7 +163,9 @@ def train_step(task: Task, state: TrainState, batch) -> TrainState:
   """One update."""
   (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(
       loss_fn, has_aux=True)(state.params, task, state, batch)
-  updates, opt_state = task.tx.update(grads, state.opt_state, state.params)
+  updates, opt_state = task.tx.update(
+      grads, state.opt_state, state.params, grad_fn=lambda params: jax.grad(
+          loss_fn, has_aux=True)(params, task, state, batch)[0])
   params = optax.apply_updates(state.params, updates)
   # In the state, so that a run stopped between two rows continues its sums.
   begins = state.step % task.log_every == 0
@@ -487,7 +489,7 @@ def finished(values: Mapping[str, Any], workdir: str) -> dict[str, Any] | None:
 
 def default_workdir(values: Mapping[str, Any]) -> str:
   name = f'{values["dataset"]}_{values["model"]}_{values["method"]}'
-  if values['method'] != 'dense':
+  if sparsity.has_target(values['method']):
     name += f'_{values["sparsity"]:g}'
   return os.path.join('runs', name)
 
