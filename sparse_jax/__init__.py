@@ -1,5 +1,13 @@
 """Sparse training of neural networks in JAX and Flax."""
 
+from sparse_jax.activations import activation_penalty
+from sparse_jax.activations import calibrate_thresholds
+from sparse_jax.activations import dsg_mask
+from sparse_jax.activations import fat_relu
+from sparse_jax.activations import hoyer
+from sparse_jax.activations import l1
+from sparse_jax.activations import meprop
+from sparse_jax.activations import random_projection
 from sparse_jax.allocation import erdos_renyi
 from sparse_jax.allocation import erk
 from sparse_jax.allocation import uniform
@@ -20,10 +28,17 @@ from sparse_jax.learned import dst
 from sparse_jax.learned import str_
 from sparse_jax.losses import exploration_loss
 from sparse_jax.masking import make_mask
+from sparse_jax.operands import Operands
+from sparse_jax.operators import first_thresholds
+from sparse_jax.operators import sparse_conv_general_dilated
+from sparse_jax.operators import sparse_dot_general
+from sparse_jax.operators import sparse_einsum
 from sparse_jax.powerprop import powerprop
 from sparse_jax.pruning import gmp
 from sparse_jax.redistribution import dsr
 from sparse_jax.redistribution import snfs
+from sparse_jax.residuals import gate
+from sparse_jax.residuals import relu
 from sparse_jax.rewiring import itop
 from sparse_jax.rewiring import rigl
 from sparse_jax.rewiring import set_
@@ -50,6 +65,7 @@ from sparse_jax.structures import NM
 from sparse_jax.structures import Unstructured
 from sparse_jax.summary import summarize
 from sparse_jax.summary import Summary
+from sparse_jax.swat import swat
 from sparse_jax.topk import keep_count
 from sparse_jax.topk import top_k_mask
 from sparse_jax.transforms import add_exploration_decay

@@ -74,6 +74,9 @@ class SparseMethod(NamedTuple):
   # (params, steps) -> {path: Work} of the sparse leaves, averaged over a run
   # of so many steps; a leaf that is not named works dense. Or None.
   work: Callable[[base.PyTree, int], dict[base.Path, Work]] | None = None
+  # (params, state) -> {path: Operands} of the products of the sparse leaves,
+  # besides what `read` does to their weights. Or None.
+  operators: Callable[[base.PyTree, Any], dict[base.Path, Any]] | None = None
 
 
 def get_state(opt_state: Any) -> SparseState:

@@ -33,6 +33,7 @@ METHODS = {
     'snip': lambda **kw: sparse_jax.snip(**{'sparsity': .5} | kw),
     'grasp': lambda **kw: sparse_jax.grasp(
         **{'sparsity': .5, 'scope': 'layer'} | kw),
+    'swat': lambda **kw: sparse_jax.swat(**{'sparsity': .5} | kw),
     'snfs': lambda **kw: sparse_jax.snfs(**{'sparsity': .5} | kw),
     'dsr': lambda **kw: sparse_jax.dsr(**{'sparsity': .5} | kw),
     'ac_dc': lambda **kw: sparse_jax.ac_dc(

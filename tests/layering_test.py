@@ -11,14 +11,15 @@ LIBRARY = pathlib.Path(__file__).parents[1] / 'sparse_jax'
 # Lowest first. A new file must be given its place here.
 LAYERS = (
     {'base'},
-    {'topk', 'structures', 'selection', 'scoring', 'schedules', 'backward'},
+    {'topk', 'structures', 'selection', 'scoring', 'schedules', 'backward',
+     'residuals'},
     {'allocation', 'masking', 'losses', 'filters'},
-    {'state'},
-    {'sites', 'summary', 'transforms', 'getters'},
-    {'budget'},
+    {'state', 'operands'},
+    {'sites', 'summary', 'transforms', 'getters', 'operators'},
+    {'budget', 'activations'},
     {'assembly'},
     {'fixed', 'at_init', 'rewiring', 'redistribution', 'pruning',
-     'alternating', 'straight_through', 'learned', 'powerprop'},
+     'alternating', 'straight_through', 'learned', 'powerprop', 'swat'},
     {'__init__'},
 )
 # Only these files may know these packages.

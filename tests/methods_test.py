@@ -63,6 +63,11 @@ METHODS = {
     'dst': functools.partial(sparse_jax.dst, penalty_weight=.1),
     'cs': functools.partial(sparse_jax.cs, round_steps=5),
     'cs_rounds': functools.partial(sparse_jax.cs, round_steps=2, rounds=2),
+    'swat': functools.partial(sparse_jax.swat, sparsity=.75),
+    'swat_masked': functools.partial(sparse_jax.swat, sparsity=.75,
+                                     masked_update=True),
+    'swat_momentum': functools.partial(sparse_jax.swat, sparsity=.75,
+                                       allocation='momentum'),
     'powerprop': functools.partial(
         sparse_jax.powerprop, method=sparse_jax.top_kast(
             .75, backward_sparsity=.5, update_every=2)),
@@ -86,7 +91,8 @@ LEARNED = ('str_', 'dst', 'cs', 'cs_rounds')
 # What the forward pass sees is another function of the stored weight.
 REPARAMETRIZED = (*LEARNED, 'powerprop', 'powerprop_rigl')
 # One budget for all leaves, whose shares move or are not by allocation.
-SHARED = ('snip_global', 'gmp_global', 'ac_dc_global', 'snfs', 'dsr')
+SHARED = ('snip_global', 'gmp_global', 'ac_dc_global', 'snfs', 'dsr',
+          'swat_momentum')
 # The gradient at which they rank is that of the weights before the update.
 AT_INIT = ('snip', 'snip_global', 'grasp')
 # Every optimizer slot starts anew now and then, dense leaves included.
@@ -100,7 +106,7 @@ DENSE_KEYWORDS = {
     'static': {}, 'set_': {}, 'rigl': {}, 'gmp': {}, 'gmp_cubic': {},
     'gmp_saliency': {}, 'dnw': {}, 'gmp_global': {}, 'snip': {},
     'snip_global': {}, 'grasp': {}, 'set_original': {}, 'itop': {},
-    'snfs': {}, 'dsr': {}, 'ac_dc': dict(reset_slots=False),
+    'snfs': {}, 'dsr': {}, 'ac_dc': dict(reset_slots=False), 'swat': {},
     'top_kast': dict(backward_sparsity=0., penalty_weight=0.),
     'top_kast_random': dict(backward_sparsity=0., penalty_weight=0.),
 }
@@ -141,6 +147,9 @@ ARGUMENTS = {
     'method': (sparse_jax.dnw(.75), sparse_jax.dnw(.5), {}),
     'alpha': (2., 1.5, {}),
     'least_slope': (.01, .5, {}),
+    'activation_sparsity': (None, .5, {}),
+    'masked_update': (False, True, {}),
+    'freeze_at': (None, 3, {}),
 }
 # The same for one method, where those above do not show it.
 OWN_ARGUMENTS = {
@@ -318,7 +327,7 @@ def expected_counts(name, allocation, step):
   forward = {path: sparse_jax.keep_count(
       int(np.prod(shape)), shares[path] * (sparsity / .75))
              for path, shape in shapes.items()}
-  if name in ('dnw', 'ste', 'sr_ste'):
+  if name in ('dnw', 'ste', 'sr_ste', 'swat'):
     return {path: (n, int(np.prod(shapes[path])))
             for path, n in forward.items()}
   if 'top_kast' not in name and name != 'powerprop':
@@ -810,11 +819,19 @@ class ArgumentTest(parameterized.TestCase):
     pairs = {argument: self.two_ways(name, argument) for argument in names}
     methods = {way: row(**dict(way)) for pair in pairs.values()
                for way in pair}
-    runs = run_many(methods, fake_params(conv=(2, 2, 2, 4), dense=(4, 6)),
-                    options=QUICK)
+    params = fake_params(conv=(2, 2, 2, 4), dense=(4, 6))
+    runs = run_many(methods, params, options=QUICK)
     for argument, (one, two) in pairs.items():
-      self.assertFalse(same_moments(runs[one].moments, runs[two].moments),
-                       argument)
+      self.assertFalse(
+          same_moments(runs[one].moments, runs[two].moments)
+          and self.operators(methods[one], params) == self.operators(
+              methods[two], params), argument)
+
+  def operators(self, method, params):
+    """What the method asks of products, besides what it reads."""
+    if method.operators is None:
+      return None
+    return method.operators(params, method.init(params))
 
   def two_ways(self, name, argument):
     """The keywords of two runs; () for the row as it is."""
