@@ -11,10 +11,11 @@ LIBRARY = pathlib.Path(__file__).parents[1] / 'sparse_jax'
 # Lowest first. A new file must be given its place here.
 LAYERS = (
     {'base'},
-    {'topk', 'structures', 'selection', 'scoring', 'schedules', 'backward'},
-    {'allocation', 'masking', 'losses'},
-    {'sites', 'state'},
-    {'assembly', 'summary', 'transforms', 'getters'},
+    {'topk', 'structures', 'selection', 'scoring', 'schedules', 'backward',
+     'provenance'},
+    {'allocation', 'masking', 'losses', 'products'},
+    {'sites', 'state', 'replacing'},
+    {'assembly', 'summary', 'cost', 'transforms', 'getters'},
     {'fixed', 'rewiring', 'pruning', 'straight_through'},
     {'__init__'},
 )
