@@ -143,10 +143,8 @@ def find_products(fn: Callable[..., Any], *args: Any,
 
   Example:
     >>> def model(params, x):
-    ...   hidden = jax.nn.relu(x @ params['in'] + params['bias'])
-    ...   return hidden @ params['out'].T
-    >>> params = {'in': jnp.ones((3, 8)), 'bias': jnp.ones(8),
-    ...           'out': jnp.ones((2, 8))}
+    ...   return jax.nn.relu(x @ params['in']) @ params['out'].T
+    >>> params = {'in': jnp.ones((3, 8)), 'out': jnp.ones((2, 8))}
     >>> for product in find_products(model, params, jnp.ones((5, 3))):
     ...   print(product.path, product.shape, product.multiply_adds)
     in (5, 8) 120
@@ -175,9 +173,14 @@ def open_jaxpr(jaxpr):
   return getattr(jaxpr, 'jaxpr', jaxpr), getattr(jaxpr, 'consts', ())
 
 
+def is_literal(atom) -> bool:
+  """Whether an input or output of an equation is written in the program."""
+  return isinstance(atom, jax_core.Literal)
+
+
 def origins_of(atoms, seen) -> list[provenance.Origin]:
-  return [provenance.CONSTANT if isinstance(atom, jax_core.Literal)
-          else seen[atom] for atom in atoms]
+  return [provenance.CONSTANT if is_literal(atom) else seen[atom]
+          for atom in atoms]
 
 
 def walk(jaxpr, origins, every_branch=False):
@@ -298,16 +301,21 @@ def _visit_shard_map(eqn, origins, every_branch):
 
 
 def _visit_unknown(eqn, bodies, origins, every_branch):
-  """A primitive of its own kind (a Pallas kernel): counted, not attributed."""
+  """A primitive of its own kind, say a Pallas kernel.
+
+  Its products are attributed to all the parameters that it is given.
+  """
   met = (provenance.ACTIVATION if any(o.depends for o in origins)
          else provenance.DATA)
   grid = getattr(eqn.params.get('grid_mapping'), 'grid', ())
   times = math.prod(size for size in grid if isinstance(size, int))
+  leaves = dict(sorted(frozenset().union(*(o.leaves for o in origins))))
   found = []
   for body in bodies:
     inputs = [met] * len(open_jaxpr(body)[0].invars)
     products, _ = walk(body, inputs, every_branch)
-    found += [p._replace(times=p.times * times) for p in products]
+    found += [p._replace(times=p.times * times,
+                         rhs=p.rhs._replace(leaves=leaves)) for p in products]
   return found, [met] * len(eqn.outvars)
 
 

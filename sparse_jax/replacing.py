@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 from jax import lax
-import jax.extend.core as jax_core
 import jax.numpy as jnp
 
 from sparse_jax import base
@@ -108,7 +107,7 @@ def _run(jaxpr, args, origins, swap):
 
 
 def _values_of(atoms, values):
-  return [atom.val if isinstance(atom, jax_core.Literal) else values[atom]
+  return [atom.val if products.is_literal(atom) else values[atom]
           for atom in atoms]
 
 
