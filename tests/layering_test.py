@@ -14,7 +14,7 @@ LAYERS = (
     {'topk', 'structures', 'selection', 'scoring', 'schedules', 'backward',
      'provenance'},
     {'allocation', 'masking', 'losses', 'products'},
-    {'sites', 'state', 'replacing'},
+    {'sites', 'state', 'replacing', 'accelerator'},
     {'assembly', 'summary', 'cost', 'transforms', 'getters'},
     {'fixed', 'rewiring', 'pruning', 'straight_through'},
     {'__init__'},
