@@ -1,5 +1,7 @@
 """Sparse training of neural networks in JAX and Flax."""
 
+from sparse_jax.accelerator import layer_cycles
+from sparse_jax.accelerator import Machine
 from sparse_jax.allocation import erdos_renyi
 from sparse_jax.allocation import erk
 from sparse_jax.allocation import uniform

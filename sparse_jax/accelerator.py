@@ -235,9 +235,9 @@ def _memory_cycles(density, mask_bits, traffic, rounds, repeats, machine):
   return math.ceil(total / machine.dram_bytes)
 
 
-def layer_cycles(product: Product, lhs: np.ndarray, rhs: np.ndarray,
-                 machine: Machine, *, saved: np.ndarray | None = None
-                 ) -> LayerCycles:
+def layer_cycles(product: Product, lhs: np.ndarray, rhs: np.ndarray, *,
+                 machine: Machine = Machine(),
+                 saved: np.ndarray | None = None) -> LayerCycles:
   """Cycles of the forward and backward passes of one layer.
 
   The forward pass and the gradient to the input skip the zeros of the weight;
@@ -261,7 +261,7 @@ def layer_cycles(product: Product, lhs: np.ndarray, rhs: np.ndarray,
   Example:
     >>> weight, x = np.eye(32), np.ones((4, 32))
     >>> product, = products_lib.find_products(lambda w, x: x @ w, weight, x)
-    >>> layer_cycles(product, x, weight, Machine()).forward
+    >>> layer_cycles(product, x, weight).forward
     Cycles(dense=2, sparse=1, dense_stalls=98, sparse_stalls=27)
 
   Reference:

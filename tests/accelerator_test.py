@@ -131,7 +131,7 @@ class ScheduleTest(parameterized.TestCase):
     weight, x = sparse(1, (7, 5)), sparse(2, (3, 7))
     machine = Machine(1, 1, 1, 1, lookahead=40, lookaside=0)
     product = product_of(lambda w, x: x @ w, weight, x)
-    got = accelerator.layer_cycles(product, x, weight, machine)
+    got = accelerator.layer_cycles(product, x, weight, machine=machine)
     for cycles, array, axis, others in ((got.forward, weight, 0, 3),
                                         (got.input_gradient, weight, 1, 3),
                                         (got.weight_gradient, x, 0, 5)):
@@ -146,7 +146,7 @@ class LayerTest(parameterized.TestCase):
   def test_dense(self):
     weight, x = sparse(0, (11, 9)), sparse(1, (5, 11))
     product = product_of(lambda w, x: x @ w, weight, x)
-    got = accelerator.layer_cycles(product, x, weight, SMALL)
+    got = accelerator.layer_cycles(product, x, weight, machine=SMALL)
     for cycles, vectors, others in (
         (got.forward, [[weight[:, o]] for o in range(9)], 5),
         (got.input_gradient, [[weight[i]] for i in range(11)], 5),
@@ -159,7 +159,7 @@ class LayerTest(parameterized.TestCase):
         lambda w, x: lax.dot_general(w, x, (((1,), (2,)), ((0,), (0,)))),
         weight, x)
     self.assertEqual(product.weight, 'lhs')
-    got = accelerator.layer_cycles(product, weight, x, SMALL)
+    got = accelerator.layer_cycles(product, weight, x, machine=SMALL)
     want = np.sum([slow_pass([[w[:, o]] for o in range(5)], 4, SMALL)
                    for w in weight], axis=0)
     self.assertEqual(got.forward[:2], tuple(want))
@@ -174,7 +174,7 @@ class LayerTest(parameterized.TestCase):
         x, w, strides, padding, rhs_dilation=(dilation, 1),
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         feature_group_count=groups), weight, x)
-    got = accelerator.layer_cycles(product, x, weight, SMALL)
+    got = accelerator.layer_cycles(product, x, weight, machine=SMALL)
     forward, backward, update = (np.zeros(2, int) for _ in range(3))
     _, height, width, _ = product.shape
     taps = list(itertools.product(range(3), range(2)))
@@ -214,8 +214,8 @@ class LayerTest(parameterized.TestCase):
     product = product_of(lambda w, x: lax.conv_general_dilated(
         x, w, (2, 2), ((0, 1), (0, 1)),
         dimension_numbers=('NHWC', 'HWIO', 'NHWC')), weight, x)
-    got = accelerator.layer_cycles(product, x, weight, Machine(
-        1, 1, 1, 1, lookahead=0, lookaside=0))
+    machine = Machine(1, 1, 1, 1, lookahead=0, lookaside=0)
+    got = accelerator.layer_cycles(product, x, weight, machine=machine)
     for cycles in got:  # The stride's phases share all taps and all places.
       self.assertEqual(cycles.dense, product.multiply_adds)
       self.assertEqual(cycles.sparse, cycles.dense)
@@ -224,9 +224,9 @@ class LayerTest(parameterized.TestCase):
     weight, x = sparse(0, (8, 6)), sparse(1, (64, 8), 1.)
     product = product_of(lambda w, x: x @ w, weight, x)
     kept = np.where(np.abs(x) > 1, x, 0)
-    dense, thin = (accelerator.layer_cycles(product, x, weight, SMALL,
-                                            saved=saved)
-                   for saved in (None, kept))
+    dense, thin = (
+        accelerator.layer_cycles(product, x, weight, machine=SMALL, saved=saved)
+        for saved in (None, kept))
     self.assertEqual(dense[:2], thin[:2])
     self.assertLess(thin.weight_gradient.sparse, dense.weight_gradient.sparse)
 
@@ -278,7 +278,7 @@ class MemoryTest(parameterized.TestCase):
             x, w, (1, 1), ((0, 0), (0, 0)), (2, 1), **given),
                    np.ones((2, 2, 2, 3)), x)):
       with self.assertRaisesRegex(ValueError, '`product`'):
-        accelerator.layer_cycles(product, x, x, SMALL)
+        accelerator.layer_cycles(product, x, x, machine=SMALL)
 
 
 if __name__ == '__main__':
