@@ -10,7 +10,6 @@ work in rounds, one group of rows each.
 Cycles come from a simulation of the real zeros, not from how many they are.
 """
 
-from collections.abc import Iterator
 import math
 from typing import NamedTuple
 
@@ -25,10 +24,12 @@ Product = products_lib.Product
 class Machine(NamedTuple):
   """A spatial array that skips the zeros of one operand.
 
-  A lane that would meet a zero takes, of what is not yet done, its own entry
-  of the next step; or one of the next step from the `lookaside` lanes nearest
-  to it (+1, -1, +2, ... around the circle); or its own of later steps, at most
-  `lookahead` steps away. So it is never more than lookahead + 1 times as fast
+  A lane that would meet a zero takes what is not yet done elsewhere: its own
+  entry of a later step, at most `lookahead` steps away; or one of the
+  `lookaside` entries of later steps in other lanes, one step ahead and one
+  lane to the left, then to the right, two ahead and two lanes away, and so on,
+  beginning again at one step ahead where `lookahead` is reached. The nearest
+  step comes first. So an array is never more than lookahead + 1 times as fast
   as without skipping.
   """
 
@@ -103,8 +104,8 @@ def schedule(nonzero: np.ndarray, *, lookahead: int, lookaside: int,
   """Cycles that groups of rows take to do all their non-zeros.
 
   In a cycle every lane of a row does one entry, as told in `Machine`; lanes
-  choose in order. Then the group goes on past the steps that all its rows
-  have done.
+  without one of their own choose in order. Then the group goes on past the
+  steps that all its rows have done.
 
   Law: the cycles of a group are at most its steps, and at least those divided
   by lookahead + 1.
@@ -123,46 +124,57 @@ def schedule(nonzero: np.ndarray, *, lookahead: int, lookaside: int,
     array([2])
 
   Reference:
-    Delmas Lascorz et al., Bit-Tactical, 2019,
-    https://arxiv.org/abs/1803.03688, section 5: lookahead and lookaside.
-    Which lanes are reached, and in which order, is settled here.
+    Delmas Lascorz et al., Bit-Tactical, 2018,
+    https://arxiv.org/abs/1803.03688: lookahead and lookaside. Mahmoud et al.,
+    TensorDash, 2020, https://arxiv.org/abs/2009.00748: the same in training,
+    with two steps ahead and five aside. In which order lanes choose is settled
+    here.
   """
-  groups, _, steps, lanes = nonzero.shape
+  _, _, steps, lanes = nonzero.shape
   reach = lookahead + 1
-  pending = np.pad(nonzero, ((0, 0), (0, 0), (0, reach), (0, 0)))
-  place, cycles = np.zeros(groups, int), np.zeros(groups, int)
+  pending = _packed(np.pad(nonzero, ((0, 0), (0, 0), (0, reach), (0, 0))))
+  place, cycles = np.zeros((2, len(nonzero)), int)
   furthest = reach if buffer_steps is None else min(reach, buffer_steps)
   picks = list(_picks(lanes, lookahead, lookaside))
   while (active := np.flatnonzero(place < steps)).size:
-    where = place[active, None] + np.arange(reach)
-    window = pending[active[:, None], :, where]  # active, reach, rows, lanes
+    where = active[:, None], place[active, None] + np.arange(reach)
+    window = np.moveaxis(pending[where], 0, -1).copy()
     _do_one_cycle(window, picks)
-    pending[active[:, None], :, where] = window
-    done = ~window.any(axis=(2, 3))
-    clear = np.where(done.all(axis=1), reach, np.argmin(done, axis=1))
+    pending[where] = np.moveaxis(window, -1, 0)
+    done = ~window.any(axis=(1, 2))
+    clear = np.where(done.all(axis=0), reach, np.argmin(done, axis=0))
     place[active] += np.minimum(clear, furthest)
     cycles[active] += 1
   return cycles
 
 
-def _picks(lanes, lookahead, lookaside) -> Iterator[tuple[int, int, int]]:
+def _packed(nonzero):
+  """uint64[groups, steps, lanes, words]: the rows as bits."""
+  rows = nonzero.shape[1]
+  filled = np.pad(nonzero, ((0, 0), (0, -rows % 64), (0, 0), (0, 0)))
+  by_word = np.moveaxis(filled, 1, -1).reshape(
+      *filled.shape[:1], *filled.shape[2:], -1, 64)
+  return np.packbits(by_word, axis=-1).view(np.uint64)[..., 0]
+
+
+def _picks(lanes, lookahead, lookaside) -> list[tuple[int, int, int]]:
   """(lane, step, lane it takes from) in the order of choice."""
-  offsets = [(i + 2) // 2 * (-1) ** i for i in range(lookaside)]
-  for lane in range(lanes):
-    for step in range(1, lookahead + 1):
-      yield lane, step, lane
-      if step == 1:
-        yield from ((lane, 1, (lane + i) % lanes) for i in offsets)
+  own = [(step, 0) for step in range(1, lookahead + 1)]
+  aside = [(i // 2 % lookahead + 1, (i // 2 + 1) * (1 if i % 2 else -1))
+           for i in range(lookaside)]
+  reached = sorted(own + aside, key=lambda pick: (pick[0], abs(pick[1])))
+  return [(lane, step, (lane + offset) % lanes) for lane in range(lanes)
+          for step, offset in reached]
 
 
 def _do_one_cycle(window, picks):
-  """Clears what one cycle does; window is bool[groups, reach, rows, lanes]."""
-  free = ~window[:, 0]
-  window[:, 0] = False
+  """Clears what one cycle does; window is uint64[reach, lanes, words, ...]."""
+  free = ~window[0]
+  window[0] = 0
   for lane, step, source in picks:
-    taken = free[..., lane] & window[:, step, :, source]
-    window[:, step, :, source] ^= taken
-    free[..., lane] ^= taken
+    taken = free[lane] & window[step, source]
+    window[step, source] ^= taken
+    free[lane] ^= taken
 
 
 def pass_cycles(nonzero: np.ndarray, vectors: int, machine: Machine, *,

@@ -29,12 +29,14 @@ def reference(rows, lanes, steps, lookahead, lookaside, buffer_steps=None):
         else:
           idle.append(lane)
       for lane in idle:
-        wishes = [(place + 1, lane)] if lookahead else []
-        for i in range(lookaside):
-          away = i // 2 + 1
-          wishes.append((place + 1, (lane + (away if i % 2 == 0 else -away))
-                         % lanes))
-        wishes += [(place + ahead, lane) for ahead in range(2, lookahead + 1)]
+        wishes = []
+        for ahead in range(1, lookahead + 1):
+          wishes.append((place + ahead, lane))
+          for i in range(lookaside):
+            away = i // 2 + 1
+            if (away - 1) % lookahead + 1 == ahead:
+              other = lane - away if i % 2 == 0 else lane + away
+              wishes.append((place + ahead, other % lanes))
         for wish in wishes:
           if wish in row:
             row.remove(wish)
@@ -98,6 +100,19 @@ class ScheduleTest(parameterized.TestCase):
                         lookahead, lookaside, buffer_steps)
               for group in nonzero]
       np.testing.assert_array_equal(got, want)
+
+  def test_two_ahead_and_five_aside_are_tensordash(self):
+    """All lanes but one are busy; what that one reaches is done at once."""
+    reached = {(1, 0), (2, 0), (1, -1), (1, 1), (2, -2), (2, 2), (1, -3)}
+    idle = np.arange(16)
+    for step, lane in itertools.product((1, 2), range(16)):
+      nonzero = np.zeros((16, 1, 3, 16), bool)
+      nonzero[:, 0, 0] = ~np.eye(16, dtype=bool)
+      nonzero[:, 0, step, lane] = True
+      cycles = accelerator.schedule(nonzero, lookahead=2, lookaside=5)
+      offsets = (lane - idle + 8) % 16 - 8
+      np.testing.assert_array_equal(
+          cycles == 1, [(step, offset) in reached for offset in offsets])
 
   @parameterized.parameters((0, 0), (1, 0), (2, 5), (5, 7))
   def test_bounds(self, lookahead, lookaside):
