@@ -385,14 +385,22 @@ def _by_path(pairs):
 
 
 def _work_of(method, params, steps):
+  if isinstance(method, Mapping):
+    return {path: _checked(path, work) for path, work in method.items()}
   if not isinstance(method, state_lib.SparseMethod):
-    return dict(method)
+    raise ValueError(f'`method` (={method!r}) must be a SparseMethod or the '
+                     'Work of each leaf by path.')
   if method.work is None:
     raise ValueError(f'`method` (={method!r}) does not state its work.')
   if steps is None:
     raise ValueError('`steps` (=None) must be the length of the run, over '
                      'which the work of the method is averaged.')
   return method.work(params, base.check_count('steps', steps, least=1))
+
+
+def _checked(path, work) -> Work:
+  return Work(*(base.check_fraction(f'method[{path!r}].{name}', share)
+                for name, share in zip(Work._fields, work, strict=True)))
 
 
 def _training(flops: FlopCount, work) -> dict[base.Path | None, Passes]:

@@ -19,6 +19,7 @@ from sparse_jax import base
 from sparse_jax import provenance
 
 DOT, CONV = 'dot_general', 'conv_general_dilated'
+RAGGED = 'ragged_dot_general'
 
 
 class Operand(NamedTuple):
@@ -34,7 +35,7 @@ class Operand(NamedTuple):
 class Product(NamedTuple):
   """A matrix product or convolution of a function."""
 
-  primitive: str  # 'dot_general' or 'conv_general_dilated'.
+  primitive: str  # Its name in the jaxpr, such as 'dot_general'.
   lhs: Operand
   rhs: Operand
   shape: tuple[int, ...]  # Of the result.
@@ -91,6 +92,8 @@ class Product(NamedTuple):
     if self.primitive == DOT:
       (contracted, _), _ = self.params['dimension_numbers']
       return self.outputs * math.prod(self.lhs.shape[i] for i in contracted)
+    if self.primitive == RAGGED:
+      return _ragged_multiply_adds(self)
     return _conv_multiply_adds(self)
 
   def apply(self, lhs: jax.Array, rhs: jax.Array, *,
@@ -129,6 +132,7 @@ def find_products(fn: Callable[..., Any], *args: Any,
   selecting, scaling or adding entries. It stops being one when it meets a
   result of a product with data, or data that it is broadcast to, as a scale
   or a bias is; a row looked up in a table by data is no view either.
+  Decompositions, solvers and Fourier transforms are not products.
 
   Args:
     fn: a function of arrays.
@@ -199,8 +203,10 @@ def walk(jaxpr, origins, every_branch=False):
 def visit(eqn, origins, every_branch):
   """(products, origins of the outputs) of one equation."""
   name = eqn.primitive.name
-  if name in (DOT, CONV):
-    return [make_product(eqn, origins)], [provenance.of_product(*origins)]
+  if name in (DOT, CONV, RAGGED):
+    product, origin = make_product(eqn, origins), provenance.of_product(
+        *origins[:2])
+    return [product], [origin]
   if name in _STRUCTURES:
     return _STRUCTURES[name](eqn, origins, every_branch)
   bodies = bodies_of(eqn)
@@ -227,7 +233,7 @@ def make_product(eqn, origins) -> Product:
     return Operand(var.aval.shape, var.aval.dtype, dict(sorted(origin.leaves)),
                    origin.depends, origin.plain)
 
-  lhs, rhs = map(operand, eqn.invars, origins)
+  lhs, rhs = map(operand, eqn.invars[:2], origins)
   out, = eqn.outvars
   return Product(eqn.primitive.name, lhs, rhs, out.aval.shape, out.aval.dtype,
                  dict(eqn.params))
@@ -333,6 +339,15 @@ def _conv_multiply_adds(product: Product) -> int:
           product.params['padding'], product.params['lhs_dilation'],
           product.params['rhs_dilation'], strict=True))
   return sizes[0] * sizes[1] * features * taps
+
+
+def _ragged_multiply_adds(product: Product) -> int:
+  """Each entry on the left meets one group's entries on the right."""
+  numbers = product.params['ragged_dot_dimension_numbers']
+  (_, summed), (_, batch) = numbers.dot_dimension_numbers
+  shared = (*summed, *batch, *numbers.rhs_group_dimensions)
+  return math.prod(product.lhs.shape) * math.prod(
+      n for i, n in enumerate(product.rhs.shape) if i not in shared)
 
 
 def _taps(out, kernel, stride, padding, lhs_dilation, rhs_dilation) -> int:

@@ -240,6 +240,14 @@ class MultiplyAddsTest(parameterized.TestCase):
     product, = products.find_products(fn, *args)
     self.assertEqual(product.multiply_adds, int(fn(*args).sum()))
 
+  def test_ragged_dot(self):
+    """Each row meets the matrix of its group, whatever the groups."""
+    w, x = jnp.ones((3, 4, 5)), jnp.ones((7, 4))
+    product, = products.find_products(
+        lambda w, x: lax.ragged_dot(x, w, jnp.array([2, 0, 5])), w, x)
+    self.assertEqual((product.path, product.weight), ('', 'rhs'))
+    self.assertEqual(product.multiply_adds, 7 * 4 * 5)
+
   def test_padding_counts_as_if_it_were_data(self):
     w, x = jnp.ones((3, 3, 2, 5)), jnp.ones((1, 6, 6, 2))
     numbers = ('NHWC', 'HWIO', 'NHWC')
