@@ -192,7 +192,7 @@ def pass_cycles(nonzero: np.ndarray, vectors: int, machine: Machine, *,
     machine: the array.
     traffic: entries of the skipped operand, of the other, and of the result,
       as they lie in memory. The skipped one is read as its non-zeros and a bit
-      for each entry.
+      for each entry, if that is less than all entries.
 
   Returns:
     Cycles.
@@ -218,9 +218,9 @@ def pass_cycles(nonzero: np.ndarray, vectors: int, machine: Machine, *,
   dense, sparse = (repeats * rounds * groups.shape[2],
                    repeats * int(slowest.sum()))
   density = nonzero.mean() if nonzero.size else 0.
-  stalls = [max(0, _memory_cycles(kept, mask, traffic, rounds, repeats, machine)
-                - busy)
-            for kept, mask, busy in ((1., 0, dense), (density, 1, sparse))]
+  packed = min(density + 1 / (8 * machine.value_bytes), 1.)
+  stalls = [max(0, _memory_cycles(share, traffic, rounds, repeats, machine)
+                - busy) for share, busy in ((1., dense), (packed, sparse))]
   return Cycles(dense, sparse, *stalls)
 
 
@@ -234,10 +234,10 @@ def _grouped(nonzero, machine):
   return filled.reshape(groups, machine.rows, parts * steps, machine.lanes)
 
 
-def _memory_cycles(density, mask_bits, traffic, rounds, repeats, machine):
+def _memory_cycles(share, traffic, rounds, repeats, machine):
   """Cycles that the memory needs for both operands and the result."""
   skipped, other, result = traffic
-  stored = skipped * (density * machine.value_bytes + mask_bits / 8)
+  stored = skipped * share * machine.value_bytes
   if rounds and stored / rounds > machine.sparse_buffer:
     stored *= repeats
   other *= machine.value_bytes

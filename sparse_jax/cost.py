@@ -216,8 +216,8 @@ def training_cost(flops: FlopCount,
     A TrainingCost, printable.
 
   Raises:
-    ValueError: if the method states no work, `steps` is missing, or a path is
-      no parameter.
+    ValueError: if the method states no work, `steps` is missing, a path is no
+      parameter, or there are no products.
 
   Example:
     >>> import jax.numpy as jnp
@@ -242,6 +242,8 @@ def training_cost(flops: FlopCount,
   if unknown:
     raise ValueError(f'`method` works on {unknown}, which are none of the '
                      f'parameters {sorted(base.leaves_by_path(flops.params))}.')
+  if not flops.total:
+    raise ValueError('`flops` (=0) has no products to train.')
   paths = dict.fromkeys(path for p in flops.products for path in p.leaves)
   tables = [_training(flops, densities) for densities in ({}, work)]
   return TrainingCost(flops.convention, tuple(

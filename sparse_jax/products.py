@@ -106,13 +106,14 @@ class Product(NamedTuple):
     always on the right: the operands of a `dot_general` change sides if need
     be, and its result is transposed back.
     """
+    given = {name: value for name, value in self.params.items()
+             if (name, value) != ('out_sharding', None)}
     if self.primitive == CONV:
-      return conv_general_dilated(lhs, rhs, **self.params)
+      return conv_general_dilated(lhs, rhs, **given)
     if self.weight != 'lhs':
-      return dot_general(lhs, rhs, **self.params)
-    contracted, batched = self.params['dimension_numbers']
-    given = {**self.params, 'dimension_numbers': (contracted[::-1],
-                                                  batched[::-1])}
+      return dot_general(lhs, rhs, **given)
+    contracted, batched = given['dimension_numbers']
+    given['dimension_numbers'] = contracted[::-1], batched[::-1]
     batch = len(batched[0])
     right = rhs.ndim - len(contracted[1]) - batch
     out = dot_general(rhs, lhs, **given)

@@ -262,6 +262,13 @@ class MemoryTest(parameterized.TestCase):
     self.assertEqual(got.dense_stalls, (64 + 40 + 20) // 4 - 8)
     self.assertEqual(got.sparse_stalls, (32 + 4 + 40 + 20) // 4 - 8)
 
+  def test_a_full_operand_needs_no_bits(self):
+    machine = Machine(lanes=4, rows=1, columns=1, tiles=2, dram_bytes=1.)
+    machine = machine._replace(lookaside=0)
+    got = accelerator.pass_cycles(np.ones((4, 1, 8), bool), 2, machine,
+                                  traffic=(32, 20, 10))
+    self.assertEqual(got.sparse_stalls, got.dense_stalls)
+
   def test_fast_memory_never_waits(self):
     got = self.passes(dram_bytes=1e9)
     self.assertEqual(got[2:], (0, 0))

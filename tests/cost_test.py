@@ -259,6 +259,8 @@ class TrainingCostTest(parameterized.TestCase):
       ('method', lambda f: cost.training_cost(f, {'d': Work(1, 1, 1)})),
       ('method', lambda f: cost.training_cost(f, {'a': Work(1, 2, 1)})),
       ('method', lambda f: cost.training_cost(f, None)),
+      ('flops', lambda f: cost.training_cost(cost.count_flops(
+          jnp.sin, jnp.ones(3)), {})),
       ('stored', lambda f: cost.memory_cost(mlp, *mlp_args(),
                                             stored={'d': .5})),
       ('stored', lambda f: cost.memory_cost(mlp, *mlp_args(),
