@@ -110,20 +110,19 @@ _PUT_TOGETHER = ('concatenate', 'pad', 'dynamic_update_slice', 'scatter',
 def _met(origins):
   """The origin of what is computed entry by entry.
 
-  A weight that is broadcast to another's shape (a threshold), or to that of
-  data (a scale), is not what the result is a view of.
+  What is repeated by a broadcast (a threshold, a norm) does not decide what a
+  whole operand is a view of; a scale of data is no view.
   """
-  kind = max((o.kind for o in origins), default=Kind.CONSTANT)
-  of_kind = [o for o in origins if o.kind == kind]
-  whole = [o for o in of_kind if not o.enlarged]
+  whole = [o for o in origins if o.kind >= Kind.DATA and not o.enlarged]
+  deciding = whole or origins
+  kind = max((o.kind for o in deciding), default=Kind.CONSTANT)
   if kind != Kind.WEIGHT:
-    return Origin(kind, enlarged=not whole)
-  data = [o for o in origins if o.kind == Kind.DATA]
-  if not whole and not all(o.enlarged for o in data):
-    return ACTIVATION
-  views = whole or of_kind
+    depends = any(o.depends for o in origins)
+    return ACTIVATION if depends else Origin(kind, enlarged=not whole)
+  views = [o for o in deciding if o.kind == Kind.WEIGHT]
+  foreign = any(o.kind in (Kind.DATA, Kind.ACTIVATION) for o in origins)
   return Origin(kind, _leaves(views), not whole,
-                bool(data) or any(o.mixed for o in views))
+                foreign or any(o.mixed for o in views))
 
 
 def _picked(table, indices):

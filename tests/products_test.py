@@ -116,6 +116,8 @@ class ProvenanceTest(parameterized.TestCase):
        ['w', 'v']),
       ('made by a network', lambda p, x: (x[:, :1] @ x[:1, :6]) @ (
           x[:6, :6] @ p['w']), [None, 'w', None]),
+      ('a norm that a product finds', lambda p, x: x @ (
+          p['w'] / jnp.linalg.norm(x[:1] @ p['w'])), ['w', 'w']),
       ('one-hot rows', lambda p, x: jax.nn.one_hot(
           x[:, 0].astype(int), 9) @ p['table'] @ p['w'], ['table', 'w']),
       ('layers side by side', lambda p, x: jnp.concatenate(
@@ -254,6 +256,35 @@ class MultiplyAddsTest(parameterized.TestCase):
     product, = products.find_products(lambda w, x: lax.conv_general_dilated(
         x, w, (1, 1), 'SAME', dimension_numbers=numbers), w, x)
     self.assertEqual(product.multiply_adds, 6 * 6 * 5 * 9 * 2)
+
+
+class MethodsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      (sparse_jax.static, {}), (sparse_jax.rigl, {}), (sparse_jax.dnw, {}),
+      (sparse_jax.top_kast, {'backward_sparsity': .25}))
+  def test_what_a_method_reads_is_a_view(self, method, arguments):
+    method = method(.5, **arguments)
+    params = {'w': PARAMS['w'], 'v': PARAMS['v']}
+    state = jax.eval_shape(method.init, params)
+
+    def fn(params, state, x):
+      weights = method.read(params, state)
+      return jnp.tanh(x @ weights['w']) @ weights['v']
+
+    got = products.find_products(fn, params, state, X)
+    self.assertEqual([p.path for p in got], ['w', 'v'])
+
+  @parameterized.parameters(
+      (sparse_jax.Unstructured(),), (sparse_jax.Block((2, 2)),),
+      (sparse_jax.NM(1, 2),), (sparse_jax.Channel(),), (sparse_jax.Filter(),))
+  def test_masks_made_on_the_way_leave_a_view(self, structure):
+    def fn(params, x):
+      mask = sparse_jax.make_mask(jnp.abs(params['w']), .5,
+                                  structure=structure)
+      return x @ jnp.where(mask, params['w'], 0)
+
+    self.assertEqual(found(fn, X), [('w', 'rhs', 1)])
 
 
 class ModelsTest(parameterized.TestCase):
