@@ -192,7 +192,8 @@ def walk(jaxpr, origins, every_branch=False):
   """(products, origins of the outputs) of a jaxpr."""
   inner, _ = open_jaxpr(jaxpr)
   seen = dict(zip(inner.invars, origins, strict=True))
-  seen.update({var: provenance.DATA for var in inner.constvars})
+  seen.update({var: provenance.of_argument(var.aval)
+               for var in inner.constvars})
   products = []
   for eqn in inner.eqns:
     found, after = visit(eqn, origins_of(eqn.invars, seen), every_branch)

@@ -19,7 +19,7 @@ class Kind(enum.IntEnum):
   """What a value is; of two that meet, the higher decides."""
 
   CONSTANT = 0  # Written in the program.
-  MASK = 1  # Made of bools that are made of data.
+  MASK = 1  # Bools, whatever they are made of, or made of bools.
   DATA = 2  # An argument, or made of arguments.
   WEIGHT = 3  # A view of parameters.
   ACTIVATION = 4  # Depends on parameters, but is no view of them.
@@ -132,9 +132,10 @@ def _picked(table, indices):
 
 
 def _noted(origin, aval):
-  """The origin, or that of a mask if data has become bools."""
+  """The origin, or that of a mask: bools pass no gradient on."""
   is_bool = getattr(aval, 'dtype', None) == bool
-  return Origin(Kind.MASK) if is_bool and origin.kind == Kind.DATA else origin
+  fixed = origin.kind == Kind.CONSTANT
+  return Origin(Kind.MASK) if is_bool and not fixed else origin
 
 
 def _leaves(origins):

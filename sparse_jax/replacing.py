@@ -94,7 +94,8 @@ def _run(jaxpr, args, origins, swap):
   values = dict(zip((*inner.constvars, *inner.invars), (*consts, *args),
                     strict=True))
   seen = dict(zip(inner.invars, origins))
-  seen.update({var: provenance.DATA for var in inner.constvars})
+  seen.update({var: provenance.of_argument(var.aval)
+               for var in inner.constvars})
   for eqn in inner.eqns:
     before = products.origins_of(eqn.invars, seen)
     found, after = products.visit(eqn, before, every_branch=True)

@@ -116,6 +116,11 @@ class ProvenanceTest(parameterized.TestCase):
        ['w', 'v']),
       ('made by a network', lambda p, x: (x[:, :1] @ x[:1, :6]) @ (
           x[:6, :6] @ p['w']), [None, 'w', None]),
+      ('a permutation', lambda p, x: x @ (jnp.eye(6)[::-1] @ p['w']),
+       ['w', 'w']),
+      ('a repeated identity', lambda p, x: x @ (jnp.where(
+          lax.broadcasted_iota(int, (6, 1), 0) == jnp.arange(6)[None], 1., 0.)
+                                                @ p['w']), ['w', 'w']),
       ('a norm that a product finds', lambda p, x: x @ (
           p['w'] / jnp.linalg.norm(x[:1] @ p['w'])), ['w', 'w']),
       ('one-hot rows', lambda p, x: jax.nn.one_hot(
