@@ -8,7 +8,6 @@ from sparse_jax.allocation import uniform
 from sparse_jax.allocation import uniform_plus
 from sparse_jax.backward import masked_weight
 from sparse_jax.cost import count_flops
-from sparse_jax.cost import memory_cost
 from sparse_jax.cost import plan
 from sparse_jax.cost import theoretical_speedup
 from sparse_jax.cost import training_cost
@@ -18,6 +17,7 @@ from sparse_jax.getters import linen_getter
 from sparse_jax.getters import nnx_getter
 from sparse_jax.losses import exploration_loss
 from sparse_jax.masking import make_mask
+from sparse_jax.memory import memory_cost
 from sparse_jax.products import find_products
 from sparse_jax.products import Product
 from sparse_jax.pruning import gmp

@@ -173,6 +173,11 @@ def trace(fn, args, argnum):
   return closed, origins, jax.tree.structure(out)
 
 
+def shapes(tree: base.PyTree) -> base.PyTree:
+  """A tree of arrays as one of jax.ShapeDtypeStruct."""
+  return jax.eval_shape(lambda tree: tree, tree)
+
+
 def open_jaxpr(jaxpr):
   """(jaxpr, constants) of a closed jaxpr, or of one without constants."""
   return getattr(jaxpr, 'jaxpr', jaxpr), getattr(jaxpr, 'consts', ())
