@@ -25,7 +25,7 @@ PROMISED = (
     'Block', 'NM', 'Channel', 'Filter', 'uniform', 'erdos_renyi', 'erk',
     'uniform_plus', 'cubic_sparsity', 'cosine_drop', 'dense', 'static', 'gmp',
     'set_', 'rigl', 'dnw', 'top_kast', 'magnitude', 'gradient_magnitude',
-    'saliency', 'random')
+    'saliency', 'random', 'count_flops', 'training_cost', 'plan')
 HEAVY = ('tensorflow', 'tensorflow_datasets', 'orbax', 'grain', 'chex',
          'matplotlib', 'sklearn', 'PIL', 'experiments')
 
