@@ -145,6 +145,18 @@ class IdentityTest(parameterized.TestCase):
     for a, b in zip(got, jax.jit(fn)(both, x)):
       np.testing.assert_allclose(a, b, rtol=1e-6)
 
+  def test_shardings_in_types(self):
+    mesh = jax.make_mesh((4, 2), ('d', 'm'),
+                         axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    fn = lambda p, x: jnp.tanh(x @ p['a']) + x[:, :1]
+    x, w = arrays(2, (8, 4), (4, 6))
+    with jax.set_mesh(mesh):
+      args = {'a': jax.device_put(w, P(None, 'm'))}, jax.device_put(x, P('d'))
+      got, want = (jax.eval_shape(jax.grad(lambda *args: f(*args).sum()), *args)
+                   for f in (replacing.replace_products(fn, keep), fn))
+    self.assertEqual(got['a'].sharding.spec, P(None, 'm'))
+    self.assertEqual(got, want)
+
 
 class ReplacedTest(parameterized.TestCase):
 
