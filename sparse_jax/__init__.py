@@ -1,5 +1,7 @@
 """Sparse training of neural networks in JAX and Flax."""
 
+from sparse_jax.accelerator import layer_cycles
+from sparse_jax.accelerator import Machine
 from sparse_jax.activations import activation_penalty
 from sparse_jax.activations import calibrate_thresholds
 from sparse_jax.activations import dsg_mask
@@ -16,6 +18,10 @@ from sparse_jax.alternating import ac_dc
 from sparse_jax.at_init import grasp
 from sparse_jax.at_init import snip
 from sparse_jax.backward import masked_weight
+from sparse_jax.cost import count_flops
+from sparse_jax.cost import plan
+from sparse_jax.cost import theoretical_speedup
+from sparse_jax.cost import training_cost
 from sparse_jax.filters import filter_norms
 from sparse_jax.filters import prune_filters
 from sparse_jax.fixed import dense
@@ -28,15 +34,19 @@ from sparse_jax.learned import dst
 from sparse_jax.learned import str_
 from sparse_jax.losses import exploration_loss
 from sparse_jax.masking import make_mask
+from sparse_jax.memory import memory_cost
 from sparse_jax.operands import Operands
 from sparse_jax.operators import first_thresholds
 from sparse_jax.operators import sparse_conv_general_dilated
 from sparse_jax.operators import sparse_dot_general
 from sparse_jax.operators import sparse_einsum
 from sparse_jax.powerprop import powerprop
+from sparse_jax.products import find_products
+from sparse_jax.products import Product
 from sparse_jax.pruning import gmp
 from sparse_jax.redistribution import dsr
 from sparse_jax.redistribution import snfs
+from sparse_jax.replacing import replace_products
 from sparse_jax.residuals import gate
 from sparse_jax.residuals import relu
 from sparse_jax.rewiring import itop

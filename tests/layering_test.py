@@ -20,6 +20,12 @@ LAYERS = (
     {'assembly'},
     {'fixed', 'at_init', 'rewiring', 'redistribution', 'pruning',
      'alternating', 'straight_through', 'learned', 'powerprop', 'swat'},
+     'provenance'},
+    {'allocation', 'masking', 'losses', 'products'},
+    {'sites', 'state', 'replacing', 'accelerator',
+     'memory'},
+    {'assembly', 'summary', 'cost', 'transforms', 'getters'},
+    {'fixed', 'rewiring', 'pruning', 'straight_through'},
     {'__init__'},
 )
 # Only these files may know these packages.

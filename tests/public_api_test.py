@@ -27,6 +27,7 @@ PROMISED = (
     'set_', 'rigl', 'dnw', 'top_kast', 'magnitude', 'gradient_magnitude',
     'saliency', 'random', 'snip', 'grasp', 'snfs', 'dsr', 'ac_dc', 'str_',
     'cs', 'dst', 'sr_ste', 'powerprop')
+    'saliency', 'random', 'count_flops', 'training_cost', 'plan')
 HEAVY = ('tensorflow', 'tensorflow_datasets', 'orbax', 'grain', 'chex',
          'matplotlib', 'sklearn', 'PIL', 'experiments')
 
@@ -62,6 +63,7 @@ class PublicApiTest(parameterized.TestCase):
         'masked_weight': 3, 'exploration_loss': 3, 'summarize': 3,
         'magnitude': 3, 'gradient_magnitude': 3, 'saliency': 3, 'random': 3,
         'is_kernel': 3, 'prune_filters': 3}
+        'is_kernel': 3, 'layer_cycles': 3}
     for name in NAMES:
       value = getattr(sparse_jax, name)
       if inspect.isclass(value):
