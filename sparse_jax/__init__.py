@@ -11,6 +11,16 @@ from sparse_jax.getters import linen_getter
 from sparse_jax.getters import nnx_getter
 from sparse_jax.losses import exploration_loss
 from sparse_jax.masking import make_mask
+from sparse_jax.packed import combine_packed
+from sparse_jax.packed import pack
+from sparse_jax.packed import packed_from_dense
+from sparse_jax.packed import packed_to_dense
+from sparse_jax.packed import PackedBlocks
+from sparse_jax.packed import partition_packed
+from sparse_jax.packed import to_bcoo
+from sparse_jax.packed import to_bcsr
+from sparse_jax.packed import unpack
+from sparse_jax.packed_products import packed_matmul
 from sparse_jax.pruning import gmp
 from sparse_jax.rewiring import rigl
 from sparse_jax.rewiring import set_

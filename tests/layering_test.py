@@ -12,8 +12,8 @@ LIBRARY = pathlib.Path(__file__).parents[1] / 'sparse_jax'
 LAYERS = (
     {'base'},
     {'topk', 'structures', 'selection', 'scoring', 'schedules', 'backward'},
-    {'allocation', 'masking', 'losses'},
-    {'sites', 'state'},
+    {'allocation', 'masking', 'losses', 'packed'},
+    {'sites', 'state', 'packed_products'},
     {'assembly', 'summary', 'transforms', 'getters'},
     {'fixed', 'rewiring', 'pruning', 'straight_through'},
     {'__init__'},

@@ -60,7 +60,7 @@ class PublicApiTest(parameterized.TestCase):
     exceptions = {
         'masked_weight': 3, 'exploration_loss': 3, 'summarize': 3,
         'magnitude': 3, 'gradient_magnitude': 3, 'saliency': 3, 'random': 3,
-        'is_kernel': 3}
+        'is_kernel': 3, 'packed_from_dense': 3}
     for name in NAMES:
       value = getattr(sparse_jax, name)
       if inspect.isclass(value):

@@ -1,0 +1,254 @@
+"""Products with packed weights: only kept blocks are touched, both ways."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from sparse_jax import packed as packed_lib
+from sparse_jax.packed import PackedBlocks
+
+_IMPLEMENTATIONS = (None, 'loop', 'batched')
+
+
+class _Columns(NamedTuple):
+  """Tiles side by side along the last axis of a matrix."""
+
+  size: int
+
+  def take(self, x: jax.Array, index: jax.Array) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, index * self.size, self.size, 1)
+
+  def add(self, x: jax.Array, part: jax.Array, index: jax.Array) -> jax.Array:
+    total = self.take(x, index) + part
+    return lax.dynamic_update_slice_in_dim(x, total, index * self.size, 1)
+
+
+class _Plan(NamedTuple):
+  """What a product is, all of it static."""
+
+  inputs: _Columns  # How a row of tiles meets the input.
+  outputs: _Columns
+  width: int  # Of the output, its last tile whole.
+  implementation: str | None
+  reduce: str  # Of the growth scores.
+
+
+def packed_matmul(x: jax.Array, packed: PackedBlocks, *,
+                  implementation: str | None = None,
+                  reduce: str = 'sum') -> jax.Array:
+  """x @ weight, where only the kept blocks of the weight exist.
+
+  The forward pass and the gradient to `x` multiply by the blocks of A, the
+  gradient to the weight is made for the blocks of B; nothing of the dense
+  weight's size is read, written or allocated. Sums are kept in float32 where
+  the operands are 16-bit.
+
+  Laws: it is x @ unpack(packed), and so is its gradient to x; the gradient to
+  `packed.blocks` is that of the dense weight, block by block, on B.
+
+  Args:
+    x: float[..., in].
+    packed: PackedBlocks of a matrix [in, out].
+    implementation: 'loop' goes through the blocks one at a time, 'batched'
+      multiplies all at once, which takes memory for the inputs of every
+      block. None takes the faster as measured: the loop on a CPU.
+    reduce: how the scores of `packed.growth` sum up a block, 'sum' or 'max'
+      of magnitudes. If that leaf is there, its gradient is the score of every
+      block of the dense gradient, which is made and dropped in chunks. A
+      weight that is used several times gets the sum of the scores.
+
+  Returns:
+    float[..., out], of the operands' common dtype.
+
+  Raises:
+    ValueError: for shapes that do not fit, known indices out of range, or an
+      unknown `implementation` or `reduce`.
+
+  Example:
+    >>> packed = packed_lib.pack(jnp.eye(4), block=(2, 2), sparsity=0.5)
+    >>> packed_matmul(jnp.arange(4.), packed)
+    Array([0., 1., 2., 3.], dtype=float32)
+  """
+  _check_product(x, packed, implementation, reduce)
+  (tall, wide), (rows, columns) = packed.block, packed.grid
+  plan = _Plan(_Columns(tall), _Columns(wide), columns * wide, implementation,
+               reduce)
+  flat = x.reshape(-1, x.shape[-1])
+  flat = jnp.pad(flat, ((0, 0), (0, rows * tall - flat.shape[1])))
+  y = _product(plan, flat, packed)[:, :packed.shape[1]]
+  return y.reshape(*x.shape[:-1], packed.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(plan: _Plan, x: jax.Array, packed: PackedBlocks) -> jax.Array:
+  return _multiply(plan, x, packed)
+
+
+def _product_forward(plan, x, packed):
+  return _multiply(plan, x, packed), (x, packed)
+
+
+def _product_backward(plan, saved, cotangent):
+  x, packed = saved
+  grad_x, grad_blocks = _gradients(plan, x, packed, cotangent)
+  growth = None
+  if packed.growth is not None:
+    growth = _growth_scores(plan, x, packed, cotangent)
+  grad = packed.replace(blocks=grad_blocks, rows=None, columns=None,
+                        forward=None, growth=growth)
+  return grad_x, grad
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _multiply(plan, x, packed):
+  kept = packed.read()
+  dtype = jnp.result_type(x, kept.blocks)
+  y = _choose(plan, _multiply_loop, _multiply_batched)(
+      x.astype(dtype), kept.blocks.astype(dtype), kept.rows, kept.columns)
+  return y.astype(dtype)
+
+
+def _gradients(plan, x, packed, cotangent):
+  """The gradients to x, by the tiles of A, and to the tiles of B."""
+  dtype = cotangent.dtype
+  if packed.forward is None:
+    blocks = packed.blocks.astype(dtype)
+    grad_x, grad = _choose(plan, _both_loop, _both_batched)(
+        x.astype(dtype), cotangent, blocks, packed.rows, packed.columns)
+  else:
+    kept = packed.read()
+    grad_x = _choose(plan, _input_loop, _input_batched)(
+        x, cotangent, kept.blocks.astype(dtype), kept.rows, kept.columns)
+    grad = _choose(plan, _weight_loop, _weight_batched)(
+        x.astype(dtype), cotangent, packed.rows, packed.columns)
+  return grad_x.astype(x.dtype), grad.astype(packed.dtype)
+
+
+def _choose(plan, loop, batched):
+  """One of two ways to compute the same, by name or by platform."""
+  loop, batched = (functools.partial(way, plan) for way in (loop, batched))
+  if plan.implementation is not None:
+    return loop if plan.implementation == 'loop' else batched
+  return lambda *args: lax.platform_dependent(*args, cpu=loop,
+                                              default=batched)
+
+
+def _multiply_loop(plan, x, blocks, rows, columns):
+  def step(y, tile):
+    row, column, block = tile
+    part = _dot(plan.inputs.take(x, row), block, (1, 0))
+    return plan.outputs.add(y, part, column), None
+
+  empty = jnp.zeros((_height(plan, x), plan.width), _wide(x))
+  return lax.scan(step, empty, (rows, columns, blocks))[0]
+
+
+def _both_loop(plan, x, cotangent, blocks, rows, columns):
+  def step(grad_x, tile):
+    row, column, block = tile
+    slope = plan.outputs.take(cotangent, column)
+    part = _dot(slope, block, (1, 1))
+    grad = _dot(plan.inputs.take(x, row), slope, (0, 0))
+    return plan.inputs.add(grad_x, part, row), grad
+
+  return lax.scan(step, jnp.zeros(x.shape, _wide(x)), (rows, columns, blocks))
+
+
+def _input_loop(plan, x, cotangent, blocks, rows, columns):
+  def step(grad_x, tile):
+    row, column, block = tile
+    part = _dot(plan.outputs.take(cotangent, column), block, (1, 1))
+    return plan.inputs.add(grad_x, part, row), None
+
+  empty = jnp.zeros(x.shape, _wide(cotangent))
+  return lax.scan(step, empty, (rows, columns, blocks))[0]
+
+
+def _weight_loop(plan, x, cotangent, rows, columns):
+  return lax.map(
+      lambda tile: _dot(plan.inputs.take(x, tile[0]),
+                        plan.outputs.take(cotangent, tile[1]), (0, 0)),
+      (rows, columns))
+
+
+def _multiply_batched(plan, x, blocks, rows, columns):
+  inputs = jax.vmap(plan.inputs.take, (None, 0))(x, rows)
+  parts = jnp.einsum('nbi,nio->nbo', inputs, blocks,
+                     preferred_element_type=_wide(x))
+  empty = jnp.zeros((_height(plan, x), plan.width), parts.dtype)
+  return _add_all(plan.outputs, empty, parts, columns)
+
+
+def _both_batched(plan, x, cotangent, blocks, rows, columns):
+  return (_input_batched(plan, x, cotangent, blocks, rows, columns),
+          _weight_batched(plan, x, cotangent, rows, columns))
+
+
+def _input_batched(plan, x, cotangent, blocks, rows, columns):
+  slopes = jax.vmap(plan.outputs.take, (None, 0))(cotangent, columns)
+  parts = jnp.einsum('nbo,nio->nbi', slopes, blocks,
+                     preferred_element_type=_wide(cotangent))
+  return _add_all(plan.inputs, jnp.zeros(x.shape, parts.dtype), parts, rows)
+
+
+def _weight_batched(plan, x, cotangent, rows, columns):
+  inputs = jax.vmap(plan.inputs.take, (None, 0))(x, rows)
+  slopes = jax.vmap(plan.outputs.take, (None, 0))(cotangent, columns)
+  return jnp.einsum('nbi,nbo->nio', inputs, slopes,
+                    preferred_element_type=_wide(x))
+
+
+def _add_all(axis, empty, parts, index):
+  """Adds every part at its index: the transpose of taking it."""
+  take_all = lambda x: jax.vmap(axis.take, (None, 0))(x, index)
+  return jax.linear_transpose(take_all, empty)(parts)[0]
+
+
+def _growth_scores(plan, x, packed, cotangent):
+  """float32[grid]: each tile of the dense gradient, reduced to a number.
+
+  The gradient is made and dropped a tile at a time.
+  """
+  rows, columns = packed.grid
+
+  def tile_score(row, column):
+    grad = _dot(plan.inputs.take(x.astype(cotangent.dtype), row),
+                plan.outputs.take(cotangent, column), (0, 0))
+    grad = grad.astype(packed.dtype)
+    return packed_lib.tile_worth(grad, plan.reduce).astype(jnp.float32)
+
+  row_scores = lambda row: lax.map(lambda column: tile_score(row, column),
+                                   jnp.arange(columns))
+  return lax.map(row_scores, jnp.arange(rows))
+
+
+def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
+  contract = ((axes[:1], axes[1:]), ((), ()))
+  return lax.dot_general(a, b, contract, preferred_element_type=_wide(a))
+
+
+def _wide(x: jax.Array):
+  """The dtype in which products of x are summed."""
+  return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _height(plan, x) -> int:
+  return math.prod(x.shape[:-1])
+
+
+def _check_product(x, packed, implementation, reduce):
+  if len(packed.shape) != 2 or x.shape[-1:] != packed.shape[:1]:
+    raise ValueError(f'`x` (of shape {x.shape}) must end in the rows of '
+                     f'`packed`, a matrix (of shape {packed.shape}).')
+  if implementation not in _IMPLEMENTATIONS:
+    raise ValueError(f'`implementation` (={implementation!r}) must be one of '
+                     f'{_IMPLEMENTATIONS}.')
+  if reduce not in ('sum', 'max'):
+    raise ValueError(f'`reduce` (={reduce!r}) must be \'sum\' or \'max\'.')
+  packed_lib.check_indices(packed)
