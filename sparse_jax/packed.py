@@ -105,7 +105,7 @@ def pack(weight: jax.Array | np.ndarray, *, block: tuple[int, int],
   `keep_count` best at `sparsity`, or those of `mask`; B, which is stored,
   are A and the best others up to `backward_sparsity`.
 
-  A NumPy weight is cut on the host: the device receives B alone.
+  Unless traced, the weight is cut on the host: the device receives B alone.
 
   Law: unpack(pack(w, mask=m)) is w where m is True and 0 elsewhere.
 
@@ -140,19 +140,19 @@ def pack(weight: jax.Array | np.ndarray, *, block: tuple[int, int],
   """
   check_block(block, np.shape(weight), pad)
   _check_pack(sparsity, mask, backward_sparsity, reduce)
-  tiles = tile(weight, block)
-  worth = jnp.asarray(tile_worth(tiles, reduce))
+  tiles = tile(_on_host(weight), block)
+  worth = tile_worth(tiles, reduce)
   if mask is None:
     count = topk.keep_count(worth.size, sparsity)
-    inner = topk.top_k_mask(worth, count)
+    inner = best(worth, count)
   else:
-    inner = jnp.asarray(_tile_mask(mask, np.shape(weight), block))
+    inner = _tile_mask(mask, np.shape(weight), block)
     count = int(inner.sum())
   outer, outer_count = inner, count
   if backward_sparsity is not None:
     outer_count = topk.keep_count(worth.size, backward_sparsity)
     _check_outer(backward_sparsity, outer_count, count)
-    outer = topk.top_k_mask(widened(inner, worth), outer_count)
+    outer = best(widened(inner, worth), outer_count)
   return of_tiles(tiles, inner, outer, count, outer_count,
                   shape=np.shape(weight), block=block)
 
@@ -197,8 +197,9 @@ def packed_from_dense(weight: jax.Array | np.ndarray,
   outer = _tile_mask(backward_mask, np.shape(weight), block, 'backward_mask')
   if np.any(inner & ~outer):
     raise ValueError('`forward_mask` must lie inside `backward_mask`.')
-  return of_tiles(tile(weight, block), inner, outer, int(inner.sum()),
-                  int(outer.sum()), shape=np.shape(weight), block=block)
+  return of_tiles(tile(_on_host(weight), block), inner, outer,
+                  int(inner.sum()), int(outer.sum()), shape=np.shape(weight),
+                  block=block)
 
 
 def packed_to_dense(packed: PackedBlocks
@@ -360,24 +361,37 @@ def tile_worth(tiles, reduce: str):
   return xp.max(xp.abs(tiles), (-2, -1))
 
 
-def widened(inner: jax.Array, worth: jax.Array) -> jax.Array:
+def best(worth, k: int):
+  """bool[...]: the k largest, as `top_k_mask`; sorts what is on the host."""
+  if not isinstance(worth, np.ndarray):
+    return topk.top_k_mask(worth, k)
+  keys = worth.astype(np.float32).ravel()
+  keys = np.where(np.isnan(keys), -np.inf, keys)
+  mask = np.zeros(worth.size, bool)
+  mask[np.argsort(-keys, kind='stable')[:k]] = True
+  return mask.reshape(worth.shape)
+
+
+def widened(inner, worth):
   """Scores by which A comes first, then the others by their worth."""
-  most = jnp.asarray(jnp.finfo(worth.dtype).max, worth.dtype)
-  return jnp.where(inner, jnp.inf, jnp.minimum(worth, most))
+  xp = np if isinstance(worth, np.ndarray) else jnp
+  most = float(jnp.finfo(worth.dtype).max)
+  return xp.where(inner, xp.inf, xp.minimum(worth, worth.dtype.type(most)))
 
 
 def of_tiles(tiles, inner, outer, count: int, outer_count: int, *,
              shape: tuple[int, ...], block: tuple[int, int]) -> PackedBlocks:
   """PackedBlocks of the tiles of `outer`, of which `inner` are read."""
-  kept = jnp.flatnonzero(outer, size=outer_count).astype(jnp.int32)
-  chosen = np.asarray(kept) if isinstance(tiles, np.ndarray) else kept
-  forward = None
+  host = isinstance(tiles, np.ndarray)
+  find = (lambda mask, count: np.flatnonzero(mask)) if host else (
+      lambda mask, count: jnp.flatnonzero(mask, size=count))
+  kept, forward = find(outer, outer_count).astype(np.int32), None
   if count < outer_count:
-    forward = jnp.flatnonzero(inner[kept], size=count).astype(jnp.int32)
-  columns = grid_of(shape, block)[1]
-  return PackedBlocks(jnp.asarray(tiles[chosen]), kept // columns,
-                      kept % columns, forward, shape=tuple(shape),
-                      block=tuple(block))
+    forward = jnp.asarray(find(inner[kept], count).astype(np.int32))
+  columns = np.int32(grid_of(shape, block)[1])
+  return PackedBlocks(jnp.asarray(tiles[kept]), jnp.asarray(kept // columns),
+                      jnp.asarray(kept % columns), forward,
+                      shape=tuple(shape), block=tuple(block))
 
 
 def check_block(block, shape: tuple[int, ...], pad: bool) -> None:
@@ -433,6 +447,12 @@ def _spread(packed: PackedBlocks) -> jax.Array:
   lead, (height, width) = packed.shape[:-2], packed.shape[-2:]
   padded = flat.reshape(*lead, -1, columns * wide)
   return padded[..., :height, :width]
+
+
+def _on_host(weight):
+  """As a NumPy array, unless it is traced."""
+  traced = isinstance(weight, jax.core.Tracer)
+  return weight if traced else np.asarray(weight)
 
 
 def _tile_mask(mask, shape, block, name: str = 'mask') -> np.ndarray:
