@@ -21,6 +21,13 @@ from sparse_jax.packed import to_bcoo
 from sparse_jax.packed import to_bcsr
 from sparse_jax.packed import unpack
 from sparse_jax.packed_products import packed_matmul
+from sparse_jax.packed_training import packed_rigl
+from sparse_jax.packed_training import packed_set
+from sparse_jax.packed_training import packed_static
+from sparse_jax.packed_training import packed_step
+from sparse_jax.packed_training import packed_top_kast
+from sparse_jax.packed_training import PackedMethod
+from sparse_jax.packed_training import PackedState
 from sparse_jax.pruning import gmp
 from sparse_jax.rewiring import rigl
 from sparse_jax.rewiring import set_

@@ -15,7 +15,7 @@ from sparse_jax import base
 from sparse_jax import topk
 
 _DATA = ['blocks', 'rows', 'columns', 'forward', 'growth']
-_META = ['shape', 'block']
+_META = ['shape', 'block', 'reduce']
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA,
@@ -41,6 +41,7 @@ class PackedBlocks:
       gradient, kept or not (see `packed_matmul`).
     shape: the weight's own shape; static.
     block: (rows, columns) of a tile; static.
+    reduce: 'sum' or 'max', how magnitudes make the score of a tile; static.
 
   Example:
     >>> packed = pack(jnp.eye(4), block=(2, 2), sparsity=0.5)
@@ -55,6 +56,7 @@ class PackedBlocks:
   growth: jax.Array | None = None
   shape: tuple[int, ...] = dataclasses.field(kw_only=True)
   block: tuple[int, int] = dataclasses.field(kw_only=True)
+  reduce: str = dataclasses.field(default='sum', kw_only=True)
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -154,7 +156,7 @@ def pack(weight: jax.Array | np.ndarray, *, block: tuple[int, int],
     _check_outer(backward_sparsity, outer_count, count)
     outer = best(widened(inner, worth), outer_count)
   return of_tiles(tiles, inner, outer, count, outer_count,
-                  shape=np.shape(weight), block=block)
+                  shape=np.shape(weight), block=block, reduce=reduce)
 
 
 def unpack(packed: PackedBlocks) -> jax.Array:
@@ -380,7 +382,8 @@ def widened(inner, worth):
 
 
 def of_tiles(tiles, inner, outer, count: int, outer_count: int, *,
-             shape: tuple[int, ...], block: tuple[int, int]) -> PackedBlocks:
+             shape: tuple[int, ...], block: tuple[int, int],
+             reduce: str = 'sum') -> PackedBlocks:
   """PackedBlocks of the tiles of `outer`, of which `inner` are read."""
   host = isinstance(tiles, np.ndarray)
   find = (lambda mask, count: np.flatnonzero(mask)) if host else (
@@ -391,7 +394,7 @@ def of_tiles(tiles, inner, outer, count: int, outer_count: int, *,
   columns = np.int32(grid_of(shape, block)[1])
   return PackedBlocks(jnp.asarray(tiles[kept]), jnp.asarray(kept // columns),
                       jnp.asarray(kept % columns), forward,
-                      shape=tuple(shape), block=tuple(block))
+                      shape=tuple(shape), block=tuple(block), reduce=reduce)
 
 
 def check_block(block, shape: tuple[int, ...], pad: bool) -> None:

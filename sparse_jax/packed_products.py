@@ -34,12 +34,10 @@ class _Plan(NamedTuple):
   outputs: _Columns
   width: int  # Of the output, its last tile whole.
   implementation: str | None
-  reduce: str  # Of the growth scores.
 
 
 def packed_matmul(x: jax.Array, packed: PackedBlocks, *,
-                  implementation: str | None = None,
-                  reduce: str = 'sum') -> jax.Array:
+                  implementation: str | None = None) -> jax.Array:
   """x @ weight, where only the kept blocks of the weight exist.
 
   The forward pass and the gradient to `x` multiply by the blocks of A, the
@@ -52,31 +50,29 @@ def packed_matmul(x: jax.Array, packed: PackedBlocks, *,
 
   Args:
     x: float[..., in].
-    packed: PackedBlocks of a matrix [in, out].
+    packed: PackedBlocks of a matrix [in, out]. If its leaf `growth` is there,
+      the gradient of that leaf is the score of every block of the dense
+      gradient, which is made and dropped a block at a time. A weight that is
+      used several times gets the sum of the scores.
     implementation: 'loop' goes through the blocks one at a time, 'batched'
       multiplies all at once, which takes memory for the inputs of every
       block. None takes the faster as measured: the loop on a CPU.
-    reduce: how the scores of `packed.growth` sum up a block, 'sum' or 'max'
-      of magnitudes. If that leaf is there, its gradient is the score of every
-      block of the dense gradient, which is made and dropped in chunks. A
-      weight that is used several times gets the sum of the scores.
 
   Returns:
     float[..., out], of the operands' common dtype.
 
   Raises:
     ValueError: for shapes that do not fit, known indices out of range, or an
-      unknown `implementation` or `reduce`.
+      unknown `implementation`.
 
   Example:
     >>> packed = packed_lib.pack(jnp.eye(4), block=(2, 2), sparsity=0.5)
     >>> packed_matmul(jnp.arange(4.), packed)
     Array([0., 1., 2., 3.], dtype=float32)
   """
-  _check_product(x, packed, implementation, reduce)
+  _check_product(x, packed, implementation)
   (tall, wide), (rows, columns) = packed.block, packed.grid
-  plan = _Plan(_Columns(tall), _Columns(wide), columns * wide, implementation,
-               reduce)
+  plan = _Plan(_Columns(tall), _Columns(wide), columns * wide, implementation)
   flat = x.reshape(-1, x.shape[-1])
   flat = jnp.pad(flat, ((0, 0), (0, rows * tall - flat.shape[1])))
   y = _product(plan, flat, packed)[:, :packed.shape[1]]
@@ -221,7 +217,7 @@ def _growth_scores(plan, x, packed, cotangent):
     grad = _dot(plan.inputs.take(x.astype(cotangent.dtype), row),
                 plan.outputs.take(cotangent, column), (0, 0))
     grad = grad.astype(packed.dtype)
-    return packed_lib.tile_worth(grad, plan.reduce).astype(jnp.float32)
+    return packed_lib.tile_worth(grad, packed.reduce).astype(jnp.float32)
 
   row_scores = lambda row: lax.map(lambda column: tile_score(row, column),
                                    jnp.arange(columns))
@@ -242,13 +238,11 @@ def _height(plan, x) -> int:
   return math.prod(x.shape[:-1])
 
 
-def _check_product(x, packed, implementation, reduce):
+def _check_product(x, packed, implementation):
   if len(packed.shape) != 2 or x.shape[-1:] != packed.shape[:1]:
     raise ValueError(f'`x` (of shape {x.shape}) must end in the rows of '
                      f'`packed`, a matrix (of shape {packed.shape}).')
   if implementation not in _IMPLEMENTATIONS:
     raise ValueError(f'`implementation` (={implementation!r}) must be one of '
                      f'{_IMPLEMENTATIONS}.')
-  if reduce not in ('sum', 'max'):
-    raise ValueError(f'`reduce` (={reduce!r}) must be \'sum\' or \'max\'.')
   packed_lib.check_indices(packed)

@@ -15,7 +15,8 @@ LAYERS = (
     {'allocation', 'masking', 'losses', 'packed'},
     {'sites', 'state', 'packed_products'},
     {'assembly', 'summary', 'transforms', 'getters'},
-    {'fixed', 'rewiring', 'pruning', 'straight_through'},
+    {'fixed', 'rewiring', 'pruning', 'straight_through',
+     'packed_training'},
     {'__init__'},
 )
 # Only these files may know these packages.
