@@ -20,6 +20,7 @@ from sparse_jax.packed import partition_packed
 from sparse_jax.packed import to_bcoo
 from sparse_jax.packed import to_bcsr
 from sparse_jax.packed import unpack
+from sparse_jax.packed_products import packed_conv
 from sparse_jax.packed_products import packed_matmul
 from sparse_jax.packed_training import packed_rigl
 from sparse_jax.packed_training import packed_set

@@ -8,6 +8,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from sparse_jax import base
 from sparse_jax import packed as packed_lib
 from sparse_jax.packed import PackedBlocks
 
@@ -19,6 +20,9 @@ class _Columns(NamedTuple):
 
   size: int
 
+  def height(self, x: jax.Array) -> int:
+    return x.shape[0]
+
   def take(self, x: jax.Array, index: jax.Array) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, index * self.size, self.size, 1)
 
@@ -27,10 +31,50 @@ class _Columns(NamedTuple):
     return lax.dynamic_update_slice_in_dim(x, total, index * self.size, 1)
 
 
+class _Windows(NamedTuple):
+  """Tiles of a kernel's input channels, at each of its positions.
+
+  An index counts positions first and then the tiles of channels; the tile
+  meets every window that the kernel sees through that position.
+  """
+
+  size: int  # Channels of a tile.
+  tiles: int  # Of the input channels.
+  kernel: tuple[int, ...]
+  strides: tuple[int, ...]
+  dilation: tuple[int, ...]
+  outputs: tuple[int, ...]  # Windows along each axis.
+
+  def height(self, x: jax.Array) -> int:
+    return x.shape[0] * math.prod(self.outputs)
+
+  def take(self, x: jax.Array, index: jax.Array) -> jax.Array:
+    start, span = self._place(x, index)
+    seen = lax.dynamic_slice(x, start, span)
+    steps = (1, *self.strides, 1)
+    return lax.slice(seen, (0,) * x.ndim, span, steps).reshape(-1, self.size)
+
+  def add(self, x: jax.Array, part: jax.Array, index: jax.Array) -> jax.Array:
+    start, span = self._place(x, index)
+    part = part.reshape(x.shape[0], *self.outputs, self.size)
+    apart = [(0, 0, 0), *((0, 0, n - 1) for n in self.strides), (0, 0, 0)]
+    spread = lax.pad(part, jnp.zeros((), part.dtype), apart)
+    total = lax.dynamic_slice(x, start, span) + spread
+    return lax.dynamic_update_slice(x, total, start)
+
+  def _place(self, x, index):
+    position, tile = index // self.tiles, index % self.tiles
+    starts = jnp.unravel_index(position, self.kernel)
+    span = [(n - 1) * step + 1 for n, step in zip(self.outputs, self.strides)]
+    start = [at * step for at, step in zip(starts, self.dilation)]
+    return ([jnp.zeros_like(index), *start, tile * self.size],
+            (x.shape[0], *span, self.size))
+
+
 class _Plan(NamedTuple):
   """What a product is, all of it static."""
 
-  inputs: _Columns  # How a row of tiles meets the input.
+  inputs: _Columns | _Windows  # How a row of tiles meets the input.
   outputs: _Columns
   width: int  # Of the output, its last tile whole.
   implementation: str | None
@@ -77,6 +121,89 @@ def packed_matmul(x: jax.Array, packed: PackedBlocks, *,
   flat = jnp.pad(flat, ((0, 0), (0, rows * tall - flat.shape[1])))
   y = _product(plan, flat, packed)[:, :packed.shape[1]]
   return y.reshape(*x.shape[:-1], packed.shape[1])
+
+
+def packed_conv(x: jax.Array, packed: PackedBlocks, *,
+                strides: int | tuple[int, ...] = 1,
+                padding: str | tuple[tuple[int, int], ...] = 'SAME',
+                dilation: int | tuple[int, ...] = 1,
+                implementation: str | None = None) -> jax.Array:
+  """The convolution by a packed kernel: only its kept blocks exist.
+
+  A block is a tile of the input and output channels at one position of the
+  kernel. Each is multiplied by the windows of `x` that it meets, so that the
+  work and the memory are those of `packed_matmul`; nothing is unfolded.
+
+  Law: it is jax.lax.conv_general_dilated with unpack(packed), NHWC and HWIO,
+  and so are its gradients, that of the kernel on B.
+
+  Args:
+    x: float[batch, spatial..., in].
+    packed: PackedBlocks of a kernel [spatial..., in, out].
+    strides, dilation: of the windows and of the kernel, one number or one
+      for each spatial axis.
+    padding: 'SAME', 'VALID' or (before, after) for each spatial axis.
+    implementation: as in `packed_matmul`.
+
+  Returns:
+    float[batch, spatial..., out].
+
+  Raises:
+    ValueError: for shapes or numbers that do not fit.
+
+  Example:
+    >>> kernel = jnp.ones((3, 3, 2, 2))
+    >>> packed = packed_lib.pack(kernel, block=(2, 2), sparsity=0.5)
+    >>> packed_conv(jnp.ones((1, 4, 4, 2)), packed).shape
+    (1, 4, 4, 2)
+  """
+  count = len(packed.shape) - 2
+  if x.ndim != count + 2 or x.shape[-1] != packed.shape[-2]:
+    raise ValueError(f'`x` (of shape {x.shape}) must be [batch, spatial..., '
+                     f'in] for `packed` (of shape {packed.shape}).')
+  _check_common(packed, implementation)
+  strides = _per_axis('strides', strides, count)
+  dilation = _per_axis('dilation', dilation, count)
+  if set(packed.shape[:-2] + strides) <= {1}:
+    matrix = packed.replace(shape=packed.shape[-2:])
+    return packed_matmul(_padded(x, _pads(x, (1,) * count, strides, padding)),
+                         matrix, implementation=implementation)
+  reach = tuple((n - 1) * step + 1
+                for n, step in zip(packed.shape, dilation))
+  x = _padded(x, _pads(x, reach, strides, padding))
+  outputs = tuple((n - far) // step + 1 for n, far, step in
+                  zip(x.shape[1:-1], reach, strides))
+  if min(outputs) < 1:
+    raise ValueError(f'`x` (padded to {x.shape}) must not be smaller than the '
+                     f'kernel\'s reach {reach}.')
+  y = _convolve(x, packed, _Windows(
+      packed.block[0], -(-packed.shape[-2] // packed.block[0]),
+      packed.shape[:-2], strides, dilation, outputs), implementation)
+  return y.reshape(x.shape[0], *outputs, packed.shape[-1])
+
+
+def _convolve(x, packed, windows, implementation):
+  wide, columns = packed.block[1], packed.grid[1]
+  plan = _Plan(windows, _Columns(wide), columns * wide, implementation)
+  more = windows.tiles * windows.size - x.shape[-1]
+  x = _padded(x, ((0, 0),) * (x.ndim - 2), more)
+  return _product(plan, x, packed)[:, :packed.shape[-1]]
+
+
+def _pads(x, reach, strides, padding):
+  if isinstance(padding, str):
+    if padding not in ('SAME', 'VALID'):
+      raise ValueError(f'`padding` (={padding!r}) must be \'SAME\', '
+                       '\'VALID\' or pairs of integers.')
+    return lax.padtype_to_pads(x.shape[1:-1], reach, strides, padding)
+  if len(padding) != len(reach) or any(len(pair) != 2 for pair in padding):
+    raise ValueError(f'`padding` (={padding!r}) must have a pair for each of '
+                     f'{len(reach)} axes.')
+  return padding
+
+
+def _padded(x, pads, channels: int = 0):
+  return jnp.pad(x, ((0, 0), *(tuple(pair) for pair in pads), (0, channels)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -141,7 +268,7 @@ def _multiply_loop(plan, x, blocks, rows, columns):
     part = _dot(plan.inputs.take(x, row), block, (1, 0))
     return plan.outputs.add(y, part, column), None
 
-  empty = jnp.zeros((_height(plan, x), plan.width), _wide(x))
+  empty = jnp.zeros((plan.inputs.height(x), plan.width), _wide(x))
   return lax.scan(step, empty, (rows, columns, blocks))[0]
 
 
@@ -177,7 +304,7 @@ def _multiply_batched(plan, x, blocks, rows, columns):
   inputs = jax.vmap(plan.inputs.take, (None, 0))(x, rows)
   parts = jnp.einsum('nbi,nio->nbo', inputs, blocks,
                      preferred_element_type=_wide(x))
-  empty = jnp.zeros((_height(plan, x), plan.width), parts.dtype)
+  empty = jnp.zeros((plan.inputs.height(x), plan.width), parts.dtype)
   return _add_all(plan.outputs, empty, parts, columns)
 
 
@@ -234,14 +361,22 @@ def _wide(x: jax.Array):
   return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _height(plan, x) -> int:
-  return math.prod(x.shape[:-1])
+def _per_axis(name: str, value, count: int) -> tuple[int, ...]:
+  """An integer for each axis, of one for all or one each."""
+  values = (value,) * count if isinstance(value, int) else tuple(value)
+  if len(values) != count:
+    raise ValueError(f'`{name}` (={value!r}) must be one number or {count}.')
+  return tuple(base.check_count(name, size, least=1) for size in values)
 
 
 def _check_product(x, packed, implementation):
   if len(packed.shape) != 2 or x.shape[-1:] != packed.shape[:1]:
     raise ValueError(f'`x` (of shape {x.shape}) must end in the rows of '
                      f'`packed`, a matrix (of shape {packed.shape}).')
+  _check_common(packed, implementation)
+
+
+def _check_common(packed, implementation):
   if implementation not in _IMPLEMENTATIONS:
     raise ValueError(f'`implementation` (={implementation!r}) must be one of '
                      f'{_IMPLEMENTATIONS}.')

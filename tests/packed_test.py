@@ -314,6 +314,65 @@ class MatmulTest(parameterized.TestCase):
         sparse_jax.packed_matmul(x, packed, **options)
 
 
+class ConvTest(parameterized.TestCase):
+
+  @parameterized.named_parameters(
+      ('same', 'loop', (3, 3), {}, (7, 6)),
+      ('valid', 'batched', (3, 2), dict(padding='VALID'), (7, 6)),
+      ('strides', 'loop', (3, 3), dict(strides=(2, 3)), (8, 7)),
+      ('dilation', 'batched', (2, 3), dict(dilation=2, strides=2), (9, 8)),
+      ('pads', 'loop', (3,), dict(padding=((2, 0),)), (6,)),
+      ('one_by_one', 'loop', (1, 1), {}, (4, 5)),
+      ('one_by_one_strided', 'loop', (1, 1), dict(strides=2), (4, 5)))
+  def test_is_the_convolution_and_its_gradients_on_a_and_b(
+      self, way, kernel, options, size):
+    keys = jax.random.split(jax.random.key(5), 3)
+    weight = jax.random.normal(keys[0], (*kernel, 5, 6))
+    packed = sparse_jax.pack(weight, block=(2, 3), sparsity=.6, pad=True,
+                             backward_sparsity=.4)
+    x = jax.random.normal(keys[1], (2, *size, 5))
+    count = len(kernel)
+    every = lambda v: (v,) * count if isinstance(v, int) else v
+
+    def dense(x, weight):
+      return jax.lax.conv_general_dilated(
+          x, weight, every(options.get('strides', 1)),
+          options.get('padding', 'SAME'),
+          rhs_dilation=every(options.get('dilation', 1)),
+          dimension_numbers=('NWC', 'WIO', 'NWC') if count == 1 else (
+              'NHWC', 'HWIO', 'NHWC'))
+
+    @jax.jit
+    def both(x, weight, packed, dy):
+      want, dense_vjp = jax.vjp(dense, x, weight)
+      got, vjp = jax.vjp(lambda x, p: sparse_jax.packed_conv(
+          x, p, implementation=way, **options), x, packed)
+      return want, got, dense_vjp(dy), vjp(dy)
+
+    shape = jax.eval_shape(dense, x, weight)
+    dy = jax.random.normal(keys[2], shape.shape)
+    want, got, (dense_x, dense_w), (grad_x, grad) = both(
+        x, sparse_jax.unpack(packed), packed, dy)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4)
+    close(got, want)
+    close(grad_x, dense_x)
+    close(grad.blocks, packed_lib.tile(np.asarray(dense_w), (2, 3))[
+        np.asarray(packed.ids)])
+
+  @parameterized.named_parameters(
+      ('channels', (1, 4, 4, 3), {}, 'x'), ('axes', (4, 4, 2), {}, 'x'),
+      ('strides', (1, 4, 4, 2), dict(strides=0), 'strides'),
+      ('dilation', (1, 4, 4, 2), dict(dilation=(1,)), 'dilation'),
+      ('padding', (1, 4, 4, 2), dict(padding='FULL'), 'padding'),
+      ('pairs', (1, 4, 4, 2), dict(padding=((0, 0),)), 'padding'),
+      ('small', (1, 2, 2, 2), dict(padding='VALID'), 'x'),
+      ('way', (1, 4, 4, 2), dict(implementation=''), 'implementation'))
+  def test_bad_arguments(self, shape, options, message):
+    packed = sparse_jax.pack(np.ones((3, 3, 2, 2)), block=(2, 2), sparsity=.5)
+    with self.assertRaisesRegex(ValueError, f'`{message}`'):
+      sparse_jax.packed_conv(jnp.ones(shape), packed, **options)
+
+
 class TreeTest(parameterized.TestCase):
 
   def test_partition_and_combine_are_inverse(self):
