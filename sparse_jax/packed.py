@@ -434,7 +434,8 @@ def check_indices(packed: PackedBlocks) -> PackedBlocks:
 def _check_range(name, index, limit):
   if isinstance(index, jax.core.Tracer) or not index.size:
     return
-  low, high = int(np.min(index)), int(np.max(index))
+  values = np.asarray(index)
+  low, high = int(values.min()), int(values.max())
   if low < 0 or high >= limit:
     raise ValueError(f'`{name}` (from {low} to {high}) must be in '
                      f'[0, {limit}).')

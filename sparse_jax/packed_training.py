@@ -273,20 +273,8 @@ def packed_step(loss_fn: Callable[..., jax.Array], optimizer: Any, *,
     raise ValueError(f'`method` (={method!r}) must be a PackedMethod, such as '
                      'sparse_jax.packed_top_kast(...).')
 
-  @functools.partial(jax.jit, static_argnums=3, donate_argnums=(0, 2))
-  def update(weights, indices, slots, sparsities, *batch):
-    state = PackedState(0, (), dict(sparsities), {}, {})
-
-    def total(weights):
-      params = packed_lib.combine_packed(weights, indices)
-      return loss_fn(params, *batch) + method.penalty(params, state)
-
-    loss, grads = jax.value_and_grad(total)(weights)
-    grads, growth = _split_growth(grads)
-    weights = _without_growth(weights)
-    updates, slots = optimizer.update(grads, slots, weights)
-    weights = jax.tree.map(sites_lib.apply_update, weights, updates)
-    return weights, slots, growth, loss
+  update = jax.jit(functools.partial(_update, loss_fn, optimizer, method),
+                   static_argnums=3, donate_argnums=(0, 2))
 
   def step(params, slots, state, *batch):
     weights, indices = packed_lib.partition_packed(params)
@@ -300,6 +288,23 @@ def packed_step(loss_fn: Callable[..., jax.Array], optimizer: Any, *,
     return params, slots, state, loss
 
   return step
+
+
+def _update(loss_fn, optimizer, method, weights, indices, slots, sparsities,
+            *batch):
+  """What the device does in a step: weights, slots, growth scores, loss."""
+  state = PackedState(0, (), dict(sparsities), {}, {})
+
+  def total(weights):
+    params = packed_lib.combine_packed(weights, indices)
+    return loss_fn(params, *batch) + method.penalty(params, state)
+
+  loss, grads = jax.value_and_grad(total)(weights)
+  grads, growth = _split_growth(grads)
+  weights = _without_growth(weights)
+  updates, slots = optimizer.update(grads, slots, weights)
+  weights = jax.tree.map(sites_lib.apply_update, weights, updates)
+  return weights, slots, growth, loss
 
 
 def rewire(params: base.PyTree, slots: Any, growth: dict[base.Path, jax.Array],
@@ -340,6 +345,10 @@ def reset_slots(slots: Any, fresh: Any, entered: dict[base.Path, jax.Array]
   """
   owners = {f'{path}/blocks'.lstrip('/'): mask
             for path, mask in entered.items()}
+
+  if jax.tree.structure(slots) != jax.tree.structure(fresh):
+    raise ValueError('`slots` must be a state of the optimizer whose `init` '
+                     'is given, for the weights of `params`.')
 
   def visit(path, slot, new):
     mask = _owner(base.path_name(path), owners)

@@ -1,5 +1,6 @@
 """Tests of packed weights and of the products with them."""
 
+import functools
 import re
 
 from absl.testing import absltest
@@ -19,15 +20,19 @@ IDS = np.array([1, 2, 3, 5, 6, 10])
 
 def problem(dtype=jnp.float32, forward=None, pad=0):
   """A weight [12 + pad, 12 + pad] in tiles of 3 x 4, an input, a cotangent."""
-  keys = jax.random.split(jax.random.key(0), 3)
   side = 12 + pad
-  weight = jax.random.normal(keys[0], (side, side), dtype)
+  weight, x, dy = draw((side, side), (2, 5, side), (2, 5, side), dtype=dtype)
   mask = tile_mask(IDS, weight.shape)
   packed = sparse_jax.pack(weight, block=(3, 4), mask=mask, pad=bool(pad))
   if forward is not None:
     packed = packed.replace(forward=jnp.array(forward, jnp.int32))
-  x = jax.random.normal(keys[1], (2, 5, side), dtype)
-  return packed, x, jax.random.normal(keys[2], (2, 5, side), dtype)
+  return packed, x, dy
+
+
+def draw(*shapes, seed=0, dtype=jnp.float32):
+  """Normal arrays; jax.random.normal is slow to compile."""
+  random = np.random.RandomState(seed)
+  return [jnp.asarray(random.randn(*shape), dtype) for shape in shapes]
 
 
 def tile_mask(ids, shape, block=(3, 4)):
@@ -66,17 +71,20 @@ def tiles_of(packed, dense):
       for i, j in zip(packed.rows.tolist(), packed.columns.tolist())])
 
 
-def product_and_gradients(packed, x, dy, **options):
-  fn = lambda x, packed: sparse_jax.packed_matmul(x, packed, **options)
+@functools.partial(jax.jit, static_argnames='implementation')
+def product_and_gradients(packed, x, dy, implementation=None):
+  """The product, and the gradients to x, the blocks, and the growth scores."""
+  fn = lambda x, packed: sparse_jax.packed_matmul(
+      x, packed, implementation=implementation)
   y, vjp = jax.vjp(fn, x, packed)
   grad_x, grad = vjp(dy)
-  return y, grad_x, grad
+  return y, grad_x, grad.blocks, grad.growth
 
 
 class PackTest(parameterized.TestCase):
 
   def test_tiles_of_largest_magnitude_are_kept(self):
-    weight = jax.random.normal(jax.random.key(1), (6, 8))
+    weight, = draw((6, 8), seed=1)
     packed = sparse_jax.pack(weight, block=(3, 4), sparsity=.5)
     sums = np.abs(weight).reshape(2, 3, 2, 4).sum((1, 3)).ravel()
     best = np.sort(np.argsort(-sums)[:2])
@@ -96,7 +104,7 @@ class PackTest(parameterized.TestCase):
     self.assertLen(packed.blocks, sparse_jax.keep_count(12, sparsity))
 
   def test_agrees_with_the_mask_of_a_simulated_run(self):
-    weight = jax.random.normal(jax.random.key(2), (3, 3, 10, 7))
+    weight, = draw((3, 3, 10, 7), seed=2)
     packed = sparse_jax.pack(weight, block=(4, 2), sparsity=.7, pad=True)
     mask = sparse_jax.make_mask(abs(weight), .7,
                                 structure=sparse_jax.Block((4, 2)))
@@ -104,7 +112,7 @@ class PackTest(parameterized.TestCase):
                                   jnp.where(mask, weight, 0))
 
   def test_backward_set_is_wider_and_contains_the_forward_set(self):
-    weight = jax.random.normal(jax.random.key(3), (8, 8))
+    weight, = draw((8, 8), seed=3)
     packed = sparse_jax.pack(weight, block=(2, 2), sparsity=.75,
                              backward_sparsity=.5)
     _, inner, outer = sparse_jax.packed_to_dense(packed)
@@ -141,19 +149,26 @@ class PackTest(parameterized.TestCase):
 
   def test_bcoo_and_bcsr_are_the_same_matrix(self):
     packed, x, _ = problem(forward=[0, 3, 5])
-    want = sparse_jax.unpack(packed)
-    bcoo, bcsr = sparse_jax.to_bcoo(packed), sparse_jax.to_bcsr(packed)
-    np.testing.assert_array_equal(bcoo.todense(), want)
-    np.testing.assert_array_equal(bcsr.todense(), want)
-    turned = sparse_jax.to_bcsr(packed, transpose=True)
-    for product in x[0] @ bcoo, (turned @ x[0].T).T:
-      np.testing.assert_allclose(product, x[0] @ want, atol=1e-5)
+    weight, inner, _ = dense_sets(packed)
+
+    @jax.jit
+    def converted(packed, x):
+      bcoo, bcsr = sparse_jax.to_bcoo(packed), sparse_jax.to_bcsr(packed)
+      turned = sparse_jax.to_bcsr(packed, transpose=True)
+      return ((bcoo.todense(), bcsr.todense(), turned.todense().T),
+              (x @ bcoo, (turned @ x.T).T))
+
+    matrices, products = converted(packed, x[0])
+    for matrix in matrices:
+      np.testing.assert_array_equal(matrix, weight * inner)
+    for product in products:
+      np.testing.assert_allclose(product, x[0] @ (weight * inner), atol=1e-5)
 
   def test_pack_and_unpack_trace(self):
-    weight = jax.random.normal(jax.random.key(4), (8, 8))
+    weight, = draw((8, 8), seed=4)
     keep = lambda w: sparse_jax.pack(w, block=(2, 2), sparsity=.5)
     jax.tree.map(np.testing.assert_array_equal, jax.jit(keep)(weight),
-                 keep(weight))
+                 keep(weight))  # The one on the device, the other on the host.
     shapes = jax.eval_shape(keep, weight)
     self.assertEqual(shapes.blocks.shape, (8, 2, 2))
 
@@ -194,71 +209,72 @@ class PackTest(parameterized.TestCase):
 
 class MatmulTest(parameterized.TestCase):
 
-  @parameterized.product(way=WAYS, forward=(None, [0, 2, 3]), pad=(0, 1))
+  @parameterized.parameters(
+      ('loop', None, 1), ('loop', [0, 2, 3], 0), ('batched', None, 0),
+      ('batched', [0, 2, 3], 1))
   def test_is_the_dense_product_and_its_gradients_on_a_and_b(
       self, way, forward, pad):
     packed, x, dy = problem(forward=forward, pad=pad)
-    y, grad_x, grad = product_and_gradients(packed, x, dy, implementation=way)
+    y, grad_x, grad, _ = product_and_gradients(packed, x, dy,
+                                               implementation=way)
     weight, inner, _ = dense_sets(packed)
     read = weight * inner
     flat = lambda a: np.asarray(a).reshape(-1, a.shape[-1])
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
     close(flat(y), flat(x) @ read)
     close(flat(grad_x), flat(dy) @ read.T)
-    close(grad.blocks, tiles_of(packed, flat(x).T @ flat(dy)))
+    close(grad, tiles_of(packed, flat(x).T @ flat(dy)))
 
   def test_blocks_outside_a_are_not_seen(self):
     packed, x, dy = problem(forward=[0, 2, 3])
     hidden = packed.replace(blocks=packed.blocks.at[jnp.array([1, 4])].set(
         jnp.nan))
-    for a, b in zip(product_and_gradients(packed, x, dy),
-                    product_and_gradients(hidden, x, dy)):
-      jax.tree.map(np.testing.assert_array_equal, a, b)
+    for a, b in zip(product_and_gradients(packed, x, dy)[:3],
+                    product_and_gradients(hidden, x, dy)[:3]):
+      np.testing.assert_array_equal(a, b)
 
   def test_order_of_the_blocks_does_not_matter(self):
     packed, x, dy = problem()
     order = jnp.array([4, 0, 5, 2, 1, 3])
     mixed = jax.tree.map(lambda leaf: leaf[order], packed)
-    y, grad_x, grad = product_and_gradients(packed, x, dy)
-    got_y, got_x, got = product_and_gradients(mixed, x, dy)
+    y, grad_x, grad, _ = product_and_gradients(packed, x, dy)
+    got_y, got_x, got, _ = product_and_gradients(mixed, x, dy)
     # Another order of summation.
     np.testing.assert_allclose(got_y, y, atol=1e-5)
     np.testing.assert_allclose(got_x, grad_x, atol=1e-5)
-    np.testing.assert_array_equal(got.blocks, grad.blocks[order])
+    np.testing.assert_array_equal(got, grad[order])
 
   @parameterized.parameters(*WAYS)
   def test_half_precision_sums_in_float32(self, way):
     packed, x, dy = problem(jnp.bfloat16, forward=[0, 1, 5])
-    got = product_and_gradients(packed, x, dy, implementation=way)
-    self.assertTrue(all(leaf.dtype == jnp.bfloat16
-                        for leaf in (*got[:2], got[2].blocks)))
+    got = product_and_gradients(packed, x, dy, implementation=way)[:3]
+    self.assertTrue(all(leaf.dtype == jnp.bfloat16 for leaf in got))
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32)
                         if leaf.dtype == jnp.bfloat16 else leaf, packed)
     want = product_and_gradients(wide, *(a.astype(jnp.float32)
                                          for a in (x, dy)))
-    for a, b in zip((*got[:2], got[2].blocks),
-                    (*want[:2], want[2].blocks)):  # One rounding, to 8 bits.
+    for a, b in zip(got, want):  # One rounding, to 8 bits.
       np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2**-8,
                                  atol=1e-5)
 
-  @parameterized.product(way=WAYS, reduce=('sum', 'max'))
+  @parameterized.parameters(('loop', 'sum'), ('batched', 'max'))
   def test_growth_is_the_score_of_the_dense_gradient(self, way, reduce):
     packed, x, dy = problem(forward=[0, 1], pad=1)
     asked = packed_lib.ask_growth(packed.replace(reduce=reduce))
-    grad = product_and_gradients(asked, x, dy, implementation=way)[2]
+    got = product_and_gradients(asked, x, dy, implementation=way)[3]
     flat = lambda a: np.asarray(a).reshape(-1, a.shape[-1])
     dense = jnp.asarray(flat(x).T @ flat(dy))
     want = sparse_jax.Block((3, 4), reduce).group(abs(dense), 0)
-    np.testing.assert_allclose(grad.growth, want, rtol=1e-5)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
 
   def test_vmap_over_stacked_layers(self):
     packed, x, dy = problem()
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), packed)
-    got = jax.vmap(product_and_gradients, (0, None, None))(stacked, x, dy)
+    got = jax.jit(jax.vmap(product_and_gradients, (0, None, None)))(
+        stacked, x, dy)
     for i in range(2):
       one = jax.tree.map(lambda leaf: leaf[i], stacked)
-      for a, b in zip(got, product_and_gradients(one, x, dy)):
-        a, b = ((a, b) if isinstance(a, jax.Array) else (a.blocks, b.blocks))
+      for a, b in zip(got[:3], product_and_gradients(one, x, dy)[:3]):
         np.testing.assert_allclose(a[i], b, atol=1e-5)
 
   def test_gradient_of_the_whole_object(self):
@@ -275,8 +291,8 @@ class MatmulTest(parameterized.TestCase):
         x, sparse_jax.combine_packed(w, indices))))
     plain = lambda w: jnp.sum(jnp.sin(x @ sparse_jax.unpack(
         sparse_jax.combine_packed(w, indices))))
-    hvp = lambda f: jax.grad(lambda w: jnp.vdot(
-        jax.grad(f)(w).blocks, packed.blocks))(weights)
+    hvp = lambda f: jax.jit(jax.grad(lambda w: jnp.vdot(
+        jax.grad(f)(w).blocks, packed.blocks)))(weights)
     np.testing.assert_allclose(hvp(loss).blocks, hvp(plain).blocks, rtol=1e-4,
                                atol=1e-4)
 
@@ -326,11 +342,9 @@ class ConvTest(parameterized.TestCase):
       ('one_by_one_strided', 'loop', (1, 1), dict(strides=2), (4, 5)))
   def test_is_the_convolution_and_its_gradients_on_a_and_b(
       self, way, kernel, options, size):
-    keys = jax.random.split(jax.random.key(5), 3)
-    weight = jax.random.normal(keys[0], (*kernel, 5, 6))
+    weight, x = draw((*kernel, 5, 6), (2, *size, 5), seed=5)
     packed = sparse_jax.pack(weight, block=(2, 3), sparsity=.6, pad=True,
                              backward_sparsity=.4)
-    x = jax.random.normal(keys[1], (2, *size, 5))
     count = len(kernel)
     every = lambda v: (v,) * count if isinstance(v, int) else v
 
@@ -350,7 +364,7 @@ class ConvTest(parameterized.TestCase):
       return want, got, dense_vjp(dy), vjp(dy)
 
     shape = jax.eval_shape(dense, x, weight)
-    dy = jax.random.normal(keys[2], shape.shape)
+    dy, = draw(shape.shape, seed=6)
     want, got, (dense_x, dense_w), (grad_x, grad) = both(
         x, sparse_jax.unpack(packed), packed, dy)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4)
@@ -421,9 +435,9 @@ class TreeTest(parameterized.TestCase):
                                        jax.sharding.PartitionSpec('model'))
     sharded = jax.tree.map(lambda leaf: jax.device_put(leaf, place), packed)
     for way in WAYS:
-      fn = jax.jit(lambda p: product_and_gradients(p, x, dy,
-                                                   implementation=way)[:2])
-      for a, b in zip(fn(sharded), fn(packed)):
+      got, want = (product_and_gradients(p, x, dy, implementation=way)
+                   for p in (sharded, packed))
+      for a, b in zip(got[:3], want[:3]):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 

@@ -1,5 +1,8 @@
 """Tests of training on packed weights: it is the simulated run."""
 
+import functools
+import re
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
@@ -10,6 +13,7 @@ import optax
 import sparse_jax
 from sparse_jax import base
 from sparse_jax import packed as packed_lib
+from sparse_jax import packed_training
 
 BLOCK = (2, 3)
 SIMULATED = {'static': sparse_jax.static, 'set': sparse_jax.set_,
@@ -129,9 +133,9 @@ class SameRunTest(parameterized.TestCase):
     outer = base.leaves_by_path(state.backward_masks)
     slots, dense_slots = (base.leaves_by_path(s) for s in (slots, dense_slots))
     for path, leaf in leaves.items():
-      _, a, b = sparse_jax.packed_to_dense(leaf)
-      np.testing.assert_array_equal(a, inner[path])
-      np.testing.assert_array_equal(b, outer[path])
+      for mask, ids in (inner, leaf.read().ids), (outer, leaf.ids):
+        want = packed_lib.tile(np.asarray(mask[path]), leaf.block).any((1, 2))
+        np.testing.assert_array_equal(np.flatnonzero(want), np.sort(ids))
       # Products are summed in another order; six steps of it.
       np.testing.assert_allclose(leaf.blocks, tiles_at(leaf, dense[path]),
                                  rtol=1e-4, atol=1e-5)
@@ -144,6 +148,178 @@ class SameRunTest(parameterized.TestCase):
     for path in 'first/bias', 'second/bias':
       np.testing.assert_allclose(base.leaves_by_path(params)[path],
                                  dense[path], rtol=1e-4, atol=1e-5)
+
+
+class MemoryTest(parameterized.TestCase):
+  """Nothing of the dense weight's size, in any program or between them."""
+
+  SIZE = 96 * 120
+
+  def setting(self, name):
+    method = PACKED[name](.9, block=(12, 12), is_sparse=[('first', True)],
+                          **OPTIONS[name] | (
+        dict(backward_sparsity=.8) if name == 'top_kast' else {}))
+    params = {'first': {'kernel': np.random.RandomState(1).randn(
+        96, 120).astype(np.float32)}}
+    loss = lambda params, x: jnp.mean(
+        sparse_jax.packed_matmul(x, params['first']['kernel'])**2)
+    return method, params, loss, jnp.ones((4, 96))
+
+  @parameterized.parameters('rigl', 'top_kast')
+  def test_of_a_step_with_growth_scores(self, name):
+    method, params, loss, x = self.setting(name)
+    tx = optax.adam(.1)
+    params, state = method.pack(params)
+    weights, indices = sparse_jax.partition_packed(params)
+    slots = tx.init(weights)
+    step = functools.partial(packed_training._update, loss, tx, method)
+    compiled = jax.jit(step, static_argnums=3).lower(
+        packed_lib.ask_growth(weights), indices, slots,
+        tuple(state.sparsities.items()), x).compile()
+    self.check(compiled.as_text())
+
+  def test_of_a_refresh_on_the_device(self):
+    method, params, _, _ = self.setting('rigl')
+    params, state = method.pack(params)
+    tx = optax.adam(.1)
+    slots = tx.init(sparse_jax.partition_packed(params)[0])
+    for growth in {}, {'first/kernel': jnp.ones((8, 10))}:
+      refresh = functools.partial(packed_training.rewire, fraction=.3,
+                                  sparsities=state.sparsities, init=tx.init)
+      self.check(jax.jit(refresh).lower(
+          params, slots, growth, jax.random.key(0)).compile().as_text())
+
+  def test_of_an_exchange_with_the_host(self):
+    method, params, _, _ = self.setting('top_kast')
+    params, _ = method.pack(params)
+    tx = optax.adam(.1)
+    weights = sparse_jax.partition_packed(params)[0]
+    blocks = params['first']['kernel'].blocks
+    entered = {'first/kernel': jnp.ones(16, bool)}
+    for lowered in (
+        packed_training._swap.lower(blocks, np.zeros(2, np.int32), blocks[:2]),
+        packed_training._tile_worth.lower(blocks, 'sum'),
+        packed_training._jitted_reset(tx.init).lower(
+            tx.init(weights), weights, entered)):
+      self.check(lowered.compile().as_text())
+
+  def check(self, text):
+    found = re.findall(r'\b(?:f|bf|s|u|pred)\d*\[([\d,]*)\]', text)
+    sizes = [np.prod([int(n) for n in shape.split(',') if n])
+             for shape in found]
+    self.assertNotEmpty(sizes)
+    self.assertLess(max(sizes), self.SIZE)
+
+  @parameterized.parameters(*PACKED)
+  def test_of_what_lives_on_the_device(self, name):
+    """Between steps and within a step's arguments: B, its slots, the rest."""
+    method, params, loss, x = self.setting(name)
+    before = {id(array) for array in jax.live_arrays()}
+    params, state = method.pack(params)
+    slots = optax.adam(.1).init(sparse_jax.partition_packed(params)[0])
+    step = sparse_jax.packed_step(loss, optax.adam(.1), method=method)
+    share = .2 if name == 'top_kast' else .1
+    for _ in range(4):
+      params, slots, state, _ = step(params, slots, state, x)
+      alive = [array for array in jax.live_arrays() if id(array) not in before]
+      total = sum(array.nbytes for array in alive)
+      # Weights and two slots, the indices, and a few numbers.
+      self.assertLess(total, 4 * (3 * share + .02) * self.SIZE)
+
+  def test_nothing_compiles_after_the_first_refreshes(self):
+    method, params, loss, x = self.setting('top_kast')
+    params, state = method.pack(params)
+    tx = optax.adam(.3)
+    slots = tx.init(sparse_jax.partition_packed(params)[0])
+    step = sparse_jax.packed_step(loss, tx, method=method)
+    counts = []
+    for _ in range(8):
+      params, slots, state, _ = step(params, slots, state, x)
+      counts.append((packed_training._swap._cache_size(),
+                     packed_training._tile_worth._cache_size()))
+    self.assertEqual(counts[3], counts[-1])
+
+
+class ReservoirTest(parameterized.TestCase):
+
+  def test_blocks_that_leave_come_back_as_they_were(self):
+    """C is bit-identical however long it waits."""
+    method = sparse_jax.packed_top_kast(.75, backward_sparsity=.5,
+                                        block=(1, 1), update_every=1)
+    params, state = method.pack({'kernel': np.arange(
+        1., 9.).reshape(2, 4).astype(np.float32)})
+    start = state.reservoir['kernel'].copy()
+    kernel = params['kernel']
+    self.assertEqual(sorted(kernel.ids.tolist()), [4, 5, 6, 7])
+    # What is small leaves; what was not in B enters as it was.
+    shrunk = {'kernel': kernel.replace(blocks=kernel.blocks / 128)}
+    params, _, state = method.refresh(shrunk, (), state, init=lambda w: ())
+    self.assertEqual(sorted(params['kernel'].ids.tolist()), [0, 1, 2, 3])
+    np.testing.assert_array_equal(
+        params['kernel'].blocks[np.argsort(params['kernel'].ids)], start[:4])
+    np.testing.assert_array_equal(state.reservoir['kernel'][4:],
+                                  start[4:] / 128)
+
+  def test_half_precision_blocks_with_wide_slots(self):
+    method = sparse_jax.packed_top_kast(.75, backward_sparsity=.5,
+                                        block=(2, 2), update_every=1)
+    params, state = method.pack(
+        {'kernel': jnp.arange(32.).reshape(4, 8).astype(jnp.bfloat16)})
+    tx = optax.adam(.1, mu_dtype=jnp.float32)
+    loss = lambda p, x: jnp.sum(sparse_jax.packed_matmul(x, p['kernel'])**2)
+    slots = tx.init(sparse_jax.partition_packed(params)[0])
+    step = sparse_jax.packed_step(loss, tx, method=method)
+    x = jnp.ones((1, 4), jnp.bfloat16)
+    kinds = [leaf.dtype for leaf in jax.tree.leaves((params, slots))]
+    for _ in range(2):
+      params, slots, state, _ = step(params, slots, state, x)
+    self.assertEqual(kinds,
+                     [leaf.dtype for leaf in jax.tree.leaves((params, slots))])
+    self.assertEqual(slots[0].mu['kernel'].blocks.dtype, jnp.float32)
+
+
+class BadInputTest(parameterized.TestCase):
+
+  @parameterized.named_parameters(
+      ('sparsity', 'set', dict(sparsity=1.), 'sparsity'),
+      ('block', 'set', dict(block=3), 'shape'),
+      ('drop', 'rigl', dict(drop_fraction=2), 'drop_fraction'),
+      ('every', 'rigl', dict(update_every=0), 'update_every'),
+      ('reduce', 'static', dict(reduce='mean'), 'reduce'),
+      ('pad', 'static', dict(pad=1), 'pad'),
+      ('backward', 'top_kast', dict(backward_sparsity=.95),
+       'backward_sparsity'),
+      ('selection', 'top_kast', dict(backward_selection='best'),
+       'backward_selection'),
+      ('penalty', 'top_kast', dict(penalty_weight=-1), 'penalty_weight'))
+  def test_of_constructors(self, name, options, message):
+    options = {**OPTIONS[name], 'block': (2, 2), 'sparsity': .9, **options}
+    with self.assertRaisesRegex(ValueError, f'`{message}`'):
+      PACKED[name](**options)
+
+  def test_of_a_block_that_does_not_divide(self):
+    method = sparse_jax.packed_static(.5, block=(5, 5))
+    with self.assertRaisesRegex(ValueError, 'first/kernel.*`block`'):
+      method.pack(dense_params())
+
+  def test_of_a_refresh_without_scores(self):
+    method = sparse_jax.packed_rigl(.5, block=(2, 2), update_every=1)
+    params, state = method.pack({'kernel': np.ones((4, 4), np.float32)})
+    with self.assertRaisesRegex(ValueError, '`growth`'):
+      method.refresh(params, (), state, init=lambda w: ())
+
+  def test_of_slots_of_another_tree(self):
+    method = sparse_jax.packed_set(.5, block=(2, 2), update_every=1)
+    params, state = method.pack({'kernel': np.ones((4, 4), np.float32)})
+    tx = optax.sgd(.1, momentum=.9)
+    with self.assertRaisesRegex(ValueError, '`slots`'):
+      method.refresh(params, tx.init({'other': jnp.ones(3)}), state,
+                     init=tx.init)
+
+  def test_of_a_method_for_masks(self):
+    with self.assertRaisesRegex(ValueError, '`method`'):
+      sparse_jax.packed_step(lambda p: 0., optax.sgd(.1),
+                             method=sparse_jax.static(.5))
 
 
 if __name__ == '__main__':
