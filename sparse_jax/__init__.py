@@ -9,6 +9,13 @@ from sparse_jax.fixed import dense
 from sparse_jax.fixed import static
 from sparse_jax.getters import linen_getter
 from sparse_jax.getters import nnx_getter
+from sparse_jax.layers import nnx_packed
+from sparse_jax.layers import NnxPackedConv
+from sparse_jax.layers import NnxPackedDense
+from sparse_jax.layers import packed_interceptor
+from sparse_jax.layers import PackedConv
+from sparse_jax.layers import PackedDense
+from sparse_jax.layers import PackedIndices
 from sparse_jax.losses import exploration_loss
 from sparse_jax.masking import make_mask
 from sparse_jax.packed import combine_packed

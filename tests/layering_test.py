@@ -14,13 +14,13 @@ LAYERS = (
     {'topk', 'structures', 'selection', 'scoring', 'schedules', 'backward'},
     {'allocation', 'masking', 'losses', 'packed'},
     {'sites', 'state', 'packed_products'},
-    {'assembly', 'summary', 'transforms', 'getters'},
+    {'assembly', 'summary', 'transforms', 'getters', 'layers'},
     {'fixed', 'rewiring', 'pruning', 'straight_through',
      'packed_training'},
     {'__init__'},
 )
 # Only these files may know these packages.
-OWNERS = {'optax': {'transforms'}, 'flax': {'getters'}}
+OWNERS = {'optax': {'transforms'}, 'flax': {'getters', 'layers'}}
 FOREIGN = {'jax', 'numpy', 'optax', 'flax'}
 
 
