@@ -10,9 +10,11 @@ import jax.numpy as jnp
 
 from sparse_jax import base
 from sparse_jax import packed as packed_lib
+from sparse_jax import packed_kernels
 from sparse_jax.packed import PackedBlocks
 
-_IMPLEMENTATIONS = (None, 'loop', 'batched')
+_PLAIN = (None, 'loop', 'batched')
+_IMPLEMENTATIONS = (*_PLAIN, 'pallas')
 
 
 class _Columns(NamedTuple):
@@ -100,7 +102,8 @@ def packed_matmul(x: jax.Array, packed: PackedBlocks, *,
       used several times gets the sum of the scores.
     implementation: 'loop' goes through the blocks one at a time, 'batched'
       multiplies all at once, which takes memory for the inputs of every
-      block. None takes the faster as measured: the loop on a CPU.
+      block, 'pallas' runs a kernel written for GPUs. None takes the loop on a
+      CPU, as measured, and 'batched' elsewhere.
 
   Returns:
     float[..., out], of the operands' common dtype.
@@ -143,7 +146,7 @@ def packed_conv(x: jax.Array, packed: PackedBlocks, *,
     strides, dilation: of the windows and of the kernel, one number or one
       for each spatial axis.
     padding: 'SAME', 'VALID' or (before, after) for each spatial axis.
-    implementation: as in `packed_matmul`.
+    implementation: as in `packed_matmul`, 'pallas' excepted.
 
   Returns:
     float[batch, spatial..., out].
@@ -161,7 +164,7 @@ def packed_conv(x: jax.Array, packed: PackedBlocks, *,
   if x.ndim != count + 2 or x.shape[-1] != packed.shape[-2]:
     raise ValueError(f'`x` (of shape {x.shape}) must be [batch, spatial..., '
                      f'in] for `packed` (of shape {packed.shape}).')
-  _check_common(packed, implementation)
+  _check_common(packed, implementation, _PLAIN)
   strides = _per_axis('strides', strides, count)
   dilation = _per_axis('dilation', dilation, count)
   if set(packed.shape[:-2] + strides) <= {1}:
@@ -232,7 +235,7 @@ _product.defvjp(_product_forward, _product_backward)
 def _multiply(plan, x, packed):
   kept = packed.read()
   dtype = jnp.result_type(x, kept.blocks)
-  y = _choose(plan, _multiply_loop, _multiply_batched)(
+  y = _choose(plan, *_MULTIPLY)(
       x.astype(dtype), kept.blocks.astype(dtype), kept.rows, kept.columns)
   return y.astype(dtype)
 
@@ -242,22 +245,23 @@ def _gradients(plan, x, packed, cotangent):
   dtype = cotangent.dtype
   if packed.forward is None:
     blocks = packed.blocks.astype(dtype)
-    grad_x, grad = _choose(plan, _both_loop, _both_batched)(
+    grad_x, grad = _choose(plan, *_BOTH)(
         x.astype(dtype), cotangent, blocks, packed.rows, packed.columns)
   else:
     kept = packed.read()
-    grad_x = _choose(plan, _input_loop, _input_batched)(
+    grad_x = _choose(plan, *_INPUT)(
         x, cotangent, kept.blocks.astype(dtype), kept.rows, kept.columns)
-    grad = _choose(plan, _weight_loop, _weight_batched)(
+    grad = _choose(plan, *_WEIGHT)(
         x.astype(dtype), cotangent, packed.rows, packed.columns)
   return grad_x.astype(x.dtype), grad.astype(packed.dtype)
 
 
-def _choose(plan, loop, batched):
-  """One of two ways to compute the same, by name or by platform."""
-  loop, batched = (functools.partial(way, plan) for way in (loop, batched))
+def _choose(plan, *ways):
+  """One of three ways to compute the same, by name or by platform."""
+  loop, batched, pallas = (functools.partial(way, plan) for way in ways)
   if plan.implementation is not None:
-    return loop if plan.implementation == 'loop' else batched
+    return {'loop': loop, 'batched': batched,
+            'pallas': pallas}[plan.implementation]
   return lambda *args: lax.platform_dependent(*args, cpu=loop,
                                               default=batched)
 
@@ -327,6 +331,34 @@ def _weight_batched(plan, x, cotangent, rows, columns):
                     preferred_element_type=_wide(x))
 
 
+def _multiply_pallas(plan, x, blocks, rows, columns):
+  return packed_kernels.block_product(x, blocks, rows, columns,
+                                      width=plan.width)
+
+
+def _input_pallas(plan, x, cotangent, blocks, rows, columns):
+  del plan
+  return packed_kernels.block_product(cotangent, blocks.swapaxes(1, 2),
+                                      columns, rows, width=x.shape[1])
+
+
+def _weight_pallas(plan, x, cotangent, rows, columns):
+  block = (plan.inputs.size, plan.outputs.size)
+  return packed_kernels.block_gradient(x, cotangent, rows, columns,
+                                       block=block)
+
+
+def _both_pallas(plan, x, cotangent, blocks, rows, columns):
+  return (_input_pallas(plan, x, cotangent, blocks, rows, columns),
+          _weight_pallas(plan, x, cotangent, rows, columns))
+
+
+_MULTIPLY = (_multiply_loop, _multiply_batched, _multiply_pallas)
+_BOTH = (_both_loop, _both_batched, _both_pallas)
+_INPUT = (_input_loop, _input_batched, _input_pallas)
+_WEIGHT = (_weight_loop, _weight_batched, _weight_pallas)
+
+
 def _add_all(axis, empty, parts, index):
   """Adds every part at its index: the transpose of taking it."""
   take_all = lambda x: jax.vmap(axis.take, (None, 0))(x, index)
@@ -373,11 +405,11 @@ def _check_product(x, packed, implementation):
   if len(packed.shape) != 2 or x.shape[-1:] != packed.shape[:1]:
     raise ValueError(f'`x` (of shape {x.shape}) must end in the rows of '
                      f'`packed`, a matrix (of shape {packed.shape}).')
-  _check_common(packed, implementation)
+  _check_common(packed, implementation, _IMPLEMENTATIONS)
 
 
-def _check_common(packed, implementation):
-  if implementation not in _IMPLEMENTATIONS:
+def _check_common(packed, implementation, known):
+  if implementation not in known:
     raise ValueError(f'`implementation` (={implementation!r}) must be one of '
-                     f'{_IMPLEMENTATIONS}.')
+                     f'{known}.')
   packed_lib.check_indices(packed)

@@ -11,7 +11,8 @@ LIBRARY = pathlib.Path(__file__).parents[1] / 'sparse_jax'
 # Lowest first. A new file must be given its place here.
 LAYERS = (
     {'base'},
-    {'topk', 'structures', 'selection', 'scoring', 'schedules', 'backward'},
+    {'topk', 'structures', 'selection', 'scoring', 'schedules', 'backward',
+     'packed_kernels'},
     {'allocation', 'masking', 'losses', 'packed'},
     {'sites', 'state', 'packed_products'},
     {'assembly', 'summary', 'transforms', 'getters', 'layers'},
