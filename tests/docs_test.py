@@ -28,15 +28,23 @@ def run(block):
 class DocsTest(parameterized.TestCase):
 
   def test_readme_trains_in_linen_and_nnx(self):
-    linen, nnx = python_blocks('README.md')
+    linen, nnx, _ = python_blocks('README.md')
     summary = sparse_jax.summarize(
         *(run(linen)[name] for name in ('params', 'opt_state', 'method')))
     self.assertAlmostEqual(summary.sparsity, .9, places=2)
     optimizer = run(nnx)['optimizer']
     self.assertEqual(int(sparse_jax.get_state(optimizer).step), 3)
 
+  def test_readme_trains_packed(self):
+    *_, packed = python_blocks('README.md')
+    names = run(packed)
+    self.assertEqual(names['state'].step, 3)
+    weights, _ = sparse_jax.partition_packed(names['params'])
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    self.assertLess(count(weights), .25 * count(names['dense']))
+
   def test_readme_changes_two_lines(self):
-    linen, _ = python_blocks('README.md')
+    linen, *_ = python_blocks('README.md')
     self.assertLen(re.findall(r'# line (one|two)', linen), 2)
 
   def test_method_of_the_workspace_page_reaches_its_sparsity(self):

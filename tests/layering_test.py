@@ -26,10 +26,16 @@ LAYERS = (
      'memory'},
     {'assembly', 'summary', 'cost', 'transforms', 'getters'},
     {'fixed', 'rewiring', 'pruning', 'straight_through'},
+     'packed_kernels'},
+    {'allocation', 'masking', 'losses', 'packed'},
+    {'sites', 'state', 'packed_products'},
+    {'assembly', 'summary', 'transforms', 'getters', 'layers'},
+    {'fixed', 'rewiring', 'pruning', 'straight_through',
+     'packed_training'},
     {'__init__'},
 )
 # Only these files may know these packages.
-OWNERS = {'optax': {'transforms'}, 'flax': {'getters'}}
+OWNERS = {'optax': {'transforms'}, 'flax': {'getters', 'layers'}}
 FOREIGN = {'jax', 'numpy', 'optax', 'flax'}
 
 

@@ -64,6 +64,7 @@ class PublicApiTest(parameterized.TestCase):
         'magnitude': 3, 'gradient_magnitude': 3, 'saliency': 3, 'random': 3,
         'is_kernel': 3, 'prune_filters': 3}
         'is_kernel': 3, 'layer_cycles': 3}
+        'is_kernel': 3, 'packed_from_dense': 3}
     for name in NAMES:
       value = getattr(sparse_jax, name)
       if inspect.isclass(value):

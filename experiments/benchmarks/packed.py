@@ -1,0 +1,235 @@
+"""What packed weights save in time and memory, beside what else there is.
+
+  python -m experiments.benchmarks.packed --what=products
+  python -m experiments.benchmarks.packed --what=sizes
+  python -m experiments.benchmarks.packed --what=blocks
+  python -m experiments.benchmarks.packed --what=transformer
+
+One process, contenders in turn, medians; every figure is a ratio to the dense
+product or step of XLA unless it says milliseconds. PyTorch's BSR takes part
+where torch is installed. Recorded results: README.md beside this file.
+"""
+
+import functools
+
+from absl import app
+from absl import flags
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sparse_jax
+from experiments import reporting
+from experiments.benchmarks import timing
+
+_WHAT = flags.DEFINE_enum(
+    'what', 'products', ['products', 'sizes', 'blocks', 'transformer'],
+    'Which table: all ways to multiply; packed products by density and size; '
+    'by block and sparsity; a whole training step.')
+_ROUNDS = flags.DEFINE_integer('rounds', 15, 'Timings of each contender.')
+_SIZE = flags.DEFINE_integer('size', 2048, 'Inputs and outputs of a layer.')
+_BATCH = flags.DEFINE_integer('batch', 512, 'Rows of the input.')
+_BLOCK = flags.DEFINE_integer('block', 128, 'Rows and columns of a block.')
+_SPARSITY = flags.DEFINE_float('sparsity', 0.9, 'Of the blocks.')
+_LAYERS = flags.DEFINE_integer('layers', 8, 'Of the transformer.')
+
+
+def problem(size: int, block: int, sparsity: float):
+  """An input, a cotangent, and a weight: packed, and with zeros."""
+  random = np.random.RandomState(0)
+  draw = lambda *shape: random.randn(*shape).astype(np.float32)
+  packed = sparse_jax.pack(draw(size, size), block=(block, block),
+                           sparsity=sparsity)
+  x, dy = draw(_BATCH.value, size), draw(_BATCH.value, size)
+  return jnp.asarray(x), jnp.asarray(dy), packed
+
+
+def forward_and_both(product, x, dy, weight):
+  """Two compiled calls: y, and y with the gradients to x and the weight."""
+  def both(x, weight, dy):
+    y, vjp = jax.vjp(product, x, weight)
+    grad_x, grad = vjp(dy)
+    return y, grad_x, getattr(grad, 'blocks', grad)
+
+  forward = jax.jit(product).lower(x, weight).compile()
+  both = jax.jit(both).lower(x, weight, dy).compile()
+  return lambda: forward(x, weight), lambda: both(x, weight, dy)
+
+
+def ways(x, dy, packed) -> dict[str, tuple]:
+  """Contenders as (forward, forward and both gradients or None)."""
+  weight, mask, _ = sparse_jax.packed_to_dense(packed)
+  masked = lambda x, w: x @ sparse_jax.masked_weight(w, mask, mask)
+  loop, batched = (functools.partial(sparse_jax.packed_matmul,
+                                     implementation=name)
+                   for name in ('loop', 'batched'))
+  return {
+      'dense (XLA)': forward_and_both(jnp.matmul, x, dy, weight),
+      'masked dense': forward_and_both(masked, x, dy, weight),
+      'packed, loop': forward_and_both(loop, x, dy, packed),
+      'packed, batched': forward_and_both(batched, x, dy, packed)}
+
+
+def other_libraries(x, packed):
+  """Forward passes of jax.experimental.sparse and of PyTorch."""
+  turned = sparse_jax.to_bcsr(packed, transpose=True)
+  bcoo = sparse_jax.to_bcoo(packed)
+  by_bcsr = jax.jit(lambda x, m: (m @ x.T).T)
+  by_bcoo = jax.jit(lambda x, m: x @ m)
+  found = {'jax BCSR': lambda: by_bcsr(x, turned),
+           'jax BCOO': lambda: by_bcoo(x, bcoo)}
+  try:
+    import torch
+  except ImportError:
+    return found
+  dense = torch.tensor(np.asarray(sparse_jax.unpack(packed)).T.copy())
+  bsr, rows = dense.to_sparse_bsr(packed.block[::-1]), torch.tensor(
+      np.asarray(x).T.copy())
+  return found | {'torch BSR': lambda: (bsr @ rows).numpy()}
+
+
+def ratios(contenders: dict[str, tuple]) -> list[dict]:
+  """A row for each contender: milliseconds, and times faster than dense."""
+  forward = timing.interleaved_medians(
+      {name: calls[0] for name, calls in contenders.items()},
+      rounds=_ROUNDS.value)
+  both = timing.interleaved_medians(
+      {name: calls[1] for name, calls in contenders.items() if calls[1]},
+      rounds=_ROUNDS.value)
+  dense, dense_both = forward['dense (XLA)'], both['dense (XLA)']
+  return [{'way': name, 'forward ms': f'{1e3 * forward[name]:.1f}',
+           'forward': f'{dense / forward[name]:.2f}',
+           'all three ms': f'{1e3 * both[name]:.1f}' if name in both else '',
+           'all three': (f'{dense_both / both[name]:.2f}'
+                         if name in both else '')}
+          for name in contenders]
+
+
+def products() -> list[dict]:
+  """Ours interleaved; then the others, one by one, as they upset caches."""
+  x, dy, packed = problem(_SIZE.value, _BLOCK.value, _SPARSITY.value)
+  rows = ratios(ways(x, dy, packed))
+  dense = float(rows[0]['forward ms'])
+  for name, run in other_libraries(x, packed).items():
+    spent = 1e3 * timing.interleaved_medians({name: run}, rounds=3)[name]
+    rows.append({'way': name, 'forward ms': f'{spent:.1f}',
+                 'forward': f'{dense / spent:.2f}'})
+  return rows
+
+
+def grid(cases) -> list[dict]:
+  """The packed product, as a ratio to dense, for (size, block, sparsity)."""
+  rows = []
+  for size, block, sparsity in cases:
+    x, dy, packed = problem(size, block, sparsity)
+    contenders = ways(x, dy, packed)
+    contenders.pop('masked dense')
+    dense, *ours = ratios(contenders)
+    for row in ours:
+      rows.append({'size': size, 'block': block, 'sparsity': sparsity,
+                   'blocks': packed.blocks.shape[0],
+                   'dense ms': dense['forward ms'], **row})
+  return rows
+
+
+class Block(nn.Module):
+  """A transformer layer of Flax's own parts, that knows of no packing."""
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.LayerNorm()(x)
+    x = x + nn.MultiHeadDotProductAttention(num_heads=8)(y, y)
+    y = nn.gelu(nn.Dense(2048)(nn.LayerNorm()(x)))
+    return x + nn.Dense(512)(y)
+
+
+class Transformer(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    for _ in range(_LAYERS.value):
+      x = Block()(x)
+    return x
+
+
+def transformer() -> list[dict]:
+  """A step of Adam, 512 tokens: dense, packed static, packed Top-KAST."""
+  x = jnp.asarray(np.random.RandomState(0).randn(
+      _BATCH.value // 64, 64, 512), jnp.float32)
+  model, tx = Transformer(), optax.adam(1e-3)
+  params = jax.jit(model.init)(jax.random.key(0), x)['params']
+  block = (_BLOCK.value, _BLOCK.value)
+  methods = {
+      'dense': None,
+      'packed static': sparse_jax.packed_static(_SPARSITY.value, block=block),
+      'packed top_kast': sparse_jax.packed_top_kast(
+          _SPARSITY.value, backward_sparsity=2 * _SPARSITY.value - 1,
+          block=block, update_every=10**6)}
+
+  def loss(params, x):
+    with nn.intercept_methods(sparse_jax.packed_interceptor):
+      return jnp.mean(model.apply({'params': params}, x)**2)
+
+  runs, stored = {}, {}
+  for name, method in methods.items():
+    runs[name], stored[name] = runner(loss, tx, method, params, x)
+  times = timing.interleaved_medians(runs, rounds=_ROUNDS.value)
+  bytes_ = 'bytes of weights, gradients, slots'
+  return [{'step': name, 'milliseconds': f'{1e3 * times[name]:.1f}',
+           'times faster': f'{times["dense"] / times[name]:.2f}',
+           bytes_: f'{stored[name] / stored["dense"]:.3f}'} for name in runs]
+
+
+def runner(loss, tx, method, params, x):
+  """A function that does one step, and the bytes that it holds.
+
+  Bytes are those of packed kernels (of all leaves, for the dense model), their
+  gradients, Adam's slots and the indices.
+  """
+  if method is None:
+    method, state = sparse_jax.packed_static(0., block=(1, 1)), None
+    held = params
+  else:
+    held, state = method.pack(jax.tree.map(np.asarray, params))
+  weights, indices = sparse_jax.partition_packed(held)
+  slots = tx.init(weights)
+  size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+  stored = 2 * size(weights) + size(slots) + size(indices)
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def step(weights, slots):
+    def total(weights):
+      params = sparse_jax.combine_packed(weights, indices)
+      return loss(params, x) + (method.penalty(params, state) if state else 0.)
+
+    grads = jax.grad(total)(weights)
+    updates, new_slots = tx.update(grads, slots, weights)
+    return optax.apply_updates(weights, updates), new_slots
+
+  kept = [jax.tree.map(jnp.copy, weights), slots]
+  compiled = step.lower(*kept).compile()
+
+  def run():
+    kept[:] = compiled(*kept)
+    return kept
+
+  return run, stored
+
+
+def main(_):
+  size, block, sparsity = _SIZE.value, _BLOCK.value, _SPARSITY.value
+  tables = {
+      'products': products,
+      'sizes': lambda: grid(
+          [(size, block, s) for s in (.6, .8, .9, .95)]
+          + [(n, block, sparsity) for n in (1024, 2048, 4096, 8192)]),
+      'blocks': lambda: grid([(size, b, s) for b in (256, 128, 64, 32, 16)
+                              for s in (.5, .8, .9)]),
+      'transformer': transformer}
+  print(reporting.markdown_table(tables[_WHAT.value]()))
+
+
+if __name__ == '__main__':
+  app.run(main)
