@@ -26,8 +26,10 @@ PROMISED = (
     'uniform_plus', 'cubic_sparsity', 'cosine_drop', 'dense', 'static', 'gmp',
     'set_', 'rigl', 'dnw', 'top_kast', 'magnitude', 'gradient_magnitude',
     'saliency', 'random', 'snip', 'grasp', 'snfs', 'dsr', 'ac_dc', 'str_',
-    'cs', 'dst', 'sr_ste', 'powerprop')
-    'saliency', 'random', 'count_flops', 'training_cost', 'plan')
+    'cs', 'dst', 'sr_ste', 'powerprop', 'swat', 'Operands',
+    'sparse_dot_general', 'sparse_conv_general_dilated', 'count_flops',
+    'training_cost', 'plan', 'pack', 'unpack', 'PackedBlocks',
+    'packed_matmul')
 HEAVY = ('tensorflow', 'tensorflow_datasets', 'orbax', 'grain', 'chex',
          'matplotlib', 'sklearn', 'PIL', 'experiments')
 
@@ -62,9 +64,8 @@ class PublicApiTest(parameterized.TestCase):
     exceptions = {
         'masked_weight': 3, 'exploration_loss': 3, 'summarize': 3,
         'magnitude': 3, 'gradient_magnitude': 3, 'saliency': 3, 'random': 3,
-        'is_kernel': 3, 'prune_filters': 3}
-        'is_kernel': 3, 'layer_cycles': 3}
-        'is_kernel': 3, 'packed_from_dense': 3}
+        'is_kernel': 3, 'prune_filters': 3, 'layer_cycles': 3,
+        'packed_from_dense': 3}
     for name in NAMES:
       value = getattr(sparse_jax, name)
       if inspect.isclass(value):
