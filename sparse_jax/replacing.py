@@ -53,6 +53,7 @@ def replace_products(fn: Callable[..., Any], rule: Rule, *,
     Array([[4.5]], dtype=float32)
   """
   base.check_callable('rule', rule)
+  paths = None if paths is None else tuple(paths)
 
   def replaced(*args, **kwargs):
     closed, origins, tree = products.trace(

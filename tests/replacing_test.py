@@ -162,7 +162,7 @@ class ReplacedTest(parameterized.TestCase):
 
   def test_doubled_products_are_doubled_weights(self):
     """Of the chosen leaves, in every place where they are used."""
-    rule = replacing.replace_products(everything, double, paths=['a', 'e'])
+    rule = replacing.replace_products(everything, double, paths=iter('ae'))
     both = PARAMS | {name: 2 * PARAMS[name] for name in 'ae'}
     got = jax.jit(functools.partial(loss, rule))(PARAMS, X, IMAGE)
     want = jax.jit(functools.partial(loss, everything))(both, X, IMAGE)
