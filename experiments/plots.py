@@ -71,7 +71,8 @@ def training_curves(rows: Sequence[Mapping[str, Any]],
 
 
 def accuracy_vs_sparsity(rows: Sequence[Mapping[str, Any]],
-                         path: str | os.PathLike, title: str):
+                         path: str | os.PathLike, title: str,
+                         what: str = 'weights'):
   """Draws a line for each method, and a dashed one where nothing is sparse.
 
   The axis is logarithmic in density, so that 80, 90, 95 and 98 percent stand
@@ -83,6 +84,7 @@ def accuracy_vs_sparsity(rows: Sequence[Mapping[str, Any]],
       order of appearance. A row of sparsity 0 is a reference, not a point.
     path: the PNG file.
     title: stands above it.
+    what: whose sparsity it is, for the axis.
 
   Raises:
     ValueError: if there are no rows, or a fraction is outside [0, 1].
@@ -98,9 +100,47 @@ def accuracy_vs_sparsity(rows: Sequence[Mapping[str, Any]],
       axes.axhline(100 * row['accuracy'], color=_GREY, linestyle=(0, (4, 3)),
                    linewidth=1, zorder=1)
     axes.set_title(title)
-    axes.set_xlabel('sparsity (percent of the weights that are zero)')
+    axes.set_xlabel(f'sparsity (percent of the {what} that are zero)')
     axes.set_ylabel('test accuracy (%)')
     _scale_sparsity(axes, lines)
+    _label_ends(axes, list(lines), ends, references)
+  _save(path, (6.8, 4.2), draw)
+
+
+def accuracy_vs_flops(rows: Sequence[Mapping[str, Any]],
+                      path: str | os.PathLike, title: str):
+  """Draws accuracy against the FLOPs of training: what each method buys.
+
+  As Top-KAST's figure 2: what lies above and to the left is better.
+
+  Args:
+    rows, path, title: as of `accuracy_vs_sparsity`; rows also have
+      `training_multiplier`, the FLOPs as a fraction of dense training.
+
+  Raises:
+    ValueError: if there are no rows, or a fraction is outside [0, 1].
+  """
+  _check(rows, ('sparsity', 'accuracy', 'accuracy_std'))
+  lines, references = {}, []
+  for row in rows:
+    if row['training_multiplier'] == 1:
+      references.append(row)
+    else:
+      lines.setdefault(row['method'], []).append(row)
+
+  def draw(figure):
+    axes = figure.subplots()
+    axes.set_xscale('log')
+    ends = [_draw_method(axes, index, points, 'training_multiplier')
+            for index, points in enumerate(lines.values())]
+    for row in references:
+      axes.axhline(100 * row['accuracy'], color=_GREY, linestyle=(0, (4, 3)),
+                   linewidth=1, zorder=1)
+    axes.set_title(title)
+    axes.set_xlabel('theoretical FLOPs of training, as a fraction of dense')
+    axes.set_ylabel('test accuracy (%)')
+    axes.xaxis.set_major_formatter(_format_percent)
+    axes.xaxis.set_minor_formatter(_format_percent)
     _label_ends(axes, list(lines), ends, references)
   _save(path, (6.8, 4.2), draw)
 
@@ -176,11 +216,11 @@ def _draw_churn(axes, rows):
               borderaxespad=0.1, borderpad=0)
 
 
-def _draw_method(axes, index, points):
-  """Draws one line; returns where it ends."""
+def _draw_method(axes, index, points, across=None):
+  """Draws one line over a value or the density; returns its right end."""
   colour, marker = _look(index)
-  points = sorted(points, key=lambda row: row['sparsity'])
-  x = [1 - row['sparsity'] for row in points]
+  points = sorted(points, key=lambda row: row[across or 'sparsity'])
+  x = [row[across] if across else 1 - row['sparsity'] for row in points]
   y = [100 * row['accuracy'] for row in points]
   error = [100 * (row.get('accuracy_std') or 0.) for row in points]
   axes.errorbar(x, y, error if any(error) else None, color=colour,

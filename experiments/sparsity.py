@@ -28,6 +28,7 @@ METHODS = {
     'gmp': sparse_jax.gmp,
     'ac_dc': sparse_jax.ac_dc,
     'dnw': sparse_jax.dnw,
+    'swat': sparse_jax.swat,
     'top_kast': sparse_jax.top_kast,
     'ste': sparse_jax.ste,
     'sr_ste': sparse_jax.sr_ste,
@@ -40,6 +41,7 @@ ALLOCATIONS = {
     'er': sparse_jax.erdos_renyi,
     'erk': sparse_jax.erk,
     'uniform_plus': sparse_jax.uniform_plus,
+    'momentum': 'momentum',  # Of swat alone; the others refuse it.
 }
 # First and last refresh as shares of the run, where a paper sets them: RigL's
 # 25k of 32k steps, pruning's 10k to 25k (and SET, SNFS, DSR as RigL runs
@@ -57,11 +59,15 @@ ARGUMENTS = {name: name for name in (
     'sparsity', 'backward_sparsity', 'penalty_weight', 'backward_selection',
     'stop_exploration_at', 'drop_fraction', 'drop_by', 'growth', 'scope',
     'score', 'skip_step', 'final_dense', 'reset_slots', 'least_kept',
-    'temperature', 'rounds', 'round_steps', 'rewind_to', 'update_every',
-    'update_begin', 'update_end', 'allocation', 'structure')}
+    'temperature', 'rounds', 'round_steps', 'rewind_to', 'activation_sparsity',
+    'masked_update', 'freeze_at', 'update_every', 'update_begin', 'update_end',
+    'allocation', 'structure')}
 ARGUMENTS |= {'dense_layers': 'is_sparse', 'growth_momentum': 'momentum',
               'drop_threshold': 'threshold', 'hidden_decay': 'decay',
               'initial_gate': 'initial'}
+# Flags of methods whose products have sparse operands.
+OPERATOR_FLAGS = ('activation_scope', 'gradient_scope', 'pack_activations',
+                  'operand_period')
 # Flags of one structure alone.
 STRUCTURE_FLAGS = {'block_shape': 'block', 'block_reduce': 'block', 'nm': 'nm'}
 
@@ -111,6 +117,28 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
                        'the run divided by the rounds.')
   flags.DEFINE_integer('rewind_to', None, 'cs: the step to whose weights '
                        'rounds return.')
+  flags.DEFINE_float('activation_sparsity', None, 'swat: fraction of the '
+                     'activations that the weights\' gradient does not see, in '
+                     '[0, 1). Default: that of the layer\'s weights.')
+  flags.DEFINE_bool('masked_update', None, 'swat: whether weights that are not '
+                    'read stand still.')
+  flags.DEFINE_integer('freeze_at', None, 'swat: the step after which the '
+                       'masks change no more.')
+  flags.DEFINE_list('operands', [], 'Sparse operands of every product of a '
+                    'method without its own, as name=sparsity. The names: '
+                    f'{", ".join(sparse_jax.Operands._fields)}. '
+                    'output_gradient=0.9 is meProp.')
+  flags.DEFINE_enum('activation_scope', 'tensor', ['tensor', 'example'],
+                    'swat, --operands: among what activations compete.')
+  flags.DEFINE_enum('gradient_scope', 'tensor', [
+      'tensor', 'example', 'unified'], '--operands: among what output '
+                    'gradients compete; unified: whole features.')
+  flags.DEFINE_bool('pack_activations', True, 'swat, --operands: keep for the '
+                    'backward pass what it will read, and no zeros. Saves '
+                    'memory, costs time.')
+  flags.DEFINE_integer('operand_period', 1, 'swat, --operands: steps between '
+                       'two searches for the thresholds of activations and '
+                       'output gradients. 1: exact counts every step.')
   flags.DEFINE_float('powerprop_alpha', None, 'Trains the method on weights '
                      'theta * |theta|**(alpha - 1); at least 1.')
   flags.DEFINE_integer('update_every', None, 'Steps between two refreshes of '
@@ -154,6 +182,8 @@ def from_flags(values: Mapping[str, Any], train_steps: int
   constructor = METHODS[name]
   known = inspect.signature(constructor).parameters
   for flag, argument in ARGUMENTS.items():
+    if flag == 'dense_layers' and values['operands']:
+      continue  # Then it says whose operands are sparse.
     if argument not in known and _is_given(flag, values):
       raise ValueError(f'`{flag}` (={values[flag]!r}) is not a setting of '
                        f'--method={name}; it has {", ".join(known) or "none"}.')
@@ -163,14 +193,54 @@ def from_flags(values: Mapping[str, Any], train_steps: int
                        f'--structure={structure}, not of '
                        f'{values["structure"] or "element"}.')
   method = constructor(**_arguments(values, name, known, train_steps))
+  if values['operands']:
+    method = sparse_jax.add_operands(method, _operands(values),
+                                     is_sparse=_dense_rules(values))
+  _check_operator_flags(values, method)
   if values['powerprop_alpha'] is None:
     return method
   return sparse_jax.powerprop(method, values['powerprop_alpha'])
 
 
+def operator_options(values: Mapping[str, Any]) -> dict[str, Any]:
+  """The keywords of `with_operators` that the flags ask for."""
+  return {'activation_scope': values['activation_scope'],
+          'gradient_scope': values['gradient_scope'],
+          'pack': values['pack_activations']}
+
+
 def has_target(method: str) -> bool:
   """Whether a method, by its flag, takes a sparsity to reach."""
   return 'sparsity' in inspect.signature(METHODS[method]).parameters
+
+
+def _operands(values) -> sparse_jax.Operands:
+  """What --operands asks for."""
+  given = f'`operands` (={",".join(values["operands"])!r})'
+  names = sparse_jax.Operands._fields
+  found = {}
+  for part in values['operands']:
+    match = re.fullmatch(r'(\w+)=([\d.]+)', part)
+    if not match or match[1] not in names:
+      raise ValueError(f'{given} has {part!r}; it must be name=sparsity with a '
+                       f'name of {", ".join(names)}.')
+    found[match[1]] = float(match[2])
+  return sparse_jax.Operands(**found)
+
+
+def _check_operator_flags(values, method) -> None:
+  """Raises ValueError for a setting of operands where there are none."""
+  period = values['operand_period']
+  if period < 1:
+    raise ValueError(f'`operand_period` (={period!r}) must be at least 1.')
+  if period > 1 and 'example' in (values['activation_scope'],
+                                  values['gradient_scope']):
+    raise ValueError(f'`operand_period` (={period!r}) must be 1 with a scope '
+                     'of example: a threshold holds for the whole tensor.')
+  for flag in OPERATOR_FLAGS:
+    if method.operators is None and _is_given(flag, values):
+      raise ValueError(f'`{flag}` (={values[flag]!r}) is a setting of sparse '
+                       'operands, of --method=swat or --operands.')
 
 
 def _is_given(flag, values) -> bool:
@@ -183,12 +253,12 @@ def _arguments(values, name, known, train_steps) -> dict[str, Any]:
   """The flags that are set, and what the recipes set, of those `known`."""
   chosen = {argument: values[flag] for flag, argument in ARGUMENTS.items()
             if argument in known and values[flag] not in (None, [])}
+  if 'is_sparse' in chosen:
+    chosen['is_sparse'] = _dense_rules(values)
   if 'allocation' in chosen:
     chosen['allocation'] = ALLOCATIONS[chosen['allocation']]
   if 'structure' in chosen:
     chosen['structure'] = _structure(values)
-  if 'is_sparse' in chosen:
-    chosen['is_sparse'] = _dense_rules(chosen['is_sparse'])
   if 'score' in chosen:
     chosen['score'] = SCORES[chosen['score']]
   if 'update_every' in known:
@@ -231,14 +301,15 @@ def _of_pair(flag, values, make) -> sparse_jax.structures.Structure:
   return structure
 
 
-def _dense_rules(layers) -> list[tuple[str, bool]]:
+def _dense_rules(values) -> list[tuple[str, bool]] | None:
+  layers = values['dense_layers']
   for layer in layers:
     try:
       re.compile(layer)
     except re.error as error:
       raise ValueError(f'`dense_layers` (={",".join(layers)!r}) has {layer!r}, '
                        f'no regular expression: {error}.') from None
-  return [(layer, False) for layer in layers]
+  return [(layer, False) for layer in layers] or None
 
 
 def _window(chosen, name, train_steps) -> dict[str, Any]:

@@ -29,6 +29,9 @@ from sparse_jax.fixed import static
 from sparse_jax.getters import linen_getter
 from sparse_jax.getters import nnx_getter
 from sparse_jax.getters import nnx_parametrize
+from sparse_jax.injection import add_operands
+from sparse_jax.injection import first_operator_thresholds
+from sparse_jax.injection import with_operators
 from sparse_jax.layers import nnx_packed
 from sparse_jax.layers import NnxPackedConv
 from sparse_jax.layers import NnxPackedDense

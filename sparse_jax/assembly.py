@@ -46,7 +46,8 @@ def make_method(start, *, read, renew=None, extra=None, zeros=False,
     data = state_lib.key_data(key)
     marks = start(params, jax.random.wrap_key_data(data))
     own = () if extra is None else extra(params)
-    return state_lib.SparseState(jnp.zeros((), jnp.int32), data, marks, own)
+    return state_lib.SparseState(jnp.zeros((), jnp.int32), data, marks,
+                                 jnp.zeros((), bool), own)
 
   def read_weights(params, state):
     return read(params, state_lib.get_state(state))

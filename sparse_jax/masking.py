@@ -18,7 +18,7 @@ from sparse_jax import selection
 from sparse_jax import structures
 from sparse_jax import topk
 
-_LEVEL, _EVER, _BEFORE = 3, 4, 8
+_LEVEL, _EVER, _BEFORE, _HELD = 3, 4, 8, 16
 _FORWARD, _BACKWARD = 2, 1
 
 
@@ -178,12 +178,15 @@ def check_fixed_sparsity(structure: structures.Structure, sparsity) -> None:
 def mark(levels: jax.Array, marks: jax.Array | None = None) -> jax.Array:
   """Codes new levels (0, 1, 2) in uint8 marks, remembering the old ones."""
   forward = (levels & _FORWARD) > 0
-  old = levels | jnp.where(forward, _BEFORE | _EVER, 0).astype(jnp.uint8)
   if marks is None:
-    return old
-  ever = marks & _EVER | jnp.where(forward, _EVER, 0).astype(jnp.uint8)
-  before = jnp.where((marks & _FORWARD) > 0, _BEFORE, 0).astype(jnp.uint8)
-  return levels | ever | before
+    marks = levels
+  ever = marks & _EVER | _bit(_EVER, forward)
+  before = _bit(_BEFORE, forward_mask(marks))
+  return levels | ever | before | _bit(_HELD, backward_mask(marks))
+
+
+def _bit(bit: int, where: jax.Array) -> jax.Array:
+  return jnp.where(where, jnp.uint8(bit), jnp.uint8(0))
 
 
 def is_marked(marks) -> bool:
@@ -215,6 +218,11 @@ def ever_active(marks: jax.Array) -> jax.Array:
 def newly_active(marks: jax.Array) -> jax.Array:
   """bool, same shape: in A since the last refresh, but not before it."""
   return ((marks & _FORWARD) > 0) & ((marks & _BEFORE) == 0)
+
+
+def stays_backward(marks: jax.Array) -> jax.Array:
+  """bool, same shape: in B now and before the last refresh."""
+  return backward_mask(marks) & ((marks & _HELD) > 0)
 
 
 def map_marked(fn, params: base.PyTree, marks: base.PyTree,

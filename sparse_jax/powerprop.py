@@ -90,9 +90,8 @@ def powerprop(method: SparseMethod, alpha: float = 2., *,
         functools.partial(_combine, alpha), params, updates, weights, moves,
         state.marks), new
 
-  return SparseMethod(parametrize, init, read, method.penalty,
-                      assembly.refresh_by(settle), settle, method.skips,
-                      method.resets, method.work)
+  return method._replace(parametrize=parametrize, init=init, read=read,
+                         refresh=assembly.refresh_by(settle), settle=settle)
 
 
 def _combine(alpha, path, theta, update, weight, move, marks):

@@ -237,8 +237,9 @@ def next_state(due: bool | jax.Array, choose: Callable[..., jax.Array],
       return renew(*operands) if due else old
     return lax.cond(due, renew, lambda p, u, g, old: old, *operands)
 
-  return state._replace(marks=base.map_leaves(
-      visit, step.params, step.updates, step.grads, state.marks))
+  marks = base.map_leaves(visit, step.params, step.updates, step.grads,
+                          state.marks)
+  return state._replace(marks=marks, refreshed=jnp.asarray(due))
 
 
 def next_together(due: bool | jax.Array,
@@ -266,7 +267,7 @@ def next_together(due: bool | jax.Array,
     marks, extra = renew() if due else keep()
   else:
     marks, extra = lax.cond(due, renew, keep)
-  return state._replace(marks=marks, extra=extra)
+  return state._replace(marks=marks, refreshed=jnp.asarray(due), extra=extra)
 
 
 class Step(NamedTuple):

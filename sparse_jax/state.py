@@ -17,6 +17,7 @@ class SparseState(NamedTuple):
   step: jax.Array  # int32[], updates done.
   key: jax.Array  # uint32[...], raw data of a PRNG key.
   marks: base.PyTree  # uint8 for each weight; None for a leaf never sparse.
+  refreshed: jax.Array  # bool[], whether the last update chose masks anew.
   extra: Any = ()  # A method's own arrays.
 
   @property

@@ -27,11 +27,11 @@ def sparsify(optimizer: optax.GradientTransformation,
   """Makes an optimizer train by a sparse method.
 
   Each update: the penalty's gradient is added, the gradient is masked to the
-  backward set, the optimizer steps, its update is masked likewise, the method
-  refreshes its masks on the parameters that result, and slots of entries that
-  were outside the backward set are made anew. After `optax.apply_updates` the
-  parameters are what the method says: exactly 0 where it zeroes them,
-  bit-identical to before outside the backward set.
+  backward set, slots of entries that are or have just been outside it are
+  made anew, the optimizer steps, its update is masked likewise, and the
+  method refreshes its masks on the parameters that result. After
+  `optax.apply_updates` the parameters are what the method says: exactly 0
+  where it zeroes them, bit-identical to before outside the backward set.
 
   Whatever scales or changes updates outside of it breaks exact zeros, so
   `sparsify` goes outermost; `MultiSteps` and `apply_if_finite` are fine.
@@ -77,20 +77,20 @@ def sparsify(optimizer: optax.GradientTransformation,
     sparse, slots = state
     if penalty:
       grads = _add_penalty(method, grads, params, sparse)
-    marks = sparse.marks
-    updates, new_slots = optimizer.update(_mask(grads, marks), slots, params,
-                                          **extra_args)
-    updates = _mask(updates, marks, still=-0.)
+    updates, new_slots = optimizer.update(
+        _mask(grads, sparse.marks), _fresh_outside(
+            slots, optimizer.init(params), params, sparse), params,
+        **extra_args)
+    updates = _mask(updates, sparse.marks, still=-0.)
     if method.skips is not None:
       updates, new_slots = _skip(method.skips(sparse), updates,
                                  (slots, new_slots))
     renewed = method.resets and method.resets(sparse)
     updates, sparse = method.settle(params, updates, grads, sparse,
                                     **extra_args)
-    # Last, so that what the optimizer itself adds outside B (weight decay
-    # reaches momentum) is gone before an entry enters.
-    fresh = optimizer.init(optax.apply_updates(params, updates))
-    new_slots = _refresh_slots(new_slots, fresh, params, marks, renewed)
+    if renewed is not None:
+      fresh = optimizer.init(optax.apply_updates(params, updates))
+      new_slots = _renew(renewed, new_slots, fresh, params)
     return updates, SparsifyState(sparse, new_slots)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -206,27 +206,46 @@ def _where_masked(masks, tree, other):
   return base.map_leaves(mask, tree, masks)
 
 
-def _refresh_slots(slots, fresh, params, marks, renewed):
-  """Slots of entries outside B as `optimizer.init` makes them.
+def _fresh_outside(slots, fresh, params, sparse):
+  """Slots of entries that are or were outside B as `optimizer.init` makes them.
 
-  So an entry that enters B starts anew, whatever the optimizer keeps. A slot
-  is a leaf whose path ends with a parameter's path and has its shape. Where
-  `renewed` (a bool[] or None) every slot starts anew.
+  So an entry that enters B starts anew, whatever the optimizer keeps or adds
+  outside B (weight decay reaches momentum there). Before the step, not after
+  it: XLA then reads and writes each slot once.
   """
-  levels = base.leaves_by_path(marks)
+  levels = base.leaves_by_path(sparse.marks)
+
+  def visit(path, slot, new):
+    own = levels.get(path)
+    if not masking.is_marked(own):
+      return slot
+    inside = jnp.where(sparse.refreshed, masking.stays_backward(own),
+                       masking.backward_mask(own))
+    return jnp.where(inside, slot, new)
+
+  return _map_slots(visit, params, slots, fresh)
+
+
+def _renew(renewed, slots, fresh, params):
+  """Every slot as `optimizer.init` makes it, where `renewed` (a bool[])."""
+  return _map_slots(lambda path, slot, new: jnp.where(renewed, new, slot),
+                    params, slots, fresh)
+
+
+def _map_slots(fn, params, slots, fresh):
+  """Maps fn(path, slot, fresh slot) over the slots of parameters.
+
+  A slot is a leaf whose path ends with a parameter's path and has its shape.
+  """
   # Dense leaves too: a slot of theirs must not pass for a namesake's.
-  owners = {path: (leaf.shape, levels.get(path))
+  owners = {path: (path, leaf.shape)
             for path, leaf in base.leaves_by_path(params).items()}
 
   def visit(path, slot, new):
-    shape, own = _owner(base.path_name(path), owners) or (None, None)
-    if shape is None or getattr(slot, 'shape', None) != shape:
+    owner, shape = _owner(base.path_name(path), owners) or (None, None)
+    if owner is None or getattr(slot, 'shape', None) != shape:
       return slot
-    if renewed is not None:
-      slot = jnp.where(renewed, new, slot)
-    if not masking.is_marked(own):
-      return slot
-    return jnp.where(masking.backward_mask(own), slot, new)
+    return fn(owner, slot, new)
 
   return jax.tree.map_with_path(visit, slots, fresh)
 

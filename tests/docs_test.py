@@ -28,7 +28,7 @@ def run(block):
 class DocsTest(parameterized.TestCase):
 
   def test_readme_trains_in_linen_and_nnx(self):
-    linen, nnx, _ = python_blocks('README.md')
+    linen, nnx, *_ = python_blocks('README.md')
     summary = sparse_jax.summarize(
         *(run(linen)[name] for name in ('params', 'opt_state', 'method')))
     self.assertAlmostEqual(summary.sparsity, .9, places=2)
@@ -42,6 +42,12 @@ class DocsTest(parameterized.TestCase):
     weights, _ = sparse_jax.partition_packed(names['params'])
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     self.assertLess(count(weights), .25 * count(names['dense']))
+
+  def test_readme_trains_with_sparse_activations(self):
+    _, _, swat, _ = python_blocks('README.md')
+    names = run(swat)
+    self.assertEqual(int(sparse_jax.get_state(names['opt_state']).step), 3)
+    self.assertTrue(bool(jnp.isfinite(names['loss'])))
 
   def test_readme_changes_two_lines(self):
     linen, *_ = python_blocks('README.md')

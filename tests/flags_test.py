@@ -290,6 +290,10 @@ class EffectTest(parameterized.TestCase):
       ('rounds', 1, 2, {'method': 'cs'}),
       ('round_steps', 20, 30, {'method': 'cs'}),
       ('rewind_to', 0, 1, {'method': 'cs', 'rounds': 2}),
+      ('activation_sparsity', .5, .6, {'method': 'swat'}),
+      ('masked_update', False, True, {'method': 'swat'}),
+      ('freeze_at', 5, 6, {'method': 'swat'}),
+      ('allocation', 'erk', 'momentum', {'method': 'swat'}),
       ('update_every', 1, 4, {'method': 'set', 'sparsity': .5}),
       ('update_begin', 0, 4, {'method': 'set', 'sparsity': .5}),
       ('update_end', 2, -1, {'method': 'set', 'sparsity': .5}),
@@ -320,6 +324,10 @@ class EffectTest(parameterized.TestCase):
       ('bfloat16', False, True, {}),
       ('label_smoothing', 0., .1, {}),
       ('log_every', 50, 60, {}),
+      ('activation_scope', 'tensor', 'example', {'method': 'swat'}),
+      ('gradient_scope', 'tensor', 'unified', {'method': 'swat'}),
+      ('pack_activations', True, False, {'method': 'swat'}),
+      ('operand_period', 1, 2, {'method': 'swat'}),
   )
   LENGTH_FLAGS = (
       ('batch_size', 64, 128, {}),
@@ -328,7 +336,7 @@ class EffectTest(parameterized.TestCase):
   )
   # Watched in whole runs: see experiments_test.
   ELSEWHERE = {'seed', 'data_dir', 'augment', 'workdir', 'eval_every',
-               'checkpoint_every', 'powerprop_alpha'}
+               'checkpoint_every', 'powerprop_alpha', 'operands'}
 
   @parameterized.parameters(*METHOD_FLAGS)
   def test_method_flag_changes_an_argument(self, flag, one, other, context):
@@ -368,6 +376,16 @@ class EffectTest(parameterized.TestCase):
     method = sparsity.from_flags(values, 60)
     theta = method.parametrize({'kernel': jnp.full((4, 6), 9.)})
     np.testing.assert_allclose(theta['kernel'], 3., rtol=1e-6)
+
+  def test_operands_are_those_of_the_named_layers(self):
+    values = _values(method='dense', sparsity=0., dense_layers=['stem'],
+                     operands=['output_gradient=0.9', 'forward_weight=.5'])
+    method = sparsity.from_flags(values, 60)
+    params = {'stem': {'kernel': jnp.ones((4, 6))},
+              'head': {'kernel': jnp.ones((6, 2))}}
+    self.assertEqual(
+        method.operators(params, method.init(params)),
+        {'head/kernel': sparse_jax.Operands(.5, output_gradient=.9)})
 
   @parameterized.parameters(*LENGTH_FLAGS)
   def test_length_flag_changes_the_length(self, flag, one, other, context):
@@ -452,6 +470,23 @@ class RefusalTest(parameterized.TestCase):
       ('lr_factor_without_steps', {'lr_factor': .5}, 'lr_factor.*0.5'),
       ('warmup_above_one', {'warmup_share': 5.}, 'warmup_share.*5'),
       ('warmup_nan', {'warmup_share': float('nan')}, 'warmup_share.*nan'),
+      ('operands_without_a_value', {'operands': ['output_gradient']},
+       'operands.*output_gradient'),
+      ('operands_unknown', {'operands': ['gradient=0.5']}, 'gradient=0.5'),
+      ('operands_of_one', {'operands': ['output_gradient=1']},
+       'output_gradient.*1'),
+      ('operands_besides_swat', {
+          'method': 'swat', 'operands': ['output_gradient=.5']}, 'method'),
+      ('period_zero', {'method': 'swat', 'operand_period': 0},
+       'operand_period.*0'),
+      ('period_without_operands', {'operand_period': 20},
+       'operand_period.*20.*--operands'),
+      ('period_of_examples', {
+          'method': 'swat', 'operand_period': 20,
+          'activation_scope': 'example'}, 'operand_period.*20.*example'),
+      ('momentum_budget_of_static', {
+          'method': 'static', 'allocation': 'momentum'},
+       'allocation.*momentum'),
       ('learning_rate_zero', {'learning_rate': 0.}, 'learning_rate.*0'),
       ('learning_rate_nan', {'learning_rate': float('nan')},
        'learning_rate.*nan'),

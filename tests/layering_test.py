@@ -17,7 +17,7 @@ LAYERS = (
     {'state', 'operands', 'packed_products'},
     {'sites', 'summary', 'transforms', 'getters', 'operators', 'layers',
      'replacing', 'accelerator', 'memory', 'cost'},
-    {'budget', 'activations'},
+    {'budget', 'activations', 'injection'},
     {'assembly'},
     {'fixed', 'at_init', 'rewiring', 'redistribution', 'pruning',
      'alternating', 'straight_through', 'learned', 'powerprop', 'swat',

@@ -996,7 +996,7 @@ class ModelTest(parameterized.TestCase):
     if name in LEARNED:
       return
     widest = {'dnw': 0., 'top_kast': .25, 'ste': 0., 'sr_ste': 0.,
-              'powerprop': .25}
+              'swat': 0., 'powerprop': .25}
     for path, forward in masks.items():
       if name in ZEROS:
         self.assertFalse(np.any(np.asarray(weights[path])[~forward]))

@@ -65,7 +65,8 @@ class PublicApiTest(parameterized.TestCase):
         'masked_weight': 3, 'exploration_loss': 3, 'summarize': 3,
         'magnitude': 3, 'gradient_magnitude': 3, 'saliency': 3, 'random': 3,
         'is_kernel': 3, 'prune_filters': 3, 'layer_cycles': 3,
-        'packed_from_dense': 3, 'packed_interceptor': 4}
+        'packed_from_dense': 3, 'packed_interceptor': 4,
+        'with_operators': 3, 'first_operator_thresholds': 3}
     for name in NAMES:
       value = getattr(sparse_jax, name)
       if inspect.isclass(value):

@@ -334,6 +334,16 @@ class PlotsTest(ReportingTestCase):
     plots.accuracy_vs_sparsity(rows, path, 'Ten methods')
     self.assert_png(path)
 
+  def test_accuracy_vs_flops(self):
+    rows = [{'method': method, 'sparsity': .9, 'accuracy': 0.7,
+             'training_multiplier': flops}
+            for method in 'ab' for flops in (0.1, 0.4)]
+    rows.append({'method': 'dense', 'sparsity': 0., 'accuracy': .77,
+                 'training_multiplier': 1.})
+    path = self.directory / 'flops.png'
+    plots.accuracy_vs_flops(rows, path, 'Two methods')
+    self.assert_png(path)
+
   def test_layer_density(self):
     path = self.directory / 'density.png'
     plots.layer_density([{'layer': 'conv', 'forward_density': 0.1,
@@ -343,6 +353,7 @@ class PlotsTest(ReportingTestCase):
   @parameterized.named_parameters(
       ('curves', lambda path: plots.training_curves([], path, '')),
       ('sparsity', lambda path: plots.accuracy_vs_sparsity([], path, '')),
+      ('flops', lambda path: plots.accuracy_vs_flops([], path, '')),
       ('density', lambda path: plots.layer_density([], path)))
   def test_refuses_no_rows(self, draw):
     with self.assertRaisesRegex(ValueError, r'rows \(=\[\]\)'):

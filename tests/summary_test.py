@@ -25,7 +25,8 @@ def hand_made():
   other = jnp.zeros((4, 3), jnp.uint8).at[0].set(2)
   return state_lib.SparseState(
       jnp.int32(1), jnp.zeros(2, jnp.uint32),
-      {'bias': None, 'kernel': marks, 'other': masking.mark(other)})
+      {'bias': None, 'kernel': marks, 'other': masking.mark(other)},
+      jnp.bool_(True))
 
 
 class SummarizeTest(parameterized.TestCase):

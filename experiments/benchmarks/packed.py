@@ -219,6 +219,7 @@ def runner(loss, tx, method, params, x):
 
 
 def main(_):
+  timing.keep_freed_memory()
   size, block, sparsity = _SIZE.value, _BLOCK.value, _SPARSITY.value
   tables = {
       'products': products,

@@ -21,6 +21,7 @@ import optax
 
 import sparse_jax
 from experiments import reporting
+from experiments.benchmarks import timing
 
 PERIOD = 100
 
@@ -80,6 +81,7 @@ def runner(method: sparse_jax.SparseMethod):
 
 
 def main(_):
+  timing.keep_freed_memory()
   chosen = {name: method for name, method in methods().items()
             if name == 'dense' or not _METHODS.value or name in _METHODS.value}
   runs = {name: runner(method) for name, method in chosen.items()}
@@ -100,7 +102,9 @@ def main(_):
                  'with refreshes': whole / dense,
                  'refresh': statistics.mean(refresh) / dense,
                  'milliseconds': ordinary * 1e3})
-  print(reporting.markdown_table(rows))
+  print(reporting.markdown_table(rows, formats={
+      'milliseconds': '.1f', **dict.fromkeys(
+          ('ordinary step', 'with refreshes', 'refresh'), '.2f')}))
 
 
 if __name__ == '__main__':

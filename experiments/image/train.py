@@ -48,6 +48,7 @@ import jax.numpy as jnp
 import optax
 
 import sparse_jax
+from experiments import accounting
 from experiments import checkpointing
 from experiments import devices
 from experiments import optimization
@@ -102,6 +103,7 @@ class TrainState(NamedTuple):
   params: Any  # As the optimizer holds them.
   batch_stats: Any  # Running statistics of batch norm; may be empty.
   opt_state: Any  # Holds the masks as well.
+  thresholds: Any  # Of sparse operands with a period; may be empty.
   key: jax.Array  # A typed key, for dropout.
   sums: jax.Array  # float32[3] since the last row: loss, accuracy, steps.
 
@@ -112,6 +114,8 @@ class Task(NamedTuple):
   model: Any
   method: sparse_jax.SparseMethod
   tx: optax.GradientTransformation
+  operator_options: Mapping[str, Any]
+  operand_period: int
   dataset: str
   label_smoothing: float
   log_every: int
@@ -139,17 +143,34 @@ def init_state(task: Task, seed: int) -> TrainState:
   images = jnp.zeros((1, *spec.image_shape))
   variables = task.model.init(init_key, images, train=False)
   params = task.method.parametrize(variables['params'])
+  opt_state = task.tx.init(params)
+  thresholds = {} if task.operand_period == 1 else (
+      sparse_jax.first_operator_thresholds(task.method, params, opt_state))
   return TrainState(jnp.zeros((), jnp.int32), params,
-                    variables.get('batch_stats', {}), task.tx.init(params), key,
-                    jnp.zeros(3))
+                    variables.get('batch_stats', {}), opt_state, thresholds,
+                    key, jnp.zeros(3))
 
 
-def loss_fn(params, task: Task, state: TrainState, batch):
+def apply_model(params, thresholds, task: Task, state: TrainState, images,
+                **options):
+  """What the model gives for images as the data set has them."""
+  def apply(weights, images):
+    return task.model.apply(
+        {'params': weights, 'batch_stats': state.batch_stats}, images,
+        **options)
+
+  apply = sparse_jax.with_operators(
+      apply, task.method, state.opt_state, thresholds=thresholds or None,
+      due=options['train'] & (state.step % task.operand_period == 0),
+      **task.operator_options)
+  return apply(task.method.read(params, state.opt_state),
+               input_pipeline.normalise(images, task.dataset))
+
+
+def loss_fn(params, thresholds, task: Task, state: TrainState, batch):
   """Mean cross-entropy, with the new batch statistics and the accuracy."""
-  weights = task.method.read(params, state.opt_state)
-  images = input_pipeline.normalise(batch['image'], task.dataset)
-  logits, updates = task.model.apply(
-      {'params': weights, 'batch_stats': state.batch_stats}, images,
+  logits, updates = apply_model(
+      params, thresholds, task, state, batch['image'],
       train=True, mutable=['batch_stats'],
       rngs={'dropout': jax.random.fold_in(state.key, state.step)})
   labels = optax.smooth_labels(jax.nn.one_hot(batch['label'], logits.shape[-1]),
@@ -161,26 +182,26 @@ def loss_fn(params, task: Task, state: TrainState, batch):
 
 def train_step(task: Task, state: TrainState, batch) -> TrainState:
   """One update."""
-  (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(
-      loss_fn, has_aux=True)(state.params, task, state, batch)
+  # The gradient of a threshold is the threshold for the next step.
+  (loss, (batch_stats, accuracy)), (grads, thresholds) = jax.value_and_grad(
+      loss_fn, (0, 1), has_aux=True)(state.params, state.thresholds, task,
+                                     state, batch)
   updates, opt_state = task.tx.update(
       grads, state.opt_state, state.params, grad_fn=lambda params: jax.grad(
-          loss_fn, has_aux=True)(params, task, state, batch)[0])
+          loss_fn, has_aux=True)(params, state.thresholds, task, state,
+                                 batch)[0])
   params = optax.apply_updates(state.params, updates)
   # In the state, so that a run stopped between two rows continues its sums.
   begins = state.step % task.log_every == 0
   sums = jnp.where(begins, 0., state.sums) + jnp.stack([loss, accuracy, 1.])
-  return TrainState(state.step + 1, params, batch_stats, opt_state, state.key,
-                    sums)
+  return TrainState(state.step + 1, params, batch_stats, opt_state, thresholds,
+                    state.key, sums)
 
 
 def eval_step(task: Task, state: TrainState, batch):
   """Summed loss, hits and weights of one batch."""
-  weights = task.method.read(state.params, state.opt_state)
-  images = input_pipeline.normalise(batch['image'], task.dataset)
-  logits = task.model.apply(
-      {'params': weights, 'batch_stats': state.batch_stats}, images,
-      train=False)
+  logits = apply_model(state.params, state.thresholds, task, state,
+                       batch['image'], train=False)
   losses = optax.softmax_cross_entropy_with_integer_labels(
       logits, batch['label'])
   hits = logits.argmax(-1) == batch['label']
@@ -307,8 +328,9 @@ def make_task(values: Mapping[str, Any], train_steps: int) -> Task:
   method = sparsity.from_flags(values, train_steps)
   tx = sparse_jax.sparsify(optimization.make(values, train_steps), method,
                            key=values['seed'])
-  return Task(model, method, tx, values['dataset'], values['label_smoothing'],
-              values['log_every'])
+  return Task(model, method, tx, sparsity.operator_options(values),
+              values['operand_period'], values['dataset'],
+              values['label_smoothing'], values['log_every'])
 
 
 @functools.lru_cache(2)
@@ -431,13 +453,28 @@ def report(run: Run, state: TrainState, measured: Mapping[str, float]
       'ever_active': summary.total.ever_active,
       'parameters': sum(row.entries for row in summary.rows),
       'steps': int(state.step), 'flags': dict(run.values),
-      'layers': summary.as_dicts()}
+      'layers': summary.as_dicts(), 'cost': cost(run, state, summary)}
   if jax.process_index() == 0:
     rows = reporting.read_jsonl(os.path.join(run.workdir, 'metrics.jsonl'))
     result['examples_per_second'] = speed(rows, run.values['batch_size'])
     draw(result, rows, run.workdir)
     reporting.write_json(os.path.join(run.workdir, 'result.json'), result)
   return result
+
+
+def cost(run: Run, state: TrainState, summary) -> dict[str, Any]:
+  """FLOPs and bytes, by arithmetic."""
+  spec = input_pipeline.DATASETS[run.values['dataset']]
+  weights = jax.eval_shape(run.task.method.read, state.params, state.opt_state)
+  batch_stats = state.batch_stats
+
+  def apply(weights, images):
+    return run.task.model.apply(
+        {'params': weights, 'batch_stats': batch_stats}, images, train=False)
+
+  return accounting.figures(
+      apply, weights, jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32),
+      run.task.method, summary, run.train_steps)
 
 
 def speed(rows, batch_size: int) -> float | None:
@@ -471,6 +508,9 @@ def show(result: Mapping[str, Any], workdir: str) -> None:
     print(sparse_jax.Summary(tuple(rows[:-1]), rows[-1]))
     print(f'test accuracy {result["test_accuracy"]:.2%}, sparsity '
           f'{result["sparsity"]:.2%}, {result["steps"]} steps')
+    cost = result['cost']
+    print(f'theoretical FLOPs of dense: {cost["training_multiplier"]:.2%} in '
+          f'training, {cost["inference_multiplier"]:.2%} in inference')
     print(f'pictures and metrics: {workdir}', flush=True)
 
 

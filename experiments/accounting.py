@@ -1,0 +1,62 @@
+"""What a run costs on paper: FLOPs and bytes, beside those of dense training.
+
+Every binary reports these; they are arithmetic, not measurements.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+import sparse_jax
+from sparse_jax import state
+
+
+def figures(apply: Callable[..., Any], params: Any, inputs: Any,
+            method: sparse_jax.SparseMethod, summary: sparse_jax.Summary,
+            steps: int) -> dict[str, Any]:
+  """FLOPs of training and inference by a method.
+
+  Args:
+    apply: `(weights, inputs) -> outputs` of the model.
+    params: the weights that the model reads, or their shapes.
+    inputs: of one example, or their shapes.
+    method: what it is trained with.
+    summary: the masks at the end. A method whose sparsity is an outcome (STR,
+      DST) states no work; its densities at the end then count for all steps.
+    steps: length of the run.
+
+  Returns:
+    `flops`: multiply-adds of one dense forward pass of an example;
+    `inference_multiplier`, with the masks at the end, and
+    `training_multiplier`: FLOPs as a fraction of the dense ones, in
+    multiply-adds (SWAT's convention);
+    `training_multiplier_rigl`: in RigL's; `theoretical_speedup`: of training,
+    if time followed multiply-adds; `weight_bytes`, `dense_weight_bytes`: of
+    the weights that inference reads, with a bit for each entry of a mask.
+  """
+  shapes = jax.eval_shape(lambda tree: tree, params)
+  at_end = {row.path: state.Work(row.forward_density, row.forward_density,
+                                 row.backward_density)
+            for row in summary.rows if row.sparse}
+  counts = [sparse_jax.count_flops(apply, shapes, inputs, convention=convention)
+            for convention in ('multiply_adds', 'rigl')]
+  ours, rigl = (sparse_jax.training_cost(
+      count, method if method.work else at_end, steps=steps)
+                for count in counts)
+  inference = sparse_jax.training_cost(counts[0], at_end)
+  stored = {path: work.forward for path, work in at_end.items()}
+  return {
+      'flops': ours.dense.forward,
+      'inference_multiplier': inference.forward_multiplier,
+      'training_multiplier': ours.multiplier,
+      'training_multiplier_rigl': rigl.multiplier,
+      'theoretical_speedup': ours.theoretical_speedup,
+      'weight_bytes': _bytes(shapes, stored),
+      'dense_weight_bytes': _bytes(shapes, {})}
+
+
+def _bytes(shapes, stored) -> int:
+  """Bytes of weights, those of `stored` as kept values and a bit an entry."""
+  return sparse_jax.memory_cost(lambda params: params, shapes,
+                                stored=stored).weights

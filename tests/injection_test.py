@@ -1,0 +1,283 @@
+"""Tests of the operators of a method inside models that nobody edited."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+from flax import linen as nn
+from flax import nnx
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sparse_jax
+from sparse_jax import Operands
+
+
+def top(x, sparsity):
+  """The largest entries, the others 0; by sorting, ties to the earlier."""
+  x = np.asarray(x)
+  order = np.argsort(-np.abs(x).ravel(), kind='stable')
+  kept = order[:sparse_jax.topk.keep_count(x.size, sparsity)]
+  return jnp.zeros(x.size).at[kept].set(x.ravel()[kept]).reshape(x.shape)
+
+
+class Conv(nn.Module):
+  """Somebody's network: convolutions, normalisation, a head."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Conv(6, (3, 3), strides=2, name='stem')(x))
+    x = nn.LayerNorm(name='norm')(x)
+    x = nn.relu(nn.Conv(6, (1, 1), name='mix')(x))
+    return nn.Dense(3, name='head')(x.reshape(x.shape[0], -1))
+
+
+def setup():
+  model = Conv()
+  images = jax.random.normal(jax.random.key(1), (4, 6, 6, 2))
+  params = model.init(jax.random.key(0), images)['params']
+  return model, params, images
+
+
+def plain():
+  """A function of two products, weights and inputs."""
+  def apply(params, x):
+    return nn.relu(x @ params['mix']['kernel']) @ params['head']['kernel']
+
+  keys = jax.random.split(jax.random.key(0), 3)
+  params = {'mix': {'kernel': jax.random.normal(keys[0], (6, 8))},
+            'head': {'kernel': jax.random.normal(keys[1], (8, 3))}}
+  return apply, params, jax.random.normal(keys[2], (5, 6))
+
+
+def grads_of(method, apply, params, *args, **options):
+  """Gradients of sum(outputs**2) with the method's operators."""
+  state = method.init(params)
+
+  def loss_fn(params):
+    run = sparse_jax.with_operators(apply, method, state, **options)
+    return jnp.sum(run(method.read(params, state), *args)**2)
+
+  return jax.jit(jax.grad(loss_fn))(params)
+
+
+class WithOperatorsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      (sparse_jax.swat(.5, activation_sparsity=.75), .5, .5, .75, 0.),
+      (sparse_jax.add_operands(sparse_jax.dense(), Operands(
+          backward_weight=.5, backward_activation=.5)), 0., .5, .5, 0.),
+      (sparse_jax.add_operands(sparse_jax.dense(), Operands(
+          output_gradient=.75)), 0., 0., 0., .75))
+  def test_gradients_are_those_written_by_hand(self, method, forward, back,
+                                               saved, error):
+    model, params, images = setup()
+    found = grads_of(method, lambda p, x: model.apply({'params': p}, x), params,
+                     images)
+
+    def conv(x, w, stride):
+      return lax.conv_general_dilated(x, w, (stride, stride), 'SAME',
+                                      dimension_numbers=('NHWC', 'HWIO',
+                                                         'NHWC'))
+
+    def pull(product, x, w, dy):
+      """dX at the backward weight, dW at the backward activation."""
+      dy = top(dy, error)
+      dx, = jax.vjp(lambda x: product(x, w), x)[1](dy)
+      return jax.vjp(lambda x: product(x, top(w, back)), x)[1](dy)[0], (
+          jax.vjp(lambda w: product(top(x, saved), w), w)[1](dy)[0])
+
+    w = {name: top(params[name]['kernel'], forward)
+         for name in ('stem', 'mix', 'head')}
+    stem = conv(images, w['stem'], 2) + params['stem']['bias'][None, None, None]
+    normed, norm_pull = jax.vjp(
+        lambda x: nn.LayerNorm().apply({'params': params['norm']}, x),
+        nn.relu(stem))
+    mix = conv(normed, w['mix'], 1) + params['mix']['bias'][None, None, None]
+    flat = nn.relu(mix).reshape(4, -1)
+    out = flat @ w['head'] + params['head']['bias'][None]
+    dflat, dhead = pull(jnp.matmul, flat, w['head'], 2 * out)
+    dmix = dflat.reshape(mix.shape) * (mix > 0)
+    dnormed, dmix_kernel = pull(lambda x, w: conv(x, w, 1), normed, w['mix'],
+                                dmix)
+    dstem = norm_pull(dnormed)[0] * (stem > 0)
+    _, dstem_kernel = pull(lambda x, w: conv(x, w, 2), images, w['stem'], dstem)
+    expected = {'head': dhead, 'mix': dmix_kernel, 'stem': dstem_kernel}
+    for name, kernel in expected.items():
+      np.testing.assert_allclose(found[name]['kernel'], kernel, rtol=2e-4,
+                                 atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(found['mix']['bias'], dmix.sum((0, 1, 2)),
+                               rtol=1e-4, atol=1e-5)
+
+  def test_values_do_not_depend_on_backward_operands(self):
+    model, params, images = setup()
+    method = sparse_jax.swat(.5)
+    state = method.init(params)
+    apply = lambda p, x: model.apply({'params': p}, x)
+    weights = method.read(params, state)
+    np.testing.assert_array_equal(
+        sparse_jax.with_operators(apply, method, state)(weights, images),
+        apply(weights, images))
+
+  def test_a_method_without_operators_leaves_the_function_alone(self):
+    fn = lambda params, x: x @ params
+    method = sparse_jax.rigl(.5)
+    state = method.init(jnp.ones((4, 4)))
+    self.assertIs(sparse_jax.with_operators(fn, method, state), fn)
+    self.assertEqual(sparse_jax.first_operator_thresholds(
+        method, jnp.ones((4, 4)), state), {})
+
+  def test_dense_operands_change_nothing(self):
+    apply, params, images = plain()
+    method = sparse_jax.add_operands(sparse_jax.dense(), Operands())
+    chex.assert_trees_all_equal(
+        grads_of(method, apply, params, images),
+        grads_of(sparse_jax.dense(), apply, params, images))
+
+  def test_nnx_model_has_the_gradients_of_the_linen_one(self):
+    linen = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)])
+    x = jax.random.normal(jax.random.key(1), (5, 6))
+    params = linen.init(jax.random.key(0), x)['params']
+    model = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.relu,
+                           nnx.Linear(8, 3, rngs=nnx.Rngs(0)))
+    for layer, name in ((0, 'layers_0'), (2, 'layers_2')):
+      model.layers[layer].kernel[...] = params[name]['kernel']
+    graph, state = nnx.split(model)
+    method = sparse_jax.swat(.5)
+    found = grads_of(method, lambda s, x: nnx.merge(graph, s)(x), state, x)
+    expected = grads_of(method, lambda p, x: linen.apply({'params': p}, x),
+                        params, x)
+    for layer, name in ((0, 'layers_0'), (2, 'layers_2')):
+      np.testing.assert_allclose(found['layers'][layer]['kernel'][...],
+                                 expected[name]['kernel'], rtol=1e-6)
+
+  def test_goes_through_scan_remat_and_vmap(self):
+    def apply(params, x):
+      layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+      return jax.vmap(lambda x: lax.scan(layer, x[None], params)[0])(x)
+
+    params = jax.random.normal(jax.random.key(0), (3, 4, 4))
+    x = jax.random.normal(jax.random.key(1), (5, 4))
+    dense = grads_of(sparse_jax.dense(), apply, params, x)
+    method = sparse_jax.add_operands(
+        sparse_jax.dense(), Operands(backward_activation=.5),
+        is_sparse=lambda path, leaf: True)
+    sparse = grads_of(method, apply, params, x)
+    self.assertEqual(sparse.shape, dense.shape)
+    self.assertTrue(np.any(sparse != dense))
+    # The last layer's dX is dense, so that of the first only its dW differs.
+    self.assertTrue(np.isfinite(sparse).all())
+
+  def test_masked_update_stops_the_gradient_at_the_weights_in_use(self):
+    apply, params, images = plain()
+    free = grads_of(sparse_jax.swat(.5), apply, params, images)
+    method = sparse_jax.swat(.5, masked_update=True)
+    bound = grads_of(method, apply, params, images)
+    masks = method.init(params).forward_masks
+    for name in ('mix', 'head'):
+      np.testing.assert_array_equal(
+          bound[name]['kernel'],
+          jnp.where(masks[name]['kernel'], free[name]['kernel'], 0))
+
+  def test_powerprop_keeps_the_operators(self):
+    apply, params, images = plain()
+    method = sparse_jax.swat(.5, activation_sparsity=.9)
+    chex.assert_trees_all_close(
+        grads_of(sparse_jax.powerprop(method, 1.), apply, params, images),
+        grads_of(method, apply, params, images), rtol=1e-6)
+
+
+class ThresholdsTest(parameterized.TestCase):
+
+  def run_steps(self, method, period, steps=5):
+    """Losses of a small training run with stored thresholds."""
+    model, params, images = plain()
+    tx = sparse_jax.sparsify(optax.sgd(.01), method)
+    state = tx.init(params)
+    thresholds = sparse_jax.first_operator_thresholds(method, params, state)
+
+    def loss_fn(params, thresholds, state, due):
+      apply = sparse_jax.with_operators(
+          model, method, state,
+          thresholds=thresholds if period else None, due=due)
+      return jnp.mean((apply(method.read(params, state), images) - 1)**2)
+
+    @jax.jit
+    def step(params, state, thresholds, due):
+      loss, (grads, thresholds) = jax.value_and_grad(loss_fn, (0, 1))(
+          params, thresholds, state, due)
+      updates, state = tx.update(grads, state, params)
+      return optax.apply_updates(params, updates), state, thresholds, loss
+
+    losses = []
+    for i in range(steps):
+      params, state, thresholds, loss = step(params, state, thresholds,
+                                             i % max(period, 1) == 0)
+      losses.append(loss)
+    return np.array(losses), thresholds
+
+  def test_measured_every_step_they_are_the_exact_top_k(self):
+    method = sparse_jax.swat(.5, activation_sparsity=.8)
+    np.testing.assert_allclose(self.run_steps(method, 1)[0],
+                               self.run_steps(method, 0)[0], rtol=1e-5)
+
+  def test_between_measurements_they_stay(self):
+    method = sparse_jax.swat(.5, activation_sparsity=.8)
+    after = [self.run_steps(method, 3, steps)[1] for steps in (1, 2, 3, 4)]
+    chex.assert_trees_all_equal(after[0], after[1])
+    chex.assert_trees_all_equal(after[0], after[2])
+    self.assertNotEqual(after[0]['head/kernel'].backward_activation,
+                        after[3]['head/kernel'].backward_activation)
+
+  def test_each_serves_one_product(self):
+    params = {'kernel': jnp.ones((4, 4))}
+    method = sparse_jax.swat(.5)
+    state = method.init(params)
+    thresholds = sparse_jax.first_operator_thresholds(method, params, state)
+    twice = sparse_jax.with_operators(
+        lambda p, x: x @ p['kernel'] @ p['kernel'], method, state,
+        thresholds=thresholds)
+    with self.assertRaisesRegex(ValueError, "'kernel'.* 2 times"):
+      twice(params, jnp.ones((2, 4)))
+    lacking = sparse_jax.with_operators(
+        lambda p, x: x @ p['kernel'], method, state, thresholds={})
+    with self.assertRaisesRegex(ValueError, "`thresholds`.*'kernel'"):
+      lacking(params, jnp.ones((2, 4)))
+
+
+class AddOperandsTest(parameterized.TestCase):
+
+  def test_is_sparse_says_whose_products(self):
+    _, params, _ = setup()
+    method = sparse_jax.add_operands(
+        sparse_jax.dense(), Operands(output_gradient=.5),
+        is_sparse=[('stem', False)])
+    self.assertEqual(set(method.operators(params, method.init(params))),
+                     {'mix/kernel', 'head/kernel'})
+
+  def test_it_goes_with_a_sparse_method(self):
+    _, params, _ = setup()
+    method = sparse_jax.add_operands(sparse_jax.static(.5),
+                                     Operands(backward_activation=.75))
+    self.assertEqual(set(method.work(params, 10).values()),
+                     {sparse_jax.Work(.5, .5, .125)})
+
+  @parameterized.parameters(
+      (lambda: sparse_jax.add_operands(sparse_jax.swat(.5), Operands()),
+       '`method`'),
+      (lambda: sparse_jax.add_operands('dense', Operands()),
+       "`method` .*dense"),
+      (lambda: sparse_jax.add_operands(sparse_jax.dense(), .5),
+       r'`operands` \(=0.5\)'),
+      (lambda: sparse_jax.add_operands(
+          sparse_jax.dense(), Operands(output_gradient=1.)),
+       r'`output_gradient` \(=1.0\)'))
+  def test_a_bad_argument_is_named_with_its_value(self, call, message):
+    with self.assertRaisesRegex(ValueError, message):
+      call()
+
+
+if __name__ == '__main__':
+  absltest.main()
