@@ -187,16 +187,26 @@ class LawTest(parameterized.TestCase):
 
   @parameterized.parameters(*OPTIMIZERS)
   def test_entries_that_enter_b_start_with_fresh_slots(self, optimizer):
-    """The slots of all these optimizers start at 0."""
+    """Whatever their slots hold, the next update is that from slots of 0."""
+    tx = sparse_jax.sparsify(OPTIMIZERS[optimizer](), METHOD)
+    update = jax.jit(lambda *args: tx.update(*args)[0])
     entered = 0
     moments = run(optimizer)
     for before, after in zip(moments, moments[1:]):
-      for leaf in KERNELS:
-        new = after.backward[leaf] & ~before.backward[leaf]
-        entered += new.sum()
-        for path, slot in jax.tree.leaves_with_path(after.state.inner):
-          if getattr(path[-1], 'key', None) == leaf:
-            np.testing.assert_array_equal(slot[new], 0.)
+      new = {leaf: after.backward[leaf] & ~before.backward[leaf]
+             for leaf in KERNELS}
+      entered += sum(mask.sum() for mask in new.values())
+
+      def set_slots(path, slot, value):
+        leaf = getattr(path[-1], 'key', None)
+        return np.where(new[leaf], value, slot).astype(slot.dtype) if (
+            leaf in new) else slot
+
+      zeros, others = (update(after.grads, after.state._replace(
+          inner=jax.tree.map_with_path(functools.partial(
+              set_slots, value=value), after.state.inner)), after.params)
+                       for value in (0, 5))
+      jax.tree.map(np.testing.assert_array_equal, zeros, others)
     self.assertGreater(entered, 0)
 
   def test_equals_numpy_with_momentum(self):
