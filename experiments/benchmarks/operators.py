@@ -1,0 +1,78 @@
+"""What sparse activations cost in time, and save in memory, on a ResNet.
+
+  python -m experiments.benchmarks.operators --width=0.5
+
+Steps of experiments.image.train on made-up CIFAR-10 images, interleaved in one
+process: dense; SWAT's weights alone; SWAT with activations chosen exactly every
+step, or by a threshold that is kept for 20; activations packed or kept with
+their zeros. Memory is what XLA allots for temporary arrays. Recorded results:
+README.md beside this file.
+"""
+
+import functools
+from typing import Any
+
+from absl import app
+from absl import flags
+import jax
+import numpy as np
+
+from experiments import reporting
+from experiments.benchmarks import timing
+from experiments.image import train
+
+_ROUNDS = flags.DEFINE_integer('rounds', 15, 'Timings of each contender.')
+
+SWAT = {'method': 'swat', 'sparsity': .9, 'dense_layers': ['stem']}
+CONTENDERS = {
+    'dense': {'method': 'dense', 'sparsity': 0.},
+    'weights alone': SWAT | {'activation_sparsity': 0., 'update_every': 20},
+    'every step, with zeros': SWAT | {'pack_activations': False},
+    'every 20 steps, with zeros': SWAT | {
+        'pack_activations': False, 'operand_period': 20, 'update_every': 20},
+    'every step, packed': SWAT,
+    'every 20 steps, packed': SWAT | {'operand_period': 20, 'update_every': 20},
+}
+
+
+def runner(settings: dict[str, Any], common: dict[str, Any]):
+  """A function that does 20 steps, and XLA's bytes of temporary arrays."""
+  values = common | settings
+  task = train.make_task(values, 1000)
+  state = jax.jit(functools.partial(train.init_state, task, 0)).lower(
+      ).compile(compiler_options=train.FAST_COMPILE)()
+  random = np.random.RandomState(0)
+  batch = {'image': random.randint(0, 256, (values['batch_size'], 32, 32, 3),
+                                   np.uint8),
+           'label': random.randint(0, 10, values['batch_size'], np.int32)}
+  compiled = jax.jit(lambda state, batch: train.train_step(task, state, batch),
+                     donate_argnums=0).lower(state, batch).compile()
+  kept = [state]
+
+  def run():
+    for _ in range(20):
+      kept[0] = compiled(kept[0], batch)
+    return kept[0]
+
+  return run, compiled.memory_analysis().temp_size_in_bytes
+
+
+def main(_):
+  timing.keep_freed_memory()
+  common = train.run_config() | {'dataset': 'cifar10', 'model': 'resnet20',
+                                 'backward_sparsity': None}
+  made = {name: runner(settings, common)
+          for name, settings in CONTENDERS.items()}
+  times = timing.interleaved_medians(
+      {name: run for name, (run, _) in made.items()}, rounds=_ROUNDS.value)
+  rows = [{'activations': name, 'milliseconds a step': 1e3 * times[name] / 20,
+           'time of dense': times[name] / times['dense'],
+           'temporary bytes of dense': made[name][1] / made['dense'][1]}
+          for name in made]
+  print(reporting.markdown_table(rows, formats={
+      'milliseconds a step': '.1f', 'time of dense': '.2f',
+      'temporary bytes of dense': '.2f'}))
+
+
+if __name__ == '__main__':
+  app.run(main)
