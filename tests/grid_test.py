@@ -12,6 +12,7 @@ from absl.testing import parameterized
 
 from experiments.image import compare
 from experiments.image import grid
+from experiments.image import models
 from experiments.image import sensitivity
 from experiments.image import train
 
@@ -84,6 +85,15 @@ class CompareTest(parameterized.TestCase):
     self.assertIs(cells[2].settings['masked_update'], True)
     self.assertEqual(cells[3].settings, {
         'method': 'swat', 'allocation': 'erk', 'sparsity': .8})
+
+  @flagsaver.flagsaver(methods=['small_dense'], sparsities=['0.9'], seeds=['0'])
+  def test_small_dense_has_as_many_weights_as_a_sparse_network(self):
+    cell, = compare.cells()
+    self.assertEqual((cell.settings['method'], cell.sparsity), ('dense', .9))
+    whole, small = (models.kernel_count(models.create(
+        'mlp', num_classes=10, width=width), (8, 8, 1))
+                    for width in (1., cell.settings['width']))
+    self.assertAlmostEqual(small / whole, .1, delta=.002)
 
   @parameterized.parameters(
       (dict(methods=['rigle']), "`methods` .*'rigle'"),

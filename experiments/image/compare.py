@@ -12,6 +12,9 @@ method may stand in several rows:
 
   --methods=swat,swat_erk \
   --settings=swat_erk.method=swat,swat_erk.allocation=erk
+
+The row `small_dense` is the dense network, so narrow that it has as many
+weights as a sparse one of that sparsity.
 """
 
 import itertools
@@ -23,8 +26,11 @@ from absl import flags
 
 from experiments import sparsity as sparsity_flags
 from experiments.image import grid
+from experiments.image import input_pipeline
+from experiments.image import models
 
 SPARSITIES = (.8, .9, .95, .98)
+SMALL_DENSE = 'small_dense'
 _METHODS = flags.DEFINE_list(
     'methods', ['dense', 'static', 'set', 'rigl', 'gmp', 'top_kast'],
     'Methods to compare, or names to which --settings gives a method.')
@@ -40,6 +46,10 @@ def cells() -> list[grid.Cell]:
       grid.seeds(), sorted(grid.sparsities(SPARSITIES), reverse=True),
       _METHODS.value):
     settings = {'method': row} | settings_of(row)
+    if row == SMALL_DENSE:
+      cell = grid.Cell(row, sparsity, seed, small_dense(sparsity))
+      found[cell.name] = cell
+      continue
     if settings['method'] not in sparsity_flags.METHODS:
       raise ValueError(f'`methods` (={",".join(_METHODS.value)!r}) has '
                        f'{settings["method"]!r}, none of '
@@ -49,6 +59,19 @@ def cells() -> list[grid.Cell]:
                      settings | {'sparsity': sparsity if aims else 0.})
     found[cell.name] = cell
   return sorted(found.values(), key=lambda cell: cell.seed)
+
+
+def small_dense(sparsity: float) -> dict[str, Any]:
+  """Flags of a dense network with as many weights as a sparse one has."""
+  dataset = input_pipeline.DATASETS[flags.FLAGS.dataset]
+  shape = dict(num_classes=dataset.num_classes, image_shape=dataset.image_shape)
+  name = flags.FLAGS.model
+  whole = models.kernel_count(
+      models.create(name, num_classes=dataset.num_classes,
+                    width=flags.FLAGS.width), dataset.image_shape)
+  width = models.matching_width(
+      name, parameters=round(whole * (1 - sparsity)), **shape)
+  return {'method': 'dense', 'sparsity': 0., 'width': width}
 
 
 def settings_of(row: str) -> dict[str, Any]:

@@ -120,17 +120,20 @@ def collect(cells: Sequence[Cell], outdir: str) -> list[dict[str, Any]]:
   """One row of each label and sparsity: means over the seeds.
 
   The sparsity is the one asked for; where nothing was asked for, the one
-  reached, so that such runs lie where they belong in the picture.
+  reached, so that such runs lie where they belong in the picture. FLOPs are a
+  fraction of those of the largest network, for a row may have a narrower one.
   """
   groups = {}
   for cell in cells:
     if (found := result(cell, outdir)) is not None:
       groups.setdefault((cell.label, cell.sparsity), []).append(found)
-  return [_row(label, sparsity, found)
+  largest = max((each['cost']['flops'] for found in groups.values()
+                 for each in found), default=0)
+  return [_row(label, sparsity, found, largest)
           for (label, sparsity), found in groups.items()]
 
 
-def _row(label, sparsity, found) -> dict[str, Any]:
+def _row(label, sparsity, found, largest) -> dict[str, Any]:
   accuracies = [each['test_accuracy'] for each in found]
   if sparsity is None:
     sparsity = statistics.mean(each['sparsity'] for each in found)
@@ -138,7 +141,9 @@ def _row(label, sparsity, found) -> dict[str, Any]:
          'accuracy': statistics.mean(accuracies),
          'accuracy_std': statistics.stdev(accuracies) if found[1:] else 0.}
   for figure in ('training_multiplier', 'inference_multiplier'):
-    row[figure] = statistics.mean(each['cost'][figure] for each in found)
+    row[figure] = statistics.mean(
+        each['cost'][figure] * each['cost']['flops'] / largest
+        for each in found)
   return row
 
 
