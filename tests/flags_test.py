@@ -198,7 +198,7 @@ class LossTest(absltest.TestCase):
     task, batch = train.make_task(values, 10), _batch()
     state = _first_state(task)
     loss, _ = jax.jit(functools.partial(train.loss_fn, task=task))(
-        state.params, state=state, batch=batch)
+        state.params, {}, state=state, batch=batch)
     images = (batch['image'] / 255 - 0.3054) / 0.3758
     logits = np.asarray(task.model.apply(
         {'params': state.params}, images.astype(np.float32), train=False))
@@ -343,9 +343,10 @@ class EffectTest(parameterized.TestCase):
     def arguments(value):
       values = _values(**context | {flag: value})
       constructor = sparsity.METHODS[values['method']]
-      recorder = functools.wraps(constructor)(lambda **given: given)
+      recorder = functools.wraps(constructor)(
+          lambda **given: sparse_jax.dense()._replace(work=given))
       with mock.patch.dict(sparsity.METHODS, {values['method']: recorder}):
-        return values['method'], sparsity.from_flags(values, 60)
+        return values['method'], sparsity.from_flags(values, 60).work
 
     self.assertNotEqual(arguments(one), arguments(other))
 
