@@ -38,11 +38,11 @@ class MemoryTest(parameterized.TestCase):
     self.assertEqual(got.slots, 2 * (36 + 9 + 36) * 4 + 4)
 
   def test_slots_of_a_method(self):
-    """A byte a weight for the marks, a step and a key."""
+    """A byte a weight for the marks, a step, a key and a flag."""
     args = mlp_args()
     tx = sparse_jax.sparsify(optax.sgd(.1), sparse_jax.static(.5))
     got = memory.memory_cost(mlp, *args, optimizer=tx)
-    self.assertEqual(got.slots, 3 * 36 + 4 + 8)
+    self.assertEqual(got.slots, 3 * 36 + 4 + 8 + 1)
 
   def test_saved_activations_are_the_inner_ones(self):
     """Of a chain of products: what enters each layer but the first."""
