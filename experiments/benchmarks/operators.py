@@ -21,7 +21,7 @@ from experiments import reporting
 from experiments.benchmarks import timing
 from experiments.image import train
 
-_ROUNDS = flags.DEFINE_integer('rounds', 15, 'Timings of each contender.')
+_ROUNDS = flags.DEFINE_integer('timings', 5, 'Of each contender.')
 
 SWAT = {'method': 'swat', 'sparsity': .9, 'dense_layers': ['stem']}
 CONTENDERS = {
