@@ -111,9 +111,11 @@ class CompareTest(parameterized.TestCase):
 class SensitivityTest(absltest.TestCase):
 
   def test_one_kind_of_operand_at_a_time(self):
-    with flagsaver.flagsaver(sparsities=['.9'], seeds=['0']):
+    with flagsaver.flagsaver(sparsities=['.9'], seeds=['0'],
+                             operand_period=20):
       dense, *sparse = sensitivity.cells()
-    self.assertEqual(dense.settings, {'method': 'dense', 'sparsity': 0.})
+      dense = dense.values(_common(), 'here')
+    self.assertEqual((dense['method'], dense['operand_period']), ('dense', 1))
     self.assertEqual([cell.settings['operands'] for cell in sparse], [
         ['forward_weight=0.9'], ['forward_activation=0.9'],
         ['backward_weight=0.9', 'backward_activation=0.9'],

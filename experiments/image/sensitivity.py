@@ -19,6 +19,7 @@ import itertools
 from absl import app
 from absl import flags
 
+from experiments import sparsity
 from experiments.image import grid
 
 # A weight that the forward pass reads sparse is dense in the backward pass.
@@ -39,14 +40,16 @@ def cells() -> list[grid.Cell]:
   """The dense run, then every kind at every sparsity, for each seed."""
   found = []
   layers = flags.FLAGS.dense_layers or ['stem']
+  unused = {flag: flags.FLAGS[flag].default
+            for flag in sparsity.OPERATOR_FLAGS}
   for seed in grid.seeds():
-    found.append(grid.Cell('dense', 0., seed, {'method': 'dense',
-                                               'sparsity': 0.}))
-    for sparsity, kind in itertools.product(
+    found.append(grid.Cell('dense', 0., seed, unused | {
+        'method': 'dense', 'sparsity': 0.}))
+    for share, kind in itertools.product(
         grid.sparsities(SPARSITIES), _KINDS.value):
-      found.append(grid.Cell(kind, sparsity, seed, {
+      found.append(grid.Cell(kind, share, seed, {
           'method': 'dense', 'sparsity': 0., 'dense_layers': layers,
-          'operands': [f'{name}={sparsity}' for name in OPERANDS[kind]]}))
+          'operands': [f'{name}={share}' for name in OPERANDS[kind]]}))
   return found
 
 
