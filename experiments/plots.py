@@ -96,6 +96,7 @@ def accuracy_vs_sparsity(rows: Sequence[Mapping[str, Any]],
     axes = figure.subplots()
     ends = [_draw_method(axes, index, points)
             for index, points in enumerate(lines.values())]
+    _leave_out_failures(axes, rows)
     for row in references:
       axes.axhline(100 * row['accuracy'], color=_GREY, linestyle=(0, (4, 3)),
                    linewidth=1, zorder=1)
@@ -129,19 +130,23 @@ def accuracy_vs_flops(rows: Sequence[Mapping[str, Any]],
       lines.setdefault(row['method'], []).append(row)
 
   def draw(figure):
+    from matplotlib import ticker
     axes = figure.subplots()
     axes.set_xscale('log')
-    ends = [_draw_method(axes, index, points, 'training_multiplier')
-            for index, points in enumerate(lines.values())]
+    for index, (name, points) in enumerate(lines.items()):
+      _draw_method(axes, index, points, 'training_multiplier', name)
+    _leave_out_failures(axes, rows)
     for row in references:
       axes.axhline(100 * row['accuracy'], color=_GREY, linestyle=(0, (4, 3)),
                    linewidth=1, zorder=1)
     axes.set_title(title)
     axes.set_xlabel('theoretical FLOPs of training, as a fraction of dense')
     axes.set_ylabel('test accuracy (%)')
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.xaxis.set_major_formatter(_format_percent)
-    axes.xaxis.set_minor_formatter(_format_percent)
-    _label_ends(axes, list(lines), ends, references)
+    if lines:
+      axes.legend(loc='center left', bbox_to_anchor=(1.01, .5))
   _save(path, (6.8, 4.2), draw)
 
 
@@ -216,7 +221,20 @@ def _draw_churn(axes, rows):
               borderaxespad=0.1, borderpad=0)
 
 
-def _draw_method(axes, index, points, across=None):
+def _leave_out_failures(axes, rows):
+  """Ends the axis above runs that lie far below all others, and says so."""
+  accuracies = 100 * np.array([row['accuracy'] for row in rows])
+  low, high = np.quantile(accuracies, (.25, .75))
+  floor = low - 4 * max(high - low, .5)
+  failed = accuracies < floor
+  if failed.any():
+    top = accuracies.max()
+    axes.set_ylim(floor, top + .08 * (top - floor))
+    axes.text(.01, .02, f'{failed.sum()} of {failed.size} points lie below',
+              transform=axes.transAxes, color=_GREY)
+
+
+def _draw_method(axes, index, points, across=None, label=None):
   """Draws one line over a value or the density; returns its right end."""
   colour, marker = _look(index)
   points = sorted(points, key=lambda row: row[across or 'sparsity'])
@@ -226,7 +244,7 @@ def _draw_method(axes, index, points, across=None):
   axes.errorbar(x, y, error if any(error) else None, color=colour,
                 marker=marker, markeredgecolor='white', markeredgewidth=0.6,
                 linewidth=1.5, elinewidth=1, capsize=2.5,
-                zorder=3)
+                zorder=3, label=label)
   return x[-1], y[-1]
 
 
@@ -262,10 +280,16 @@ def _label_ends(axes, names, ends, references):
   looks = [_look(i) for i in range(len(names))]
   looks += [(_GREY, '')] * len(references)
   names = names + [row['method'] for row in references]
-  heights = _spread([y for _, y in starts], gap=0.052)
   place = {'transform': axes.transAxes, 'clip_on': False, 'zorder': 1}
-  for name, (colour, marker), (x, y), height in zip(
-      names, looks, starts, heights):
+  starts = [(x, max(y, 0.)) for x, y in starts]
+  inside = [i for i, (x, _) in enumerate(starts) if x < .9]
+  for i in inside:  # A line that ends early is named where it ends.
+    axes.text(*starts[i], f' {names[i]}', color=looks[i][0], va='bottom',
+              transform=axes.transAxes)
+  kept = [i for i in range(len(names)) if i not in inside]
+  heights = _spread([starts[i][1] for i in kept], gap=0.052)
+  for i, height in zip(kept, heights):
+    name, (colour, marker), (x, y) = names[i], looks[i], starts[i]
     axes.plot([x, 1.025], [y, height], color=colour, linewidth=0.8, **place)
     axes.plot([1.04], [height], color=colour, marker=marker, **place)
     axes.text(1.062 if marker else 1.033, height, name, color=colour,

@@ -171,8 +171,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   lines = {}
   for row in rows:
     line = lines.setdefault(row['method'], {'method': row['method']})
-    line[_percent(row['sparsity'])] = (
-        f'{100 * row["accuracy"]:.2f} ± {100 * row["accuracy_std"]:.2f}')
+    text = f'{100 * row["accuracy"]:.2f}'
+    if row['seeds'] > 1:
+      text += f' ± {100 * row["accuracy_std"]:.2f}'
+    line[_percent(row['sparsity'])] = text
   return reporting.markdown_table(
       list(lines.values()),
       list(dict.fromkeys(['method', *map(_percent, columns)])))
