@@ -181,6 +181,17 @@ class WithOperatorsTest(parameterized.TestCase):
           bound[name]['kernel'],
           jnp.where(masks[name]['kernel'], free[name]['kernel'], 0))
 
+  def test_a_sharded_batch_has_the_same_gradients(self):
+    apply, params, _ = plain()
+    x = jax.random.normal(jax.random.key(7), (16, 6))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ('batch',))
+    spread = jax.device_put(x, jax.NamedSharding(
+        mesh, jax.sharding.PartitionSpec('batch')))
+    method = sparse_jax.swat(.5, activation_sparsity=.75)
+    chex.assert_trees_all_close(
+        grads_of(method, apply, params, spread),
+        grads_of(method, apply, params, x), rtol=1e-5)
+
   def test_powerprop_keeps_the_operators(self):
     apply, params, images = plain()
     method = sparse_jax.swat(.5, activation_sparsity=.9)
