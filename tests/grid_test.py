@@ -67,6 +67,14 @@ class GridTest(parameterized.TestCase):
     self.assertEmpty(os.listdir(self.outdir))
 
 
+  def test_windows_are_judged_by_the_length_of_the_run(self):
+    """RigL's default window ends at 75% of the run."""
+    late = _common() | {'method': 'rigl', 'update_begin': 2000}
+    train.check(late | {'train_steps': 3000})
+    with self.assertRaisesRegex(ValueError, 'update_begin.*2000'):
+      train.check(late | {'train_steps': 2000})
+
+
 class CompareTest(parameterized.TestCase):
 
   @flagsaver.flagsaver(
@@ -86,10 +94,12 @@ class CompareTest(parameterized.TestCase):
     self.assertEqual(cells[3].settings, {
         'method': 'swat', 'allocation': 'erk', 'sparsity': .8})
 
-  @flagsaver.flagsaver(methods=['small_dense'], sparsities=['0.9'], seeds=['0'])
+  @flagsaver.flagsaver(methods=['small_dense'], sparsities=['0.9'], seeds=['0'],
+                       settings=['small_dense.learning_rate=0.5'])
   def test_small_dense_has_as_many_weights_as_a_sparse_network(self):
     cell, = compare.cells()
     self.assertEqual((cell.settings['method'], cell.sparsity), ('dense', .9))
+    self.assertEqual(cell.settings['learning_rate'], .5)
     whole, small = (models.kernel_count(models.create(
         'mlp', num_classes=10, width=width), (8, 8, 1))
                     for width in (1., cell.settings['width']))

@@ -47,7 +47,7 @@ def cells() -> list[grid.Cell]:
       _METHODS.value):
     settings = {'method': row} | settings_of(row)
     if row == SMALL_DENSE:
-      cell = grid.Cell(row, sparsity, seed, small_dense(sparsity))
+      cell = grid.Cell(row, sparsity, seed, settings | small_dense(sparsity))
       found[cell.name] = cell
       continue
     if settings['method'] not in sparsity_flags.METHODS:
@@ -63,14 +63,13 @@ def cells() -> list[grid.Cell]:
 
 def small_dense(sparsity: float) -> dict[str, Any]:
   """Flags of a dense network with as many weights as a sparse one has."""
-  dataset = input_pipeline.DATASETS[flags.FLAGS.dataset]
-  shape = dict(num_classes=dataset.num_classes, image_shape=dataset.image_shape)
-  name = flags.FLAGS.model
+  name, spec = flags.FLAGS.model, input_pipeline.DATASETS[flags.FLAGS.dataset]
   whole = models.kernel_count(
-      models.create(name, num_classes=dataset.num_classes,
-                    width=flags.FLAGS.width), dataset.image_shape)
+      models.create(name, num_classes=spec.num_classes,
+                    width=flags.FLAGS.width), spec.image_shape)
   width = models.matching_width(
-      name, parameters=round(whole * (1 - sparsity)), **shape)
+      name, num_classes=spec.num_classes, image_shape=spec.image_shape,
+      parameters=round(whole * (1 - sparsity)))
   return {'method': 'dense', 'sparsity': 0., 'width': width}
 
 

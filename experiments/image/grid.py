@@ -20,7 +20,6 @@ import jax
 
 from experiments import plots
 from experiments import reporting
-from experiments import sparsity as sparsity_flags
 from experiments.image import train
 
 _SPARSITIES = flags.DEFINE_list(
@@ -54,12 +53,11 @@ def run(cells: Sequence[Cell], common: Mapping[str, Any], outdir: str,
   """Trains what is not yet finished, and renews the results after each cell.
 
   Raises:
-    ValueError: naming a flag of any cell, before the first one trains.
+    ValueError, FileNotFoundError: naming a flag of any cell, before the first
+      one trains.
   """
   for cell in cells:
-    values = cell.values(common, outdir)
-    train.check_values(values)
-    sparsity_flags.from_flags(values, 1000)
+    train.check(cell.values(common, outdir))
   for number, cell in enumerate(cells, 1):
     if result(cell, outdir) is None:
       print(f'cell {number} of {len(cells)}: {cell.name}', flush=True)

@@ -276,6 +276,13 @@ def prepare(values: Mapping[str, Any], workdir: str) -> Run:
              init.trace(), step_fn, eval_fn)
 
 
+def check(values: Mapping[str, Any]) -> None:
+  """Raises what `train` would for bad flags or absent data; makes no arrays."""
+  check_values(values)
+  data = _load(values['dataset'], 'train', values['data_dir'])
+  make_task(values, run_length(values, data.num_examples))
+
+
 def check_values(values: Mapping[str, Any]) -> None:
   """Raises ValueError for a flag out of range that no other file checks."""
   for flag, (least, most) in LIMITS.items():
