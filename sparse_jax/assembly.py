@@ -164,6 +164,19 @@ def check_window(every: int, begin: int, end: int | None) -> None:
                        f'`update_begin` (={begin}).')
 
 
+def check_backward(sparsity: float, backward_sparsity: float,
+                   backward_selection: str) -> None:
+  """Raises ValueError naming the argument of a backward set out of range."""
+  base.check_sparsity('backward_sparsity', backward_sparsity)
+  if backward_sparsity > sparsity:
+    raise ValueError(f'`backward_sparsity` (={backward_sparsity!r}) must not '
+                     f'be above `sparsity` (={sparsity!r}): the backward set '
+                     'contains the forward set.')
+  if backward_selection not in ('magnitude', 'random'):
+    raise ValueError(f'`backward_selection` (={backward_selection!r}) must be '
+                     '\'magnitude\' or \'random\'.')
+
+
 def drop_schedule(fraction: float, end: int | None
                   ) -> Callable[[jax.Array], Any]:
   """The drop fraction: constant, or annealed to `end` by a cosine."""

@@ -1,6 +1,7 @@
 """The words every other file shares: paths of leaves, and checks of ranges."""
 
 from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -83,6 +84,20 @@ def _key_name(key: Any) -> str:
     if hasattr(key, field):
       return str(getattr(key, field))
   return str(key)
+
+
+def owner_of(name: Path, paths: Collection[Path]) -> Path | None:
+  """The longest of the paths with which the name of a slot ends, or None.
+
+  So an optimizer's slot is known by the parameter that it belongs to.
+
+  Example:
+    >>> owner_of('0/mu/Dense_0/kernel', {'kernel', 'Dense_0/kernel'})
+    'Dense_0/kernel'
+  """
+  keys = name.split('/')
+  ends = ('/'.join(keys[start:]) for start in range(len(keys) + 1))
+  return next((end for end in ends if end in paths), None)
 
 
 def leaves_by_path(tree: PyTree) -> dict[Path, Any]:

@@ -84,17 +84,10 @@ def _slot_bytes(optimizer, params, stored) -> int:
   total = 0
   for path, slot in base.leaves_by_path(
       jax.eval_shape(optimizer.init, params)).items():
-    owner = _owner(path, leaves)
+    owner = base.owner_of(path, leaves)
     own = owner is not None and leaves[owner].shape == slot.shape
     total += _bytes(slot, stored.get(owner, 1.) if own else 1.)
   return total
-
-
-def _owner(path, leaves):
-  """The longest parameter path with which that of a slot ends."""
-  keys = path.split('/')
-  ends = ('/'.join(keys[start:]) for start in range(len(keys) + 1))
-  return next((end for end in ends if end in leaves), None)
 
 
 def _residual_bytes(fn, args) -> int:

@@ -20,7 +20,6 @@ from sparse_jax import assembly
 from sparse_jax import base
 from sparse_jax import masking
 from sparse_jax import packed as packed_lib
-from sparse_jax import schedules
 from sparse_jax import selection
 from sparse_jax import sites as sites_lib
 from sparse_jax import state as state_lib
@@ -215,7 +214,7 @@ def packed_top_kast(sparsity: float, *, block: tuple[int, int],
   """
   cutting = _cutting(sparsity, allocation, block, reduce, pad, is_sparse,
                      contracting)
-  _check_backward(sparsity, backward_sparsity, backward_selection)
+  assembly.check_backward(sparsity, backward_sparsity, backward_selection)
   base.check_non_negative('penalty_weight', penalty_weight)
   window = assembly.refresh_window(update_every, update_begin, update_end)
   wider = cutting._replace(sites=cutting.sites.at(backward_sparsity))
@@ -351,22 +350,13 @@ def reset_slots(slots: Any, fresh: Any, entered: dict[base.Path, jax.Array]
                      'is given, for the weights of `params`.')
 
   def visit(path, slot, new):
-    mask = _owner(base.path_name(path), owners)
+    mask = owners.get(base.owner_of(base.path_name(path), owners))
     if mask is None or getattr(slot, 'ndim', 0) != 3 or (
         slot.shape[0] != mask.size):
       return slot
     return jnp.where(mask[:, None, None], new, slot)
 
   return jax.tree.map_with_path(visit, slots, fresh)
-
-
-def _owner(name, owners):
-  keys = name.split('/')
-  for start in range(len(keys)):
-    found = owners.get('/'.join(keys[start:]))
-    if found is not None:
-      return found
-  return None
 
 
 def _rewire_leaf(site, packed, growth, fraction):
@@ -496,7 +486,7 @@ def _jitted_reset(init):
 
 
 def _rewiring(cutting, window, drop_fraction, end, by_gradient):
-  drop = _drop(drop_fraction, end)
+  drop = assembly.drop_schedule(drop_fraction, end)
 
   @functools.lru_cache(maxsize=16)
   def jitted(init, sparsities):
@@ -523,14 +513,6 @@ def _rewiring(cutting, window, drop_fraction, end, by_gradient):
     return by_gradient and bool(window(state.step + 1))
 
   return PackedMethod(_random_pack(cutting), _no_penalty, grows, refresh)
-
-
-def _drop(fraction: float, end: int | None):
-  base.check_fraction('drop_fraction', fraction)
-  if end is None:
-    return lambda step: fraction
-  base.check_count('update_end', end, least=1)
-  return schedules.cosine_drop(fraction, end=end)
 
 
 def _random_pack(cutting):
@@ -650,14 +632,3 @@ def _cutting(sparsity, allocation, block, reduce, pad, is_sparse,
                           structures.Block(block, reduce), is_sparse, (),
                           contracting)
   return _Cutting(sites.checked(), pad)
-
-
-def _check_backward(sparsity, backward_sparsity, backward_selection):
-  base.check_sparsity('backward_sparsity', backward_sparsity)
-  if backward_sparsity > sparsity:
-    raise ValueError(f'`backward_sparsity` (={backward_sparsity!r}) must not '
-                     f'be above `sparsity` (={sparsity!r}): the backward set '
-                     'contains the forward set.')
-  if backward_selection not in ('magnitude', 'random'):
-    raise ValueError(f'`backward_selection` (={backward_selection!r}) must be '
-                     '\'magnitude\' or \'random\'.')

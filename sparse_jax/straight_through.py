@@ -176,8 +176,9 @@ def top_kast(sparsity: float, *, backward_sparsity: float,
   """
   sites = sites_lib.Sites(sparsity, allocation, structure, is_sparse,
                           batch_axes, contracting).checked()
-  _check_top_kast(sparsity, backward_sparsity, backward_selection,
-                  stop_exploration_at)
+  assembly.check_backward(sparsity, backward_sparsity, backward_selection)
+  if stop_exploration_at is not None:
+    base.check_count('stop_exploration_at', stop_exploration_at)
   base.check_non_negative('penalty_weight', penalty_weight)
   wider = sites.at(backward_sparsity)
   window = assembly.refresh_window(update_every, update_begin, update_end,
@@ -233,16 +234,3 @@ def top_kast(sparsity: float, *, backward_sparsity: float,
 def _finite(scores):
   """NaN and infinity below +inf, which is kept for the forward set."""
   return jnp.minimum(scores, jnp.finfo(scores.dtype).max)
-
-
-def _check_top_kast(sparsity, backward_sparsity, backward_selection, stop):
-  base.check_sparsity('backward_sparsity', backward_sparsity)
-  if backward_sparsity > sparsity:
-    raise ValueError(f'`backward_sparsity` (={backward_sparsity!r}) must not '
-                     f'be above `sparsity` (={sparsity!r}): the backward set '
-                     'contains the forward set.')
-  if backward_selection not in ('magnitude', 'random'):
-    raise ValueError(f'`backward_selection` (={backward_selection!r}) must be '
-                     '\'magnitude\' or \'random\'.')
-  if stop is not None:
-    base.check_count('stop_exploration_at', stop)

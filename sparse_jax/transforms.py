@@ -238,26 +238,15 @@ def _map_slots(fn, params, slots, fresh):
   A slot is a leaf whose path ends with a parameter's path and has its shape.
   """
   # Dense leaves too: a slot of theirs must not pass for a namesake's.
-  owners = {path: (path, leaf.shape)
-            for path, leaf in base.leaves_by_path(params).items()}
+  leaves = base.leaves_by_path(params)
 
   def visit(path, slot, new):
-    owner, shape = _owner(base.path_name(path), owners) or (None, None)
-    if owner is None or getattr(slot, 'shape', None) != shape:
+    owner = base.owner_of(base.path_name(path), leaves)
+    if owner is None or getattr(slot, 'shape', None) != leaves[owner].shape:
       return slot
     return fn(owner, slot, new)
 
   return jax.tree.map_with_path(visit, slots, fresh)
-
-
-def _owner(name: base.Path, owners):
-  """The longest parameter path with which the name of a slot ends."""
-  keys = name.split('/')
-  for start in range(len(keys) + 1):
-    found = owners.get('/'.join(keys[start:]))
-    if found is not None:
-      return found
-  return None
 
 
 def _skip(skip, updates, slots):

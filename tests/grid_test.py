@@ -66,7 +66,6 @@ class GridTest(parameterized.TestCase):
       grid.run(cells, _common(), self.outdir, 'title')
     self.assertEmpty(os.listdir(self.outdir))
 
-
   def test_windows_are_judged_by_the_length_of_the_run(self):
     """RigL's default window ends at 75% of the run."""
     late = _common() | {'method': 'rigl', 'update_begin': 2000}
