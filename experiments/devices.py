@@ -1,4 +1,10 @@
-"""All devices as one mesh: data split over them, the state on each."""
+"""All devices as one mesh: data split over them, the state on each or split.
+
+With --model_parallel=N every N devices hold one copy of the state together:
+each array of two axes or more is split along its longest axis that N divides.
+The rule looks at the shape alone, so a weight, its masks and its optimizer
+slots lie alike, and nothing of a weight's size moves between devices.
+"""
 
 from typing import Any
 
@@ -35,10 +41,11 @@ def join(values: dict[str, Any]) -> None:
     jax.distributed.initialize(*(values[name] for name in names))
 
 
-def mesh() -> Mesh:
-  """One axis, 'data', over every device of every process."""
-  return jax.make_mesh((jax.device_count(),), ('data',),
-                       axis_types=(AxisType.Auto,))
+def mesh(model_parallel: int = 1) -> Mesh:
+  """Axes 'data' and 'model' over every device of every process."""
+  return jax.make_mesh(
+      (jax.device_count() // model_parallel, model_parallel),
+      ('data', 'model'), axis_types=(AxisType.Auto,) * 2)
 
 
 def replicated(mesh_: Mesh) -> NamedSharding:
@@ -46,9 +53,21 @@ def replicated(mesh_: Mesh) -> NamedSharding:
   return NamedSharding(mesh_, PartitionSpec())
 
 
-def split(mesh_: Mesh) -> NamedSharding:
-  """The first axis over the devices."""
-  return NamedSharding(mesh_, PartitionSpec('data'))
+def split(mesh_: Mesh, axis: int = 0) -> NamedSharding:
+  """One axis of examples over the devices; -1 for the whole on each."""
+  if axis < 0:
+    return replicated(mesh_)
+  return NamedSharding(mesh_, PartitionSpec(*[None] * axis, 'data'))
+
+
+def place(mesh_: Mesh, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+  """Where a parameter, or what has its shape, lies."""
+  parts = mesh_.shape['model']
+  axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
+  if parts == 1 or len(leaf.shape) < 2 or not axes:
+    return replicated(mesh_)
+  longest = max(axes, key=lambda axis: leaf.shape[axis])
+  return NamedSharding(mesh_, PartitionSpec(*[None] * longest, 'model'))
 
 
 def put_batch(batch: Any, mesh_: Mesh) -> Any:
@@ -58,9 +77,15 @@ def put_batch(batch: Any, mesh_: Mesh) -> Any:
       batch)
 
 
-def check_batch_size(batch_size: int) -> int:
+def check_batch_size(batch_size: int, model_parallel: int = 1,
+                     flag: str = 'batch_size') -> int:
   """Returns the size, or raises ValueError if it does not split evenly."""
-  if batch_size < 1 or batch_size % jax.device_count():
-    raise ValueError(f'`batch_size` (={batch_size}) must be a positive '
-                     f'multiple of the {jax.device_count()} devices.')
+  devices = jax.device_count()
+  if model_parallel < 1 or devices % model_parallel:
+    raise ValueError(f'`model_parallel` (={model_parallel}) must divide the '
+                     f'{devices} devices.')
+  parts = devices // model_parallel
+  if batch_size < 1 or batch_size % parts:
+    raise ValueError(f'`{flag}` (={batch_size}) must be a positive '
+                     f'multiple of the {parts} parts it is split into.')
   return batch_size

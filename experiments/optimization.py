@@ -14,8 +14,8 @@ OPTIMIZERS = ('sgd', 'momentum', 'nesterov', 'adam', 'adamw')
 
 
 def define_flags(*, optimizer: str = 'nesterov', learning_rate: float = .1,
-                 weight_decay: float = 5e-4, lr_schedule: str = 'cosine'
-                 ) -> None:
+                 weight_decay: float = 5e-4, lr_schedule: str = 'cosine',
+                 clip_norm: float | None = None) -> None:
   """Defines the flags below; the arguments are the binary's own defaults."""
   flags.DEFINE_enum('optimizer', optimizer, OPTIMIZERS, 'momentum and nesterov '
                     'are SGD with a momentum of 0.9.')
@@ -30,7 +30,8 @@ def define_flags(*, optimizer: str = 'nesterov', learning_rate: float = .1,
   flags.DEFINE_float('lr_factor', 0.1, 'Factor of each step of the schedule.')
   flags.DEFINE_float('weight_decay', weight_decay, 'L2 coefficient of kernels '
                      '(not of biases and norms); decoupled for adamw.')
-  flags.DEFINE_float('clip_norm', None, 'Clips gradients to this global norm.')
+  flags.DEFINE_float('clip_norm', clip_norm, 'Clips gradients to this '
+                     'global norm.')
 
 
 def schedule(values: Mapping[str, Any], train_steps: int) -> optax.Schedule:

@@ -2,7 +2,8 @@
 
 Every function takes rows (dicts), writes one PNG, whole or not at all, and
 leaves matplotlib's global state alone. Accuracies, churn and densities are
-fractions in the rows and percent in the pictures. The colours are those of
+fractions in the rows and percent in the pictures; what else is measured stands
+in `METRICS`. The colours are those of
 Okabe and Ito, chosen to be told apart by colour-blind readers; methods differ
 in marker as well.
 """
@@ -12,6 +13,7 @@ import math
 import os
 import pathlib
 from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +22,21 @@ _COLOURS = (_BLUE, _ORANGE, _GREEN, '#cc79a7', '#e69f00', '#56b4e9', '#222222',
             '#882255', '#999933', '#5b3fa0', '#7f7f7f', '#8c5a2b')
 _MARKERS = 'osD^vPX<>hp*'
 _GREY, _PALE = '#666666', '#e6e6e6'
+
+
+class Metric(NamedTuple):
+  """What is measured, and how it is drawn."""
+
+  label: str
+  scale: float = 1.  # From rows to pictures.
+  unit: str = ''
+  higher_is_better: bool = False
+
+
+METRICS = {'accuracy': Metric('accuracy', 100., '%', True),
+           'bits_per_character': Metric('bits per character'),
+           'perplexity': Metric('perplexity'),
+           'loss': Metric('loss (nats)')}
 
 _STYLE = {
     'font.family': 'sans-serif', 'font.size': 9.5, 'axes.titlesize': 11,
@@ -36,22 +53,24 @@ _STYLE = {
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]],
-                    path: str | os.PathLike, title: str):
-  """Draws accuracy, and below it how much the masks change, by step.
+                    path: str | os.PathLike, title: str,
+                    metric: str = 'accuracy'):
+  """Draws a metric, and below it how much the masks change, by step.
 
   Args:
-    rows: metrics with `step` and any of `train_accuracy`, `test_accuracy`,
+    rows: metrics with `step` and any of `train_<metric>`, `test_<metric>`,
       `churn_min`, `churn_mean`, `churn_max`: over the layers, the share of
       the forward set that changed at a refresh. Without churn there is one
       panel and a note. Missing values and nan are gaps.
     path: the PNG file.
     title: stands above it.
+    metric: a name in `METRICS`.
 
   Raises:
     ValueError: if there are no rows, or a fraction is outside [0, 1].
   """
-  _check(rows, ('train_accuracy', 'test_accuracy', 'churn_min', 'churn_mean',
-                'churn_max'))
+  _check(rows, (*_fractions(f'train_{metric}', f'test_{metric}'), 'churn_min',
+                'churn_mean', 'churn_max'))
   has_churn = _series(rows, 'churn_mean')[0].size > 0
 
   def draw(figure):
@@ -62,7 +81,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]],
       top = bottom = figure.subplots()
       figure.supxlabel('no churn panel: this method has no masks that change',
                        fontsize=8, color=_GREY, x=0.99, ha='right')
-    _draw_accuracy(top, rows)
+    _draw_metric(top, rows, metric)
     top.set_title(title)
     bottom.set_xlabel('step')
     bottom.xaxis.set_major_formatter(_format_step)
@@ -70,58 +89,59 @@ def training_curves(rows: Sequence[Mapping[str, Any]],
   _save(path, (6.4, 4.8 if has_churn else 3.4), draw)
 
 
-def accuracy_vs_sparsity(rows: Sequence[Mapping[str, Any]],
-                         path: str | os.PathLike, title: str,
-                         what: str = 'weights'):
+def against_sparsity(rows: Sequence[Mapping[str, Any]],
+                     path: str | os.PathLike, title: str,
+                     what: str = 'weights', metric: str = 'accuracy'):
   """Draws a line for each method, and a dashed one where nothing is sparse.
 
   The axis is logarithmic in density, so that 80, 90, 95 and 98 percent stand
   apart.
 
   Args:
-    rows: dicts with `method`, `sparsity` in [0, 1), `accuracy`, and perhaps
-      `accuracy_std`, drawn as an error bar. Methods take colour and marker in
+    rows: dicts with `method`, `sparsity` in [0, 1), the metric, and perhaps
+      `<metric>_std`, drawn as an error bar. Methods take colour and marker in
       order of appearance. A row of sparsity 0 is a reference, not a point.
     path: the PNG file.
     title: stands above it.
     what: whose sparsity it is, for the axis.
+    metric: a name in `METRICS`.
 
   Raises:
     ValueError: if there are no rows, or a fraction is outside [0, 1].
   """
-  _check(rows, ('sparsity', 'accuracy', 'accuracy_std'))
+  _check(rows, ('sparsity', *_fractions(metric, f'{metric}_std')))
   lines, references = _by_method(rows)
 
   def draw(figure):
     axes = figure.subplots()
-    ends = [_draw_method(axes, index, points)
+    ends = [_draw_method(axes, index, points, metric)
             for index, points in enumerate(lines.values())]
-    _leave_out_failures(axes, rows)
-    for row in references:
-      axes.axhline(100 * row['accuracy'], color=_GREY, linestyle=(0, (4, 3)),
-                   linewidth=1, zorder=1)
+    _leave_out_failures(axes, rows, metric)
+    _draw_references(axes, references, metric)
     axes.set_title(title)
     axes.set_xlabel(f'sparsity (percent of the {what} that are zero)')
-    axes.set_ylabel('test accuracy (%)')
+    axes.set_ylabel(f'test {_label(metric)}')
     _scale_sparsity(axes, lines)
-    _label_ends(axes, list(lines), ends, references)
+    _label_ends(axes, list(lines), ends, references, metric)
   _save(path, (6.8, 4.2), draw)
 
 
-def accuracy_vs_flops(rows: Sequence[Mapping[str, Any]],
-                      path: str | os.PathLike, title: str):
-  """Draws accuracy against the FLOPs of training: what each method buys.
+def against_flops(rows: Sequence[Mapping[str, Any]],
+                  path: str | os.PathLike, title: str,
+                  metric: str = 'accuracy'):
+  """Draws a metric against the FLOPs of training: what each method buys.
 
-  As Top-KAST's figure 2: what lies above and to the left is better.
+  As Top-KAST's figure 2: of accuracies, what lies above and to the left is
+  better.
 
   Args:
-    rows, path, title: as of `accuracy_vs_sparsity`; rows also have
+    rows, path, title, metric: as of `against_sparsity`; rows also have
       `training_multiplier`, the FLOPs as a fraction of dense training.
 
   Raises:
     ValueError: if there are no rows, or a fraction is outside [0, 1].
   """
-  _check(rows, ('sparsity', 'accuracy', 'accuracy_std'))
+  _check(rows, ('sparsity', *_fractions(metric, f'{metric}_std')))
   lines, references = {}, []
   for row in rows:
     if row['training_multiplier'] == 1:
@@ -134,14 +154,12 @@ def accuracy_vs_flops(rows: Sequence[Mapping[str, Any]],
     axes = figure.subplots()
     axes.set_xscale('log')
     for index, (name, points) in enumerate(lines.items()):
-      _draw_method(axes, index, points, 'training_multiplier', name)
-    _leave_out_failures(axes, rows)
-    for row in references:
-      axes.axhline(100 * row['accuracy'], color=_GREY, linestyle=(0, (4, 3)),
-                   linewidth=1, zorder=1)
+      _draw_method(axes, index, points, metric, 'training_multiplier', name)
+    _leave_out_failures(axes, rows, metric)
+    _draw_references(axes, references, metric)
     axes.set_title(title)
     axes.set_xlabel('theoretical FLOPs of training, as a fraction of dense')
-    axes.set_ylabel('test accuracy (%)')
+    axes.set_ylabel(f'test {_label(metric)}')
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.xaxis.set_major_formatter(_format_percent)
@@ -181,20 +199,28 @@ def layer_density(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
 # ------------------------------------------------------------------- panels
 
 
-def _draw_accuracy(axes, rows):
-  step, value = _series(rows, 'train_accuracy')
+def _draw_metric(axes, rows, metric):
+  scale, unit = METRICS[metric].scale, METRICS[metric].unit
+  step, value = _series(rows, f'train_{metric}')
   if step.size:
-    axes.plot(step, 100 * value, color=_BLUE, alpha=0.22, linewidth=0.8)
-    axes.plot(step, 100 * _running_mean(value), color=_BLUE, linewidth=1.8,
+    axes.plot(step, scale * value, color=_BLUE, alpha=0.22, linewidth=0.8)
+    axes.plot(step, scale * _running_mean(value), color=_BLUE, linewidth=1.8,
               label='train, running mean')
-  step, value = _series(rows, 'test_accuracy')
+  step, value = _series(rows, f'test_{metric}')
   if step.size:
-    axes.plot(step, 100 * value, color=_ORANGE, linewidth=1.2, marker='o',
+    label = f'test, {scale * value[-1]:.4g}{unit} at the end'
+    axes.plot(step, scale * value, color=_ORANGE, linewidth=1.2, marker='o',
               markersize=4.5, markeredgecolor='white', markeredgewidth=0.6,
-              label=f'test, {100 * value[-1]:.2f}% at the end', zorder=3)
-  axes.set_ylabel('accuracy (%)')
+              label=label, zorder=3)
+  axes.set_ylabel(_label(metric))
   if axes.get_legend_handles_labels()[0]:
     axes.legend(loc='best')
+
+
+def _draw_references(axes, references, metric):
+  for row in references:
+    axes.axhline(METRICS[metric].scale * row[metric], color=_GREY,
+                 linestyle=(0, (4, 3)), linewidth=1, zorder=1)
 
 
 def _draw_churn(axes, rows):
@@ -221,26 +247,30 @@ def _draw_churn(axes, rows):
               borderaxespad=0.1, borderpad=0)
 
 
-def _leave_out_failures(axes, rows):
-  """Ends the axis above runs that lie far below all others, and says so."""
-  accuracies = 100 * np.array([row['accuracy'] for row in rows])
-  low, high = np.quantile(accuracies, (.25, .75))
-  floor = low - 4 * max(high - low, .5)
-  failed = accuracies < floor
+def _leave_out_failures(axes, rows, metric):
+  """Ends the axis before runs that are far worse than others, and says so."""
+  up = 1 if METRICS[metric].higher_is_better else -1
+  values = up * METRICS[metric].scale * np.array([row[metric] for row in rows])
+  low, high = np.quantile(values, (.25, .75))
+  floor = low - 4 * max(high - low, .005 * abs(values.max()))
+  failed = values < floor
   if failed.any():
-    top = accuracies.max()
-    axes.set_ylim(floor, top + .08 * (top - floor))
-    axes.text(.01, .02, f'{failed.sum()} of {failed.size} points lie below',
+    best = values.max()
+    axes.set_ylim(sorted([up * floor, up * (best + .08 * (best - floor))]))
+    axes.text(.01, .02 if up > 0 else .94,
+              f'{failed.sum()} of {failed.size} points lie '
+              f'{"below" if up > 0 else "above"}',
               transform=axes.transAxes, color=_GREY)
 
 
-def _draw_method(axes, index, points, across=None, label=None):
+def _draw_method(axes, index, points, metric, across=None, label=None):
   """Draws one line over a value or the density; returns its right end."""
   colour, marker = _look(index)
   points = sorted(points, key=lambda row: row[across or 'sparsity'])
   x = [row[across] if across else 1 - row['sparsity'] for row in points]
-  y = [100 * row['accuracy'] for row in points]
-  error = [100 * (row.get('accuracy_std') or 0.) for row in points]
+  scale = METRICS[metric].scale
+  y = [scale * row[metric] for row in points]
+  error = [scale * (row.get(f'{metric}_std') or 0.) for row in points]
   axes.errorbar(x, y, error if any(error) else None, color=colour,
                 marker=marker, markeredgecolor='white', markeredgewidth=0.6,
                 linewidth=1.5, elinewidth=1, capsize=2.5,
@@ -270,12 +300,13 @@ def _apart(densities, factor=1.1):
   return kept
 
 
-def _label_ends(axes, names, ends, references):
+def _label_ends(axes, names, ends, references, metric):
   """Writes each name at the height where its line ends, or close to it."""
   axes.set_ylim(axes.get_ylim())  # Settled: it would move while drawing.
   to_axes = axes.transData + axes.transAxes.inverted()
   starts = [to_axes.transform(end) for end in ends]
-  starts += [(1., to_axes.transform((1., 100 * row['accuracy']))[1])
+  scale = METRICS[metric].scale
+  starts += [(1., to_axes.transform((1., scale * row[metric]))[1])
              for row in references]
   looks = [_look(i) for i in range(len(names))]
   looks += [(_GREY, '')] * len(references)
@@ -320,6 +351,16 @@ def _draw_bars(axes, rows, fontsize):
 
 
 # ------------------------------------------------------------------- values
+
+
+def _label(metric):
+  found = METRICS[metric]
+  return f'{found.label} ({found.unit})' if found.unit else found.label
+
+
+def _fractions(*names):
+  """Of the names of metrics, those whose values are fractions."""
+  return tuple(name for name in names if 'accuracy' in name)
 
 
 def _check(rows, names):

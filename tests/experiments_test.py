@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from experiments import checkpointing
 from experiments import devices
 from experiments import reporting
 from experiments import sparsity
+from experiments import training
 from experiments.image import builders
 from experiments.image import input_pipeline
 from experiments.image import models
@@ -135,9 +137,8 @@ def _wait_for_checkpoint(process, workdir, above):
 def _saved(values):
   """Bytes of each leaf of the final checkpoint, by its path."""
   run = train.prepare(values, values['workdir'])
-  with train.open_checkpoints(run, None) as checkpoints:
-    state, step = checkpoints.restore_latest(run.init.out_info)
-  assert step == run.train_steps, step
+  state = training.last_state(run)
+  assert state.step == run.train_steps, state.step
   leaves = jax.tree_util.tree_leaves_with_path(
       state._replace(key=jax.random.key_data(state.key)))
   return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes()
@@ -180,7 +181,7 @@ class RunTest(parameterized.TestCase):
     self.folder = self.enterContext(tempfile.TemporaryDirectory())
     self.workdir = os.path.join(self.folder, 'run')
     if 'pictures' not in self.id():
-      self.enterContext(mock.patch.object(train, 'draw'))
+      self.enterContext(mock.patch.object(training, 'draw'))
 
   def _values(self, **changes):
     return _values(workdir=self.workdir, **changes)
@@ -214,7 +215,8 @@ class RunTest(parameterized.TestCase):
     self.assertEqual(_checkpoints(self.workdir), [10, 20])
 
   def test_last_step_is_evaluated_once(self):
-    with mock.patch.object(train, 'evaluate', wraps=train.evaluate) as spy:
+    with mock.patch.object(
+        training, 'evaluate', wraps=training.evaluate) as spy:
       train.train(self._values(method='static', train_steps=8))
     self.assertEqual(spy.call_count, 1)
 
@@ -222,7 +224,8 @@ class RunTest(parameterized.TestCase):
     values = self._values(method='static', train_steps=5)
     result = train.train(values)
     files = {path: path.stat().st_mtime_ns for path in self._path().rglob('*')}
-    with mock.patch.object(train, 'prepare', side_effect=AssertionError), (
+    with mock.patch.object(
+        training, 'run_steps', side_effect=AssertionError), (
         mock.patch('builtins.print')) as printed:
       again = train.train(values | {'log_every': 1})
     self.assertEqual(again, json.loads(json.dumps(result)))
@@ -232,7 +235,7 @@ class RunTest(parameterized.TestCase):
 
   def test_run_stopped_before_its_report_makes_it(self):
     values = self._values(method='static', train_steps=5)
-    with mock.patch.object(train, 'report', side_effect=KeyboardInterrupt):
+    with mock.patch.object(training, 'report', side_effect=KeyboardInterrupt):
       with self.assertRaises(KeyboardInterrupt):
         train.train(values)
     result = train.train(values)
@@ -247,7 +250,7 @@ class RunTest(parameterized.TestCase):
             mock.patch.object(
                 reporting.Writers, 'close', autospec=True,
                 side_effect=lambda self: (closed.append('files'), flush(self))
-            )), mock.patch.object(train, 'measure', side_effect=OSError):
+            )), mock.patch.object(training, 'measure', side_effect=OSError):
       with self.assertRaises(OSError):
         train.train(self._values(method='static', train_steps=5))
     self.assertEqual(closed, ['files', 'thread'])
@@ -307,7 +310,7 @@ class ContinueTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.folder = self.enterContext(tempfile.TemporaryDirectory())
-    self.enterContext(mock.patch.object(train, 'draw'))
+    self.enterContext(mock.patch.object(training, 'draw'))
 
   def _pair(self, **changes):
     """The flags of an unbroken run and of one that will be killed."""
@@ -353,7 +356,7 @@ class ContinueTest(parameterized.TestCase):
     train.train(killed)
     train.train(unbroken)
     leaves = self._assert_same(unbroken, killed)
-    for part in ('.params', '.batch_stats', '.marks', '.mu', '.nu', '.key',
+    for part in ('.params', '.model_state', '.marks', '.mu', '.nu', '.key',
                  '.sums'):
       self.assertTrue(any(part in path for path in leaves), part)
 
@@ -365,7 +368,7 @@ class DevicesTest(parameterized.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
-    cls.enterClassContext(mock.patch.object(train, 'draw'))
+    cls.enterClassContext(mock.patch.object(training, 'draw'))
     cls.eight = cls._values('eight')
     train.train(cls.eight)
 
@@ -405,15 +408,34 @@ class DevicesTest(parameterized.TestCase):
     self.assertNotIn('test accuracy', outputs[1])
     self._assert_agree(self.eight, two)
 
+  @parameterized.parameters('rigl', 'top_kast', 'swat')
+  def test_split_parameters_make_the_masks_and_losses_of_whole_ones(
+      self, method):
+    """And no array of a weight's size is gathered in a step."""
+    whole, split = (self._values(f'{method}{parts}', method=method,
+                                 model_parallel=parts) for parts in (1, 4))
+    train.train(whole)
+    train.train(split)
+    self._assert_agree(split, whole)
+    run = train.prepare(split, split['workdir'])
+    state = run.init.out_info
+    batch = next(run.train_batches(0))
+    text = run.step_fn.lower(state, batch).compile().as_text()
+    gathered = re.findall(r'= \w+\[([\d,]+)\]\S* all-gather', text)
+    sizes = [np.prod(list(map(int, shape.split(',')))) for shape in gathered]
+    smallest = min(leaf.size for leaf in jax.tree.leaves(state.params)
+                   if leaf.ndim > 1)
+    self.assertLess(max(sizes, default=0), smallest)
+
   def test_growth_by_gradient_is_that_of_a_mesh_of_one(self):
     many, one = (self._values(name, method='rigl')
                  for name in ('rigl', 'rigl_on_one'))
     train.train(many)
     mesh = jax.make_mesh(
-        (1,), ('data',), axis_types=(jax.sharding.AxisType.Auto,),
-        devices=jax.devices()[:1])
+        (1, 1), ('data', 'model'), devices=jax.devices()[:1],
+        axis_types=(jax.sharding.AxisType.Auto,) * 2)
     expected = _marks(many)
-    with mock.patch.object(devices, 'mesh', lambda: mesh):
+    with mock.patch.object(devices, 'mesh', lambda *_: mesh):
       train.train(one)
       self.assertEqual(_marks(one), expected)
 

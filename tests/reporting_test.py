@@ -331,7 +331,7 @@ class PlotsTest(ReportingTestCase):
     rows.append({'method': 'dense', 'sparsity': 0., 'accuracy': .77,
                  'accuracy_std': .01})
     path = self.directory / 'sparsity.png'
-    plots.accuracy_vs_sparsity(rows, path, 'Ten methods')
+    plots.against_sparsity(rows, path, 'Ten methods')
     self.assert_png(path)
 
   def test_accuracy_vs_flops(self):
@@ -341,7 +341,7 @@ class PlotsTest(ReportingTestCase):
     rows.append({'method': 'dense', 'sparsity': 0., 'accuracy': .77,
                  'training_multiplier': 1.})
     path = self.directory / 'flops.png'
-    plots.accuracy_vs_flops(rows, path, 'Two methods')
+    plots.against_flops(rows, path, 'Two methods')
     self.assert_png(path)
 
   def test_layer_density(self):
@@ -352,8 +352,8 @@ class PlotsTest(ReportingTestCase):
 
   @parameterized.named_parameters(
       ('curves', lambda path: plots.training_curves([], path, '')),
-      ('sparsity', lambda path: plots.accuracy_vs_sparsity([], path, '')),
-      ('flops', lambda path: plots.accuracy_vs_flops([], path, '')),
+      ('sparsity', lambda path: plots.against_sparsity([], path, '')),
+      ('flops', lambda path: plots.against_flops([], path, '')),
       ('density', lambda path: plots.layer_density([], path)))
   def test_refuses_no_rows(self, draw):
     with self.assertRaisesRegex(ValueError, r'rows \(=\[\]\)'):

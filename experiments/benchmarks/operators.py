@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from experiments import reporting
+from experiments import training
 from experiments.benchmarks import timing
 from experiments.image import train
 
@@ -39,14 +40,14 @@ def runner(settings: dict[str, Any], common: dict[str, Any]):
   """A function that does 20 steps, and XLA's bytes of temporary arrays."""
   values = common | settings
   task = train.make_task(values, 1000)
-  state = jax.jit(functools.partial(train.init_state, task, 0)).lower(
-      ).compile(compiler_options=train.FAST_COMPILE)()
+  state = jax.jit(functools.partial(training.init_state, task, 0)).lower(
+      ).compile(compiler_options=training.FAST_COMPILE)()
   random = np.random.RandomState(0)
   batch = {'image': random.randint(0, 256, (values['batch_size'], 32, 32, 3),
                                    np.uint8),
            'label': random.randint(0, 10, values['batch_size'], np.int32)}
-  compiled = jax.jit(lambda state, batch: train.train_step(task, state, batch),
-                     donate_argnums=0).lower(state, batch).compile()
+  step = functools.partial(training.train_step, task)
+  compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
   kept = [state]
 
   def run():

@@ -156,9 +156,9 @@ def write(cells: Sequence[Cell], outdir: str, title: str,
   text = table(rows)
   with open(os.path.join(outdir, 'table.md'), 'w') as file:
     file.write(text)
-  plots.accuracy_vs_sparsity(
+  plots.against_sparsity(
       rows, os.path.join(outdir, 'accuracy_vs_sparsity.png'), title, what)
-  plots.accuracy_vs_flops(
+  plots.against_flops(
       rows, os.path.join(outdir, 'accuracy_vs_flops.png'), title)
   return text
 

@@ -1,0 +1,315 @@
+"""Trains a Transformer-XL sparse, on bytes or on words.
+
+  python -m experiments.language.train
+
+trains a small one with Top-KAST at 80% on the source text of Python's own
+standard library: no download, a few minutes on two CPU cores.
+
+  python -m experiments.language.train --dataset=text --text_file=FILE \
+      --model=small --method=rigl --sparsity=0.9 --train_steps=5000
+
+trains on any text. The recipe of Top-KAST's appendix A for enwik8, which nobody
+has run with this program yet, is
+
+  --dataset=enwik8 --model=enwik8_large --batch_size=22 --train_steps=400000
+  --optimizer=adam --learning_rate=2e-4 --warmup_share=0.01 --clip_norm=0.25
+  --weight_decay=0 --dropout=0.05
+
+(its batch size and steps are not published; these are of the official
+Transformer-XL code). The text is read as --batch_size contiguous streams, and
+the memory of each goes on from step to step; it is part of the state, so that a
+killed run continues bit for bit. The data of a test are the streams of
+--eval_batch_size rows, each token scored once, with a memory of
+--eval_memory_length. Bytes are reported in bits per character (a byte is a
+character, as is the custom with enwik8), words in perplexity, never mixed.
+
+--sample=500 prints that many tokens written by the trained network. Leaves in
+--workdir what experiments.image.train leaves.
+"""
+
+from collections.abc import Mapping
+import functools
+import math
+from typing import Any
+from typing import NamedTuple
+
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+
+from experiments import devices
+from experiments import training
+from experiments.language import input_pipeline
+from experiments.language import models
+from experiments.language import sampling
+
+flags.DEFINE_enum('dataset', 'stdlib', sorted(input_pipeline.DATASETS),
+                  'What to train on. All but stdlib and text must be prepared '
+                  'before.')
+flags.DEFINE_string('text_file', None, '--dataset=text: the file, or a folder '
+                    'with train.txt, valid.txt and test.txt.')
+flags.DEFINE_enum('level', None, ['byte', 'word'], 'What a token is. Default: '
+                  'the data set\'s own.')
+flags.DEFINE_enum('model', 'tiny', sorted(models.MODELS), 'The network.')
+flags.DEFINE_float('width', 1., 'Multiplier of the network\'s widths.')
+flags.DEFINE_float('dropout', 0., 'Dropout rate.')
+flags.DEFINE_integer('segment_length', None, 'Tokens of a stream per step. '
+                     'Default: the network\'s own.')
+flags.DEFINE_integer('memory_length', None, 'Tokens remembered in training. '
+                     'Default: the network\'s own.')
+flags.DEFINE_integer('eval_memory_length', None, 'Tokens remembered in '
+                     'evaluation. Default: the network\'s own.')
+flags.DEFINE_integer('eval_batch_size', None, 'Streams of an evaluation. '
+                     'Default: --batch_size.')
+flags.DEFINE_enum('eval_split', 'test', ['valid', 'test'], 'What evaluations '
+                  'read.')
+training.define_flags(batch_size=16, examples='Streams', optimizer='adam',
+                      learning_rate=1e-3, weight_decay=0., clip_norm=.25,
+                      target=.8, train_steps=1000)
+flags.DEFINE_integer('sample', 0, 'Prints so many tokens of the network in the '
+                     'end.')
+flags.DEFINE_string('prompt', '\n', 'What a sample goes on from.')
+flags.DEFINE_float('sample_temperature', 1., '0 for the likeliest token.')
+
+# What a sample is asked for has no part in the run.
+NOT_OF_THE_RUN = ('sample', 'prompt', 'sample_temperature')
+# The smallest and largest values of flags that no other file checks.
+LIMITS = {'width': (0, 1e6), 'dropout': (0, 1)}
+LENGTHS = ('segment_length', 'memory_length', 'eval_memory_length')
+
+
+class Prediction(NamedTuple):
+  """What is learned, each token from those before: a `training.Problem`."""
+
+  model: models.TransformerXL
+  level: str
+  batch_size: int
+  eval_batch_size: int
+  segment_length: int
+  memory_length: int
+  eval_memory_length: int
+
+  metrics = ()
+
+  def init(self, key):
+    """Parameters, and an empty memory of every stream."""
+    tokens = jnp.zeros((1, self.segment_length), jnp.int32)
+    memory = models.init_memory(self.model, 1, self.memory_length)
+    params = self.model.init(key, tokens, tokens, memory, train=False)['params']
+    return params, models.init_memory(self.model, self.batch_size,
+                                      self.memory_length)
+
+  def loss(self, weights, memory, batch, key):
+    """Mean nats of a token, and the memory with this segment in it."""
+    losses, memory = self.apply(weights, memory, batch, train=True,
+                                rngs={'dropout': key})
+    return losses.mean(), (memory, {})
+
+  def score(self, weights, memory, carry, batch):
+    """The evaluation's own memory, and the nats of a batch summed up."""
+    del memory  # Of the training text.
+    losses, carry = self.apply(weights, carry, batch, train=False)
+    weight = batch['weight']
+    return carry, {'loss': jnp.sum(losses * weight), 'weight': jnp.sum(weight)}
+
+  def apply(self, weights, memory, batch, **options):
+    """Nats of each target, float32[b, t], and the memory."""
+    memory = models.reset_memory(memory, batch['begins'])
+    return self.model.apply({'params': weights}, batch['inputs'],
+                            batch['targets'], memory, **options)
+
+  def results(self, means):
+    """Bits of a character, or the perplexity of a word."""
+    loss = means['loss']
+    if self.level == 'byte':
+      return {'loss': loss, 'bits_per_character': loss / math.log(2)}
+    return {'loss': loss, 'perplexity': math.exp(min(loss, 700.))}
+
+  def first_carry(self):
+    """A memory as long as evaluation wants it."""
+    return models.init_memory(self.model, self.eval_batch_size,
+                              self.eval_memory_length)
+
+  def batch_axes(self, carried):
+    """Where a memory holds its streams."""
+    del carried
+    return models.Memory(values=1, valid=0)
+
+
+def train(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Runs from the last checkpoint, or the start, to the end.
+
+  Args:
+    values: flag values by name.
+
+  Returns:
+    What result.json holds.
+
+  Raises:
+    ValueError: naming the flag and its value; FileNotFoundError likewise for
+      data that is not there. Nothing has then been written.
+  """
+  return training.train(BINARY, values)
+
+
+def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
+  """Checks the flags, loads the data and traces; writes nothing yet."""
+  check_values(values)
+  text, test = (load(values, split) for split in ('train',
+                                                  values['eval_split']))
+  task = make_task(values, len(text.vocabulary))
+  problem = task.problem
+  return training.make_run(
+      values, workdir, task, values['train_steps'],
+      train_batches=functools.partial(train_batches, problem, text.tokens),
+      eval_batches=functools.partial(eval_batches, problem, test.tokens),
+      units=('tokens', problem.batch_size * problem.segment_length),
+      apply=functools.partial(inference, problem))
+
+
+def check(values: Mapping[str, Any]) -> None:
+  """Raises what `train` would for bad flags or absent data; makes no arrays."""
+  check_values(values)
+  text = load(values, 'train')
+  task = make_task(values, len(text.vocabulary))
+  next(train_batches(task.problem, text.tokens, 0))
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+  """Raises ValueError for a flag out of range that no other file checks."""
+  training.check_values(values, LIMITS)
+  training.check_steps(values['train_steps'])
+  for flag in LENGTHS:
+    least = 1 if flag == 'segment_length' else 0
+    if values[flag] is not None and values[flag] < least:
+      raise ValueError(f'`{flag}` (={values[flag]!r}) must be at least '
+                       f'{least}.')
+  if values['eval_batch_size'] is not None:
+    devices.check_batch_size(values['eval_batch_size'],
+                             values['model_parallel'], 'eval_batch_size')
+
+
+@functools.lru_cache(2)
+def _load(*arguments):
+  """Keeps the texts in memory for a program that trains several times."""
+  dataset, split, level, data_dir, text_file = arguments
+  return input_pipeline.load(dataset, split, level=level, data_dir=data_dir,
+                             text_file=text_file)
+
+
+def load(values: Mapping[str, Any], split: str) -> input_pipeline.Text:
+  """A split of the text of the flags."""
+  return _load(values['dataset'], split, values['level'], values['data_dir'],
+               values['text_file'])
+
+
+def make_problem(values: Mapping[str, Any], vocab_size: int) -> Prediction:
+  """The network of the flags, and how much text it sees at a time."""
+  preset = models.MODELS[values['model']]
+  lengths = {flag: getattr(preset, flag) if values[flag] is None
+             else values[flag] for flag in LENGTHS}
+  model = models.create(
+      values['model'], vocab_size=vocab_size, dropout=values['dropout'],
+      width=values['width'],
+      dtype=jnp.bfloat16 if values['bfloat16'] else jnp.float32)
+  return Prediction(model, level(values), values['batch_size'],
+                    values['eval_batch_size'] or values['batch_size'],
+                    **lengths)
+
+
+def level(values: Mapping[str, Any]) -> str:
+  """What a token is: of --level, or the data set's own."""
+  return values['level'] or input_pipeline.DATASETS[values['dataset']].level
+
+
+def make_task(values: Mapping[str, Any], vocab_size: int) -> training.Task:
+  """Problem, method and optimizer of the flags."""
+  return training.make_task(make_problem(values, vocab_size), values,
+                            values['train_steps'])
+
+
+def train_batches(problem: Prediction, tokens, start: int):
+  """This process's streams, segment by segment, after step `start`."""
+  return input_pipeline.train_batches(
+      tokens, batch_size=problem.batch_size, length=problem.segment_length,
+      step=start, process_index=jax.process_index(),
+      process_count=jax.process_count())
+
+
+def eval_batches(problem: Prediction, tokens):
+  """This process's streams of an evaluation."""
+  return input_pipeline.eval_batches(
+      tokens, batch_size=problem.eval_batch_size,
+      length=problem.segment_length, process_index=jax.process_index(),
+      process_count=jax.process_count())
+
+
+def inference(problem: Prediction, state: training.TrainState):
+  """What accounting counts: one segment with a full memory."""
+  del state
+  memory = jax.eval_shape(lambda: models.init_memory(
+      problem.model, 1, problem.memory_length))
+  tokens = jax.ShapeDtypeStruct((1, problem.segment_length), jnp.int32)
+
+  def apply(weights, inputs):
+    tokens, memory = inputs
+    return problem.model.apply({'params': weights}, tokens, tokens, memory,
+                               train=False)
+  return apply, (tokens, memory)
+
+
+def metric(values: Mapping[str, Any]) -> str:
+  return 'bits_per_character' if level(values) == 'byte' else 'perplexity'
+
+
+def headline(result: Mapping[str, Any]) -> str:
+  name = metric(result['flags'])
+  return f'test {name.replace("_", " ")} {result["test_" + name]:.4g}'
+
+
+def run_config() -> dict[str, Any]:
+  """The flags that make a run what it is, wherever this program is used."""
+  return {name: value for name, value in training.run_config(__name__).items()
+          if name not in NOT_OF_THE_RUN}
+
+
+BINARY = training.Binary(
+    prepare, training.workdir_name,
+    title=lambda result: f'{result["flags"]["dataset"]}, '
+                         f'{result["flags"]["model"]}',
+    headline=headline, metric=metric)
+
+
+def sample(values: Mapping[str, Any], count: int, prompt: str,
+           temperature: float) -> str:
+  """What the network of a run writes after a prompt, the prompt included.
+
+  Raises:
+    ValueError: naming the flag and its value.
+  """
+  run = prepare(values, values['workdir'] or BINARY.default_workdir(values))
+  state, problem = training.last_state(run), run.task.problem
+  vocabulary = load(values, 'train').vocabulary
+  tokens = sampling.generate(
+      problem.model, run.task.method.read(state.params, state.opt_state),
+      jnp.asarray(vocabulary.encode(prompt), jnp.int32), count=count,
+      memory_length=problem.eval_memory_length, temperature=temperature,
+      key=jax.random.key(values['seed']))
+  return prompt + vocabulary.decode(jax.device_get(tokens))
+
+
+def main(argv):
+  count, prompt, temperature = (flags.FLAGS[name].value
+                                for name in NOT_OF_THE_RUN)
+  if count < 0 or not temperature >= 0 or not prompt:
+    raise app.UsageError('--sample and --sample_temperature must be at least '
+                         '0, and --prompt must not be empty')
+  training.main(BINARY, run_config, argv)
+  if count:
+    text = sample(run_config(), count, prompt, temperature)
+    print(text if jax.process_index() == 0 else '', flush=True)
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,568 @@
+"""The loop that every binary shares, from the first step to the last.
+
+A binary says what is learned, as a `Problem`, and where its data come from;
+`Run` puts that together with a sparse-training method and an optimizer. Killed
+and started again with the same flags, a run continues bit for bit; stopped by
+SIGTERM it saves first and exits with status 75. Bad flags are status 2 and
+leave nothing behind.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from typing import Any
+from typing import NamedTuple
+from typing import Protocol
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+import jax.numpy as jnp
+import optax
+
+import sparse_jax
+from experiments import accounting
+from experiments import checkpointing
+from experiments import devices
+from experiments import optimization
+from experiments import reporting
+from experiments import sparsity
+
+# Flags that may differ between a run and its continuation.
+FREE = ('workdir', 'data_dir', 'log_every', 'eval_every', 'checkpoint_every',
+        'model_parallel')
+# The smallest and largest values of flags that no other file checks.
+LIMITS = {
+    'batch_size': (1, math.inf), 'log_every': (1, math.inf),
+    'eval_every': (1, math.inf), 'checkpoint_every': (1, math.inf),
+    'seed': (0, 2**32 - 1)}
+# XLA optimises the random draws and searches of the first state for minutes on
+# a CPU; they run once. Half the compile time of ResNet-20, a sixth if dense.
+FAST_COMPILE = {'xla_backend_optimization_level': 0}
+
+
+def define_flags(*, batch_size: int, examples: str, target: float = .9,
+                 train_steps: int | None = None, **optimizer) -> None:
+  """Defines the flags below; the arguments are the binary's own defaults.
+
+  Args:
+    batch_size: of that flag.
+    examples: what a batch is made of.
+    target: default of --sparsity.
+    train_steps: of that flag.
+    **optimizer: as of `optimization.define_flags`.
+  """
+  flags.DEFINE_integer('batch_size', batch_size,
+                       f'{examples} per step, over all devices.')
+  flags.DEFINE_integer('train_steps', train_steps,
+                       'Length of the run in steps.')
+  flags.DEFINE_integer('seed', 0, 'Of initial weights, data order and masks.')
+  flags.DEFINE_bool('bfloat16', False, 'Compute in bfloat16; parameters stay '
+                    'float32.')
+  flags.DEFINE_string('data_dir', None, 'Folder of the prepared data sets. '
+                      'Default: TFDS\'s own.')
+  flags.DEFINE_string('workdir', None, 'Where the run leaves everything. '
+                      'Default: runs/<dataset>_<model>_<method>_<sparsity>.')
+  flags.DEFINE_integer('log_every', 50, 'Steps between two rows of metrics.')
+  flags.DEFINE_integer('eval_every', 250, 'Steps between two evaluations.')
+  flags.DEFINE_integer('checkpoint_every', 1000, 'Steps between checkpoints.')
+  flags.DEFINE_integer('model_parallel', 1, 'Over how many devices parameters, '
+                       'masks and optimizer slots are split.')
+  sparsity.define_flags(sparsity=target)
+  optimization.define_flags(**optimizer)
+  devices.define_flags()
+
+
+class Problem(Protocol):
+  """What is learned: a value, so that two of equal settings are equal.
+
+  `carry` is what an evaluation hands from one batch to the next (the memory of
+  a recurrent network), `model_state` what training hands from step to step.
+  """
+
+  metrics: tuple[str, ...]  # What `loss` reports besides itself.
+
+  def init(self, key: jax.Array) -> tuple[Any, Any]:
+    """The model's parameters and its state."""
+
+  def loss(self, weights, model_state, batch, key):
+    """The loss, and (the new model state, a dict of metrics)."""
+
+  def first_carry(self) -> Any:
+    """What the first batch of an evaluation is given."""
+
+  def score(self, weights, model_state, carry, batch):
+    """The next carry, and a dict of sums over a batch: as `loss`, `weight`."""
+
+  def batch_axes(self, carried: Any) -> Any:
+    """For each leaf of a model state or carry, its axis of examples, or -1."""
+
+  def results(self, means: Mapping[str, float]) -> dict[str, float]:
+    """What is reported of the means of the loss and the metrics."""
+
+
+class TrainState(NamedTuple):
+  """Everything that a continued run needs; the data order is in the step."""
+
+  step: jax.Array  # int32[], updates done.
+  params: Any  # As the optimizer holds them.
+  model_state: Any  # Batch statistics, or a memory; may be empty.
+  opt_state: Any  # Holds the masks as well.
+  thresholds: Any  # Of sparse operands with a period; may be empty.
+  key: jax.Array  # A typed key, for dropout.
+  sums: Any  # Dict of float32[] since the last row: loss, metrics, weight.
+
+
+class Task(NamedTuple):
+  """What is learned, and how."""
+
+  problem: Problem
+  method: sparse_jax.SparseMethod
+  tx: optax.GradientTransformation
+  operator_options: Mapping[str, Any]
+  operand_period: int
+  log_every: int
+
+
+class Run(NamedTuple):
+  """What stays the same from the first step to the last."""
+
+  values: Mapping[str, Any]  # Of the flags, by name.
+  workdir: str
+  train_steps: int
+  task: Task
+  mesh: jax.sharding.Mesh
+  init: Any  # () -> TrainState, traced.
+  step_fn: Any  # (TrainState, batch) -> TrainState, jitted.
+  first_carry: Any  # () -> carry, jitted.
+  eval_fn: Any  # (TrainState, carry, batch) -> carry and sums, jitted.
+  train_batches: Callable[[int], Iterator[Any]]  # Those after a step.
+  eval_batches: Callable[[], Iterator[Any]]
+  # Of what the speed is counted: its name and how many a step.
+  units: tuple[str, int]
+  # (weights, inputs) -> outputs, and the shapes of the inputs: for the FLOPs.
+  apply: Callable[[TrainState], tuple[Callable[..., Any], Any]]
+
+
+class Binary(NamedTuple):
+  """What a program brings to the loop."""
+
+  prepare: Callable[[Mapping[str, Any], str], Run]
+  default_workdir: Callable[[Mapping[str, Any]], str]
+  title: Callable[[Mapping[str, Any]], str]  # (result) -> of the pictures.
+  headline: Callable[[Mapping[str, Any]], str]  # (result) -> of the last line.
+  # (values) -> the result that pictures show, by its name in `plots`.
+  metric: Callable[[Mapping[str, Any]], str]
+
+
+def make_task(problem: Problem, values: Mapping[str, Any],
+              train_steps: int) -> Task:
+  """Adds the method and the optimizer of the flags."""
+  method = sparsity.from_flags(values, train_steps)
+  tx = sparse_jax.sparsify(optimization.make(values, train_steps), method,
+                           key=values['seed'])
+  return Task(problem, method, tx, sparsity.operator_options(values),
+              values['operand_period'], values['log_every'])
+
+
+def make_run(values: Mapping[str, Any], workdir: str, task: Task,
+             train_steps: int, **data) -> Run:
+  """Traces the functions of a run; `data` are the last fields of `Run`."""
+  mesh = devices.mesh(values['model_parallel'])
+  first = functools.partial(init_state, task, values['seed'])
+  state, carry = jax.eval_shape(first), jax.eval_shape(task.problem.first_carry)
+  axes = task.problem.batch_axes
+  places = jax.tree.map(lambda x: devices.place(mesh, x), state)._replace(
+      model_state=_places(mesh, state.model_state, axes(state.model_state)))
+  carried = _places(mesh, carry, axes(carry))
+  rows, whole = devices.split(mesh), devices.replicated(mesh)
+  return Run(
+      values, workdir, train_steps, task, mesh,
+      jax.jit(first, out_shardings=places).trace(),
+      jax.jit(functools.partial(train_step, task), donate_argnums=0,
+              in_shardings=(places, rows), out_shardings=places),
+      jax.jit(task.problem.first_carry, out_shardings=carried),
+      jax.jit(functools.partial(eval_step, task),
+              in_shardings=(places, carried, rows),
+              out_shardings=(carried, whole)), **data)
+
+
+def _places(mesh, carried, axes):
+  """Shardings of what belongs to examples: split like them."""
+  return jax.tree.map(lambda leaf, axis: devices.split(mesh, axis), carried,
+                      axes)
+
+
+def init_state(task: Task, seed: int) -> TrainState:
+  """The state before the first step."""
+  init_key, key = jax.random.split(jax.random.key(seed))
+  params, model_state = task.problem.init(init_key)
+  params = task.method.parametrize(params)
+  opt_state = task.tx.init(params)
+  thresholds = {} if task.operand_period == 1 else (
+      sparse_jax.first_operator_thresholds(task.method, params, opt_state))
+  sums = {name: jnp.zeros(()) for name in ('loss', *task.problem.metrics,
+                                           'weight')}
+  return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state,
+                    thresholds, key, sums)
+
+
+def with_operators(fn, task: Task, state: TrainState, thresholds, due=False):
+  """`fn` of weights and more, its products those of the task's method."""
+  return sparse_jax.with_operators(
+      fn, task.method, state.opt_state, thresholds=thresholds or None,
+      due=due & (state.step % task.operand_period == 0),
+      **task.operator_options)
+
+
+def loss_fn(params, thresholds, task: Task, state: TrainState, batch):
+  """The problem's loss as the method lets it be computed."""
+  key = jax.random.fold_in(state.key, state.step)
+  loss = with_operators(
+      lambda weights: task.problem.loss(weights, state.model_state, batch, key),
+      task, state, thresholds, due=True)
+  return loss(task.method.read(params, state.opt_state))
+
+
+def train_step(task: Task, state: TrainState, batch) -> TrainState:
+  """One update."""
+  # The gradient of a threshold is the threshold for the next step.
+  (loss, (model_state, metrics)), (grads, thresholds) = jax.value_and_grad(
+      loss_fn, (0, 1), has_aux=True)(state.params, state.thresholds, task,
+                                     state, batch)
+  updates, opt_state = task.tx.update(
+      grads, state.opt_state, state.params, grad_fn=lambda params: jax.grad(
+          loss_fn, has_aux=True)(params, state.thresholds, task, state,
+                                 batch)[0])
+  params = optax.apply_updates(state.params, updates)
+  # In the state, so that a run stopped between two rows continues its sums.
+  begins = state.step % task.log_every == 0
+  sums = jax.tree.map(lambda old, new: jnp.where(begins, 0., old) + new,
+                      state.sums, {'loss': loss, 'weight': 1.} | metrics)
+  return TrainState(state.step + 1, params, model_state, opt_state, thresholds,
+                    state.key, sums)
+
+
+def eval_step(task: Task, state: TrainState, carry, batch):
+  """The next carry, and the sums of one batch."""
+  score = with_operators(
+      lambda weights: task.problem.score(weights, state.model_state, carry,
+                                         batch),
+      task, state, state.thresholds)
+  return score(task.method.read(state.params, state.opt_state))
+
+
+def train(binary: Binary, values: Mapping[str, Any]) -> dict[str, Any]:
+  """Runs from the last checkpoint, or the start, to the end.
+
+  Args:
+    binary: what is trained.
+    values: flag values by name.
+
+  Returns:
+    What result.json holds.
+
+  Raises:
+    ValueError: naming the flag and its value; FileNotFoundError likewise for
+      data that is not there. Nothing has then been written.
+  """
+  workdir = values['workdir'] or binary.default_workdir(values)
+  result = finished(values, workdir)
+  if result is None:
+    check_workdir(workdir)
+    result = run_steps(binary, binary.prepare(values, workdir))
+  show(binary, result, workdir)
+  return result
+
+
+def run_steps(binary: Binary, run: Run) -> dict[str, Any]:
+  """The loop; returns what `report` does."""
+  begin, row = time.monotonic(), {}
+  shown = ('train_loss', f'test_{binary.metric(run.values)}')
+  with (checkpointing.PreemptionGuard() as guard,
+        open_checkpoints(run, guard) as checkpoints):
+    state, start = first_state(run, checkpoints)
+    with (contextlib.closing(run.train_batches(start)) as batches,
+          reporting.open_writers(run.workdir, start + 1) as writers,
+          open_progress(run, start) as progress):
+      for step in range(start + 1, run.train_steps + 1):
+        state = run.step_fn(state, devices.put_batch(next(batches), run.mesh))
+        row = measure(run, state, step)
+        if row:
+          writers.write_scalars(step, row)
+        progress.update(step, **{name: row[name] for name in shown
+                                 if name in row})
+        checkpoints.save(step, state, force=step == run.train_steps)
+        if checkpoints.reached_preemption(step):
+          stop(run, checkpoints, state, step)
+  final = row or evaluate(run, state)
+  return report(binary, run, state, {
+      name: value for name, value in final.items() if name.startswith('test_')
+  } | {'seconds_this_session': time.monotonic() - begin})
+
+
+def check_values(values: Mapping[str, Any],
+                 limits: Mapping[str, tuple[float, float]]) -> None:
+  """Raises ValueError for a flag out of range that no other file checks."""
+  for flag, (least, most) in {**LIMITS, **limits}.items():
+    if not least <= values[flag] <= most:
+      raise ValueError(f'`{flag}` (={values[flag]!r}) must be in '
+                       f'[{least}, {most}].')
+  devices.check_batch_size(values['batch_size'], values['model_parallel'])
+
+
+def check_workdir(workdir: str) -> None:
+  """Raises ValueError where results lie that no checkpoints belong to."""
+  if os.path.exists(os.path.join(workdir, 'checkpoints', 'config.json')):
+    return  # Whose they are is checked when they are opened.
+  found = [name for name in ('metrics.jsonl', 'result.json')
+           if os.path.exists(os.path.join(workdir, name))]
+  if found or os.path.isfile(workdir):
+    raise ValueError(f'`workdir` (={workdir!r}) holds {" and ".join(found)} of '
+                     'another run, and no checkpoints of this one.' if found
+                     else f'`workdir` (={workdir!r}) is a file.')
+
+
+def check_steps(steps: int) -> int:
+  """Returns the length of the run, or raises ValueError."""
+  if steps < 1:
+    raise ValueError(f'`train_steps` (={steps}) must be at least 1.')
+  return steps
+
+
+def open_checkpoints(run: Run, guard) -> checkpointing.Checkpoints:
+  with _naming_workdir(run.workdir):
+    return checkpointing.open(
+        os.path.join(run.workdir, 'checkpoints'), config=dict(run.values),
+        free=FREE, save_every=run.values['checkpoint_every'], guard=guard)
+
+
+def first_state(run: Run, checkpoints) -> tuple[TrainState, int]:
+  """The newest checkpoint's state and step; at first, the initial ones."""
+  with _naming_workdir(run.workdir):
+    restored = checkpoints.restore_latest(run.init.out_info)
+  if restored is not None:
+    print(f'continues {run.workdir} after step {restored[1]}', flush=True)
+    return restored
+  options = FAST_COMPILE if jax.default_backend() == 'cpu' else None
+  return run.init.lower().compile(compiler_options=options)(), 0
+
+
+def last_state(run: Run) -> TrainState:
+  """The newest checkpoint's state.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  with open_checkpoints(run, None) as checkpoints, _naming_workdir(run.workdir):
+    restored = checkpoints.restore_latest(run.init.out_info)
+  if restored is None:
+    raise ValueError(f'`workdir` (={run.workdir!r}) has no checkpoint.')
+  return restored[0]
+
+
+@contextlib.contextmanager
+def _naming_workdir(workdir: str):
+  """Says which flag led to checkpoints that cannot be used."""
+  try:
+    yield
+  except RuntimeError as error:
+    raise ValueError(f'`workdir` (={workdir!r}): {error}') from error
+
+
+def open_progress(run: Run, start: int) -> reporting.Progress:
+  return reporting.Progress(run.train_steps, start, run.values['log_every'],
+                            run.units[1])
+
+
+def measure(run: Run, state: TrainState, step: int) -> dict[str, float]:
+  """What is due to be written down after a step; mostly nothing."""
+  due = {name for name in ('log', 'eval', 'checkpoint')
+         if step % run.values[f'{name}_every'] == 0 or step == run.train_steps}
+  row = {}
+  if due & {'log', 'checkpoint'}:
+    means = mean_metrics(run, state)
+  if 'log' in due:
+    row |= means | mask_metrics(run.task, state)
+  if 'eval' in due:
+    row |= evaluate(run, state)
+  return row
+
+
+def mean_metrics(run: Run, state: TrainState) -> dict[str, float]:
+  """Means of the steps since the last row.
+
+  Raises:
+    FloatingPointError: if the loss is not finite, before that can be saved.
+  """
+  means = _means(state.sums)
+  if not math.isfinite(means['loss']):
+    raise FloatingPointError(
+        f'the training loss is {means["loss"]} by step {int(state.step)}; what '
+        f'is in {run.workdir} is from before. A smaller --learning_rate (='
+        f'{run.values["learning_rate"]}) may help.')
+  return _named('train', run.task.problem.results(means))
+
+
+def _means(sums: Mapping[str, jax.Array]) -> dict[str, float]:
+  """Each sum over that of the weights."""
+  sums = {name: float(value) for name, value in jax.device_get(sums).items()}
+  weight = sums.pop('weight')
+  return {name: value / weight for name, value in sums.items()}
+
+
+def _named(split: str, results: Mapping[str, float]) -> dict[str, float]:
+  return {f'{split}_{name}': value for name, value in results.items()}
+
+
+def mask_metrics(task: Task, state: TrainState) -> dict[str, float]:
+  """Sparsity and how the masks moved at the last refresh, over the layers."""
+  summary = sparse_jax.summarize(state.params, state.opt_state, task.method)
+  churn = [row.churn for row in summary.rows if row.sparse]
+  if not churn:
+    return {}
+  return {'sparsity': summary.sparsity, 'churn_min': min(churn),
+          'churn_mean': sum(churn) / len(churn), 'churn_max': max(churn),
+          'ever_active': summary.total.ever_active}
+
+
+def evaluate(run: Run, state: TrainState) -> dict[str, float]:
+  """The problem's results over the whole test split."""
+  carry, sums = run.first_carry(), None
+  for batch in run.eval_batches():
+    carry, found = run.eval_fn(state, carry, devices.put_batch(batch, run.mesh))
+    sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
+  return _named('test', run.task.problem.results(_means(sums)))
+
+
+def stop(run: Run, checkpoints, state: TrainState, step: int) -> None:
+  """Saves and leaves; whoever started the run may start it again."""
+  mean_metrics(run, state)
+  checkpoints.save(step, state, force=True)
+  checkpoints.wait()
+  logging.warning('Stopped by request after step %d; start again with the same '
+                  'flags to continue.', step)
+  sys.exit(checkpointing.REQUEUE_EXIT_CODE)
+
+
+def report(binary: Binary, run: Run, state: TrainState,
+           measured: Mapping[str, float]) -> dict[str, Any]:
+  """Draws the pictures, then writes result.json, which ends the run."""
+  summary = sparse_jax.summarize(state.params, state.opt_state, run.task.method)
+  result = {
+      **measured, 'sparsity': summary.sparsity if summary.total.sparse else 0.,
+      'backward_density': summary.total.backward_density,
+      'ever_active': summary.total.ever_active,
+      'parameters': sum(row.entries for row in summary.rows),
+      'steps': int(state.step), 'flags': dict(run.values),
+      'layers': summary.as_dicts(), 'cost': cost(run, state, summary)}
+  if jax.process_index() == 0:
+    rows = reporting.read_jsonl(os.path.join(run.workdir, 'metrics.jsonl'))
+    unit, per_step = run.units
+    result[f'{unit}_per_second'] = speed(rows, per_step)
+    draw(binary, result, rows, run.workdir)
+    reporting.write_json(os.path.join(run.workdir, 'result.json'), result)
+  return result
+
+
+def cost(run: Run, state: TrainState, summary) -> dict[str, Any]:
+  """FLOPs and bytes, by arithmetic."""
+  weights = jax.eval_shape(run.task.method.read, state.params, state.opt_state)
+  apply, inputs = run.apply(state)
+  return accounting.figures(apply, weights, inputs, run.task.method, summary,
+                            run.train_steps)
+
+
+def speed(rows, per_step: int) -> float | None:
+  """Units a second, the median over the times between rows of metrics.
+
+  So neither compiling nor an interruption counts, nor a rare evaluation.
+  """
+  rates = [per_step * (row['step'] - before['step'])
+           / max(row['time'] - before['time'], 1e-3)  # Times are in ms.
+           for before, row in itertools.pairwise(rows)]
+  return statistics.median(rates) if rates else None
+
+
+def draw(binary: Binary, result: Mapping[str, Any], rows, workdir: str) -> None:
+  """The metric and churn by step, and the density of each layer."""
+  from experiments import plots
+  title = (f'{binary.title(result)}, {result["flags"]["method"]} at '
+           f'{result["sparsity"]:.0%} sparsity')
+  plots.training_curves(rows, os.path.join(workdir, 'training.png'), title,
+                        binary.metric(result['flags']))
+  layers = [{'layer': layer['path'], **layer} for layer in result['layers'][:-1]
+            if layer['sparse']]
+  plots.layer_density(layers or [{'layer': 'all', 'forward_density': 1.}],
+                      os.path.join(workdir, 'layers.png'))
+
+
+def show(binary: Binary, result: Mapping[str, Any], workdir: str) -> None:
+  """Prints the table of layers and the last line."""
+  if jax.process_index() == 0:
+    rows = [sparse_jax.summary.Row(**layer) for layer in result['layers']]
+    print(sparse_jax.Summary(tuple(rows[:-1]), rows[-1]))
+    print(f'{binary.headline(result)}, sparsity {result["sparsity"]:.2%}, '
+          f'{result["steps"]} steps')
+    cost = result['cost']
+    print(f'theoretical FLOPs of dense: {cost["training_multiplier"]:.2%} in '
+          f'training, {cost["inference_multiplier"]:.2%} in inference')
+    print(f'pictures and metrics: {workdir}', flush=True)
+
+
+def finished(values: Mapping[str, Any], workdir: str) -> dict[str, Any] | None:
+  """What result.json holds, if a run of these flags has written one."""
+  try:
+    with open(os.path.join(workdir, 'result.json')) as file:
+      result = json.load(file)
+    theirs = dict(result['flags'])
+  except (OSError, ValueError, TypeError, KeyError):
+    return None  # None, or not ours: the checks to come say so.
+  both = theirs.keys() | values.keys()
+  differ = {flag for flag in both if theirs.get(flag) != values.get(flag)}
+  return None if differ - set(FREE) else result
+
+
+def workdir_name(values: Mapping[str, Any]) -> str:
+  """Names a run by its data set, model, method and sparsity."""
+  name = f'{values["dataset"]}_{values["model"]}_{values["method"]}'
+  if sparsity.has_target(values['method']):
+    name += f'_{values["sparsity"]:g}'
+  return os.path.join('runs', name)
+
+
+def run_config(module: str) -> dict[str, Any]:
+  """The flags that make a run what it is, wherever the binary is used.
+
+  Args:
+    module: `__name__` of the binary.
+  """
+  own = flags.FLAGS.flags_by_module_dict()
+  main_module = sys.argv[0] if module == '__main__' else module
+  modules = (main_module, __name__, sparsity.__name__, optimization.__name__)
+  return {flag.name: flag.value for name in modules for flag in own[name]}
+
+
+def main(binary: Binary, values: Callable[[], Mapping[str, Any]], argv) -> None:
+  """What a program does: bad flags, absent data, a lost loss are status 2."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every file at INFO.
+  try:
+    devices.join(flags.FLAGS.flag_values_dict())
+    train(binary, values())
+  except (ValueError, OSError, FloatingPointError) as error:
+    logging.error('%s', error)
+    logging.debug('It came from here:', exc_info=True)
+    sys.exit(2)
