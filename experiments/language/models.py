@@ -1,0 +1,609 @@
+"""Transformer-XL, whose memory of earlier segments is an explicit argument.
+
+    model = create('tiny', vocab_size=256)
+    memory = init_memory(model, batch_size)
+    params = model.init(key, tokens, targets, memory, train=False)['params']
+    losses, memory = model.apply(
+        {'params': params}, tokens, targets, memory, train=True,
+        rngs={'dropout': key})
+
+Tokens and targets are int32[b, t] and losses float32[b, t] in nats. Parameters
+and the memory are float32 whatever `dtype`, which only sets the type that
+layers compute in. All weights of matrix products are leaves of two axes, (in,
+out), or for an embedding (tokens, features); biases, the u and v of attention
+among them, have one axis. 'vocabulary' is found in the paths of the embeddings
+and of the softmax and in no other, so that a rule can keep them dense.
+
+Reference:
+  Dai et al., Transformer-XL: attentive language models beyond a fixed-length
+  context, 2019, https://arxiv.org/abs/1901.02860.
+"""
+
+from collections.abc import Sequence
+import functools
+import math
+from typing import NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from experiments.language import adaptive
+
+_INIT = nn.initializers.normal(0.02)
+
+# Bisection stops when the bracket is this share of its upper end.
+_WIDTH_TOLERANCE = 2.0 ** -10
+
+
+class Memory(NamedTuple):
+  """What each layer has read before this segment, the newest last."""
+
+  values: jax.Array  # float32[num_layers, b, length, d_model], inputs of layers
+  valid: jax.Array  # int32[b], how many of the last places are filled
+
+
+class Preset(NamedTuple):
+  """A network, and how long its segments and memories are.
+
+  Parameters, all of them counted, the tied ones once: 'tiny' 0.46 and 'small'
+  3.5 million, 'enwik8_small' 69.5 and 'enwik8_large' 278.2 with 256 tokens,
+  'wikitext103' 285.2 with 267,735. Published are 69, 277 and 285. Of the 277
+  the first digit more is due to d_embed: without its two projections, as in
+  the code of Dai et al., where the vectors are as long as the model is wide,
+  it would be 277.3. Top-KAST's table 4 prints 69 for the large network too, by
+  which the small one must be meant. Its WikiText-103 network ties "head only";
+  285 is the count with all vectors tied and the head's projections alone
+  untied.
+  """
+
+  num_layers: int
+  d_model: int
+  d_ff: int
+  d_embed: int
+  num_heads: int
+  segment_length: int
+  memory_length: int
+  eval_memory_length: int
+  cutoffs: tuple[int, ...] = ()
+
+
+# The last three are those of Jayakumar et al., Top-KAST, 2021,
+# https://arxiv.org/abs/2106.03517, table 4; the text beside it has the small
+# one. The cutoffs are those of Dai et al.'s code.
+MODELS: dict[str, Preset] = {
+    'tiny': Preset(2, 128, 512, 128, 4, 64, 64, 128),
+    'small': Preset(4, 256, 1024, 256, 8, 128, 128, 256),
+    'enwik8_small': Preset(24, 512, 1536, 512, 8, 768, 2304, 5000),
+    'enwik8_large': Preset(24, 1024, 3072, 512, 8, 768, 2304, 5000),
+    'wikitext103': Preset(18, 1024, 4096, 1024, 16, 512, 768, 2000,
+                          (20000, 40000, 200000)),
+}
+
+
+def relative_shift(scores: jax.Array) -> jax.Array:
+  """Turns scores by distance into scores by key.
+
+  Args:
+    scores: [..., queries, keys]; the last axis is by distance, falling from
+      keys - 1 to 0.
+
+  Returns:
+    An array y of the same shape. The keys end with the queries themselves, so
+    query i is at key keys - queries + i, and y[i, j] = scores[i, queries - 1 -
+    i + j] for all keys j up to there. Later keys hold entries of no meaning.
+
+  Reference:
+    Dai et al., 2019, appendix B.
+
+  Example:
+    >>> relative_shift(jnp.array([[2, 1, 0], [2, 1, 0]]))[1]
+    Array([2, 1, 0], dtype=int32)
+  """
+  *batch, queries, keys = scores.shape
+  padded = jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(1, 0)])
+  shifted = padded.reshape(*batch, keys + 1, queries)[..., 1:, :]
+  return shifted.reshape(scores.shape)
+
+
+def sinusoids(distances: jax.Array, features: int) -> jax.Array:
+  """Sines, then cosines, of distances [n]: float32[n, features]."""
+  rates = 10000. ** -(jnp.arange(0, features, 2) / features)
+  angles = distances[:, None].astype(jnp.float32) * rates[None]
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def attention_mask(valid: jax.Array, memory_length: int, length: int, *,
+                   same_length: bool = False) -> jax.Array:
+  """Which keys each query may attend to.
+
+  The keys are the memory and then the segment. A query sees the filled places
+  of the memory and the segment up to itself; with `same_length` it sees at most
+  `memory_length` places before itself, as many as any other.
+
+  Args:
+    valid: int32[b], filled places of the memory.
+    memory_length: places of the memory.
+    length: of the segment.
+    same_length: whether each query has the same reach.
+
+  Returns:
+    bool[b, 1, length, memory_length + length].
+
+  Reference:
+    Dai et al.'s TensorFlow code. Their PyTorch code sees one place less.
+  """
+  query = jnp.arange(length)[:, None] + memory_length
+  key = jnp.arange(memory_length + length)[None]
+  seen = key <= query
+  if same_length:
+    seen &= key >= query - memory_length
+  filled = key >= memory_length - valid[:, None]
+  return (seen[None] & filled[:, None])[:, None]
+
+
+class RelativeAttention(nn.Module):
+  """Attention to the memory and the segment by content and by distance.
+
+  The score of query i and key j is (q_i + u) k_j + (q_i + v) W r_{i - j}, over
+  the square root of a head's width, with r the sinusoids. Each layer has a u
+  ('content_bias') and a v ('position_bias') of its own; in the paper layers
+  share them, in its authors' large models they do not. Kernels 'query', 'key',
+  'value', 'position' and 'out' have shape (d_model, d_model) and no bias.
+
+  Attributes:
+    num_heads: heads, which divide the width of the model.
+    attention_dropout: rate of the dropout of attention weights, in [0, 1).
+    dtype: type of the computation; the softmax is in float32.
+  """
+
+  num_heads: int
+  attention_dropout: float
+  dtype: jax.typing.DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array, context: jax.Array, positions: jax.Array,
+               mask: jax.Array, train: bool) -> jax.Array:
+    """Attends.
+
+    Args:
+      x: [b, t, d_model], the queries.
+      context: [b, keys, d_model], the memory and x.
+      positions: [keys, d_model], sinusoids of the distances keys - 1 to 0.
+      mask: bool[b, 1, t, keys], which keys are seen.
+      train: whether to drop attention weights.
+
+    Returns:
+      dtype[b, t, d_model].
+    """
+    def project(name, x):
+      return nn.Dense(x.shape[-1], use_bias=False, kernel_init=_INIT,
+                      dtype=self.dtype, name=name)(x)
+
+    query = project('query', x)
+    features = x.shape[-1] // self.num_heads
+    by_content = jnp.einsum(
+        'bihd,bjhd->bhij', self._heads(self._shifted('content_bias', query)),
+        self._heads(project('key', context)))
+    by_distance = jnp.einsum(
+        'bihd,jhd->bhij', self._heads(self._shifted('position_bias', query)),
+        self._heads(project('position', positions)))
+    weights = self._weights(
+        by_content + relative_shift(by_distance), mask, features)
+    weights = nn.Dropout(self.attention_dropout)(
+        weights, deterministic=not train)
+    mixed = jnp.einsum('bhij,bjhd->bihd', weights,
+                       self._heads(project('value', context)))
+    return project('out', mixed.reshape(x.shape))
+
+  def _shifted(self, name, query):
+    bias = self.param(name, _INIT, query.shape[-1:])
+    return query + bias.astype(query.dtype)[None, None]
+
+  def _heads(self, x):
+    return x.reshape(*x.shape[:-1], self.num_heads, -1)
+
+  def _weights(self, scores, mask, features):
+    scores = scores.astype(jnp.float32) / math.sqrt(features)
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores).astype(self.dtype)
+
+
+class Layer(nn.Module):
+  """Attention, then two Dense with a ReLU between them, each with a shortcut.
+
+  Layer normalisation (epsilon 1e-5) follows each sum; with `pre_norm` it comes
+  before attention, memory included, and before the Dense.
+
+  Attributes:
+    d_ff: features between the two Dense.
+    num_heads: heads of attention.
+    dropout: rate of the dropout of what is added to the shortcuts and between
+      the Dense, in [0, 1).
+    attention_dropout: rate of the dropout of attention weights, in [0, 1).
+    pre_norm: whether to normalise before and not after.
+    dtype: type of the computation.
+  """
+
+  d_ff: int
+  num_heads: int
+  dropout: float
+  attention_dropout: float
+  pre_norm: bool
+  dtype: jax.typing.DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array, memory: jax.Array, positions: jax.Array,
+               mask: jax.Array, train: bool) -> jax.Array:
+    """[b, t, d_model] to the same; see RelativeAttention for the others."""
+    norm = functools.partial(nn.LayerNorm, epsilon=1e-5, dtype=self.dtype)
+    norm_1, norm_2 = norm(name='norm_1'), norm(name='norm_2')
+    attention = RelativeAttention(self.num_heads, self.attention_dropout,
+                                  self.dtype, name='attention')
+    drop = nn.Dropout(self.dropout, deterministic=not train)
+    context = jnp.concatenate([memory.astype(x.dtype), x], axis=1)
+    if self.pre_norm:
+      context = norm_1(context)
+    queries = context[:, memory.shape[1]:]
+    x = x + drop(attention(queries, context, positions, mask, train))
+    x = x if self.pre_norm else norm_1(x)
+    y = self._feed_forward(norm_2(x) if self.pre_norm else x, drop)
+    return x + y if self.pre_norm else norm_2(x + y)
+
+  def _feed_forward(self, x, drop):
+    dense = functools.partial(nn.Dense, kernel_init=_INIT, dtype=self.dtype)
+    hidden = drop(nn.relu(dense(self.d_ff, name='dense_1')(x)))
+    return drop(dense(x.shape[-1], name='dense_2')(hidden))
+
+
+class TransformerXL(nn.Module):
+  """Transformer-XL: a language model that remembers earlier segments.
+
+  A segment attends to itself and to the memory that it is handed, whose length
+  is free: the same parameters serve any, as training and evaluation use. No
+  gradient flows into or out of a memory. Dropout is applied, with one rate, to
+  embeddings, sinusoids, the last states, and inside layers.
+
+  Laws: without dropout two segments of length t, the second with the memory of
+  the first, have the losses of one of length 2t, where the memory holds t
+  places, or, with `same_length`, however many it holds. Losses and the result
+  of `logits` do not depend on places that are not filled.
+
+  Attributes:
+    vocab_size: number of tokens; tokens are in [0, vocab_size).
+    num_layers: number of layers.
+    d_model: width, an even multiple of `num_heads`.
+    d_ff: features inside the feed-forward part of a layer.
+    d_embed: length of the vectors of tokens (of frequent ones, with cutoffs).
+    num_heads: heads of attention.
+    memory_length: places of the memory that `init_memory` makes.
+    cutoffs: first tokens of the softmax's tails; see adaptive.py.
+    div_val: factor by which the vectors of each tail are shorter.
+    dropout, attention_dropout: rates, in [0, 1).
+    pre_norm: whether layers normalise what they read and not what they return;
+      the last states are normalised then too. The paper does not.
+    same_length: whether each token sees just as many places before it as the
+      memory has, for evaluation with a long memory.
+    max_distance: distances above it count as it, or None for no limit; for
+      memories longer than those of training.
+    remat: whether layers are computed again for the gradient, not stored.
+    dtype: type of the computation; parameters are float32 in any case.
+
+  Raises:
+    ValueError: on a call, if the shape of an argument does not fit, `d_model`
+      is no even multiple of `num_heads`, or `cutoffs` are out of order.
+  """
+
+  vocab_size: int
+  num_layers: int
+  d_model: int
+  d_ff: int
+  d_embed: int
+  num_heads: int
+  memory_length: int
+  cutoffs: Sequence[int] = ()
+  div_val: int = 4
+  dropout: float = 0.0
+  attention_dropout: float = 0.0
+  pre_norm: bool = False
+  same_length: bool = False
+  max_distance: int | None = None
+  remat: bool = False
+  dtype: jax.typing.DTypeLike = jnp.float32
+
+  def setup(self):
+    if self.d_model % (2 * self.num_heads):
+      raise ValueError(f'`d_model` (={self.d_model}) must be an even multiple '
+                       f'of num_heads (={self.num_heads}).')
+    self.vocabulary = adaptive.AdaptiveEmbedding(
+        self.vocab_size, self.d_model, self.d_embed, self.cutoffs,
+        self.div_val, self.dtype)
+    # Argument 5 is `train`, counting the module itself as 0.
+    layer = nn.remat(Layer, static_argnums=(5,)) if self.remat else Layer
+    self.layer = {
+        str(i): layer(self.d_ff, self.num_heads, self.dropout,
+                      self.attention_dropout, self.pre_norm, self.dtype)
+        for i in range(self.num_layers)}
+    if self.pre_norm:
+      self.last_norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)
+    self.drop = nn.Dropout(self.dropout)
+
+  def __call__(self, tokens: jax.Array, targets: jax.Array, memory: Memory, *,
+               train: bool) -> tuple[jax.Array, Memory]:
+    """Losses of the tokens that follow.
+
+    Args:
+      tokens: int32[b, t].
+      targets: int32[b, t], the tokens that follow them.
+      memory: of the segments before; see `init_memory`.
+      train: whether to apply dropout, which takes an rng named 'dropout'.
+
+    Returns:
+      Losses float32[b, t] in nats, and the memory for the next segment.
+    """
+    if targets.shape != tokens.shape:
+      raise ValueError(f'`targets` (of shape {targets.shape}) must have the '
+                       f'shape of tokens, {tokens.shape}.')
+    hidden, memory = self._read(tokens, memory, train)
+    return self.vocabulary.losses(hidden, targets), memory
+
+  def logits(self, tokens: jax.Array,
+             memory: Memory) -> tuple[jax.Array, Memory]:
+    """Log probabilities of every next token, without dropout.
+
+    Returns:
+      float32[b, t, vocab_size], and the memory for the next segment.
+    """
+    hidden, memory = self._read(tokens, memory, train=False)
+    return self.vocabulary.log_probabilities(hidden), memory
+
+  def _read(self, tokens, memory, train):
+    """The last states dtype[b, t, d_model], and the memory after them."""
+    self._check(tokens, memory)
+    drop = functools.partial(self.drop, deterministic=not train)
+    memory = jax.lax.stop_gradient(memory)
+    mask = attention_mask(memory.valid, memory.values.shape[2],
+                          tokens.shape[1], same_length=self.same_length)
+    positions = drop(self._positions(memory.valid, mask.shape[-1]))
+    x, inputs = drop(self.vocabulary(tokens)), []
+    for layer, remembered in zip(self.layer.values(), memory.values):
+      inputs.append(x)
+      x = layer(x, remembered, positions, mask, train)
+    if self.pre_norm:
+      x = self.last_norm(x)
+    return drop(x), _remember(memory, jnp.stack(inputs))
+
+  def _positions(self, valid, keys):
+    """Sinusoids dtype[keys, d_model] of the distances keys - 1 to 0."""
+    distances = jnp.arange(keys)[::-1]
+    # No place is further away that is filled. So the table depends on an
+    # argument: it does not become a constant of the compiled program, of many
+    # megabytes, and its product with a kernel counts as one with data.
+    distances = jnp.minimum(distances, keys + valid.max())
+    if self.max_distance is not None:
+      distances = jnp.minimum(distances, self.max_distance)
+    return sinusoids(distances, self.d_model).astype(self.dtype)
+
+  def _check(self, tokens, memory):
+    batch, layers, features = tokens.shape[0], self.num_layers, self.d_model
+    shape = memory.values.shape
+    if (*shape[:2], *shape[3:]) != (layers, batch, features):
+      raise ValueError(f'`memory` (values of shape {shape}) must be of shape '
+                       f'({layers}, {batch}, length, {features}).')
+
+
+def _remember(memory: Memory, inputs: jax.Array) -> Memory:
+  """The memory after a segment of which [layers, b, t, d_model] were read."""
+  inputs = jax.lax.stop_gradient(inputs).astype(memory.values.dtype)
+  length, added = memory.values.shape[2], inputs.shape[2]
+  joined = jnp.concatenate([memory.values, inputs], axis=2)
+  return Memory(joined[:, :, added:], jnp.minimum(memory.valid + added, length))
+
+
+def init_memory(model: TransformerXL, batch_size: int,
+                length: int | None = None) -> Memory:
+  """An empty memory.
+
+  Args:
+    model: the network.
+    batch_size: number of streams.
+    length: its places; None for the model's `memory_length`.
+
+  Raises:
+    ValueError: if `batch_size` is not positive or `length` is negative.
+
+  Example:
+    >>> init_memory(create('tiny', vocab_size=256), 3).values.shape
+    (2, 3, 64, 128)
+  """
+  length = model.memory_length if length is None else length
+  _check_at_least('batch_size', batch_size, 1)
+  _check_at_least('length', length, 0)
+  return Memory(
+      jnp.zeros((model.num_layers, batch_size, length, model.d_model)),
+      jnp.zeros((batch_size,), jnp.int32))
+
+
+def reset_memory(memory: Memory, where: jax.Array) -> Memory:
+  """Empties the memory of the streams that begin anew.
+
+  Args:
+    memory: of b streams.
+    where: bool[b], which ones.
+
+  Example:
+    >>> memory = Memory(jnp.ones((1, 2, 3, 4)), jnp.array([3, 2]))
+    >>> reset_memory(memory, jnp.array([True, False])).valid
+    Array([0, 2], dtype=int32)
+  """
+  # Hidden values are zeros and not stale: 0 times infinity is not 0.
+  return Memory(jnp.where(where[None, :, None, None], 0, memory.values),
+                jnp.where(where, 0, memory.valid))
+
+
+def create(
+    name: str,
+    *,
+    vocab_size: int,
+    dropout: float = 0.0,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    width: float = 1.0,
+    memory_length: int | None = None,
+    cutoffs: Sequence[int] | None = None,
+    num_layers: int | None = None,
+) -> TransformerXL:
+  """Builds the network of a name.
+
+  Args:
+    name: a key of MODELS.
+    vocab_size: number of tokens, at least 1.
+    dropout: rate of all dropout, of attention weights too, in [0, 1).
+    dtype: type of the computation; parameters are float32 in any case.
+    width: multiplier of d_model, d_ff and d_embed, positive; the products are
+      rounded to multiples of twice the number of heads, at least one.
+    memory_length: places of a new memory, or None for the preset's.
+    cutoffs: first tokens of the softmax's tails, rising; empty for none; None
+      for those of the preset that are below `vocab_size`.
+    num_layers: at least 1, or None for the preset's.
+
+  Returns:
+    A module without variables. Its `clone` takes the other attributes, such
+    as `remat=True` or `same_length=True`.
+
+  Raises:
+    ValueError: naming the argument that is out of range.
+
+  Example:
+    >>> create('wikitext103', vocab_size=33278, width=0.5).cutoffs
+    (20000,)
+  """
+  if name not in MODELS:
+    raise ValueError(f'`name` (={name!r}) must be one of {", ".join(MODELS)}.')
+  preset = MODELS[name]
+  _check_at_least('vocab_size', vocab_size, 1)
+  if not 0 <= dropout < 1:
+    raise ValueError(f'`dropout` (={dropout!r}) must be in [0, 1).')
+  if not 0 < width < math.inf:
+    raise ValueError(f'`width` (={width!r}) must be positive and finite.')
+  sizes = {size: _scaled(width, getattr(preset, size), 2 * preset.num_heads)
+           for size in ('d_model', 'd_ff', 'd_embed')}
+  if cutoffs is None:
+    cutoffs = [first for first in preset.cutoffs if first < vocab_size]
+  layers = preset.num_layers if num_layers is None else num_layers
+  length = preset.memory_length if memory_length is None else memory_length
+  return TransformerXL(
+      vocab_size=vocab_size, num_heads=preset.num_heads, **sizes,
+      num_layers=_check_at_least('num_layers', layers, 1),
+      memory_length=_check_at_least('memory_length', length, 0),
+      cutoffs=adaptive.check_cutoffs(cutoffs, vocab_size),
+      dropout=dropout, attention_dropout=dropout, dtype=dtype)
+
+
+def _check_at_least(name: str, value: int, least: int) -> int:
+  if value < least:
+    raise ValueError(f'`{name}` (={value!r}) must be at least {least}.')
+  return value
+
+
+def _scaled(width: float, size: int, multiple: int) -> int:
+  return multiple * max(1, round(width * size / multiple))
+
+
+def kernel_count(model: TransformerXL) -> int:
+  """Counts the entries of kernels and embeddings, without making any array.
+
+  These are the leaves that may be sparse by default, those of two axes; biases
+  and the scales of normalisation are left out.
+
+  Law: it is the number of entries of the leaves `sparse_jax.is_kernel` takes.
+
+  Example:
+    >>> kernel_count(create('tiny', vocab_size=256))
+    458752
+  """
+  return _count(model, lambda leaf: leaf.ndim > 1)
+
+
+def parameter_count(model: TransformerXL) -> int:
+  """Counts the entries of all parameters, without making any array.
+
+  Example:
+    >>> parameter_count(create('tiny', vocab_size=256))
+    461824
+  """
+  return _count(model, lambda leaf: True)
+
+
+def _count(model, counts):
+  """Entries of some leaves; layers are alike, so that one is looked at."""
+  params = _shapes(model.clone(num_layers=1))
+  layer = params.pop('layer_0')
+  sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree) if counts(leaf))
+           for tree in (layer, params)]
+  return model.num_layers * sizes[0] + sizes[1]
+
+
+def _shapes(model):
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  memory = jax.eval_shape(lambda: init_memory(model, 1, 0))
+  init = functools.partial(model.init, train=False)
+  return jax.eval_shape(
+      init, jax.random.key(0), tokens, tokens, memory)['params']
+
+
+def matching_width(
+    name: str,
+    *,
+    vocab_size: int,
+    parameters: int,
+    cutoffs: Sequence[int] | None = None,
+    num_layers: int | None = None,
+) -> float:
+  """Finds the width at which a dense network is as large as a sparse one.
+
+  Sizes are counted by `kernel_count`, which grows with the width in jumps.
+  Bisection brackets the jump across `parameters` to one part in 1024 and
+  returns the end whose count is nearer, the narrower if both are as near. No
+  array is made.
+
+  Law: given the count of the network of width 1, the width returned has that
+  very count.
+
+  Args:
+    name: a key of MODELS.
+    vocab_size: number of tokens, at least 1.
+    parameters: number of entries wanted.
+    cutoffs, num_layers: as of `create`.
+
+  Returns:
+    The width, positive, for `create`.
+
+  Raises:
+    ValueError: as by `create`, or if even the narrowest network has more than
+      `parameters` entries.
+
+  Example:
+    >>> width = matching_width('tiny', vocab_size=256, parameters=100_000)
+    >>> create('tiny', vocab_size=256, width=width).d_model
+    56
+  """
+  def count(width):
+    return kernel_count(create(name, vocab_size=vocab_size, width=width,
+                               cutoffs=cutoffs, num_layers=num_layers))
+
+  low, high = 2.0 ** -20, 1.0
+  low_count, high_count = count(low), count(high)
+  if parameters < low_count:
+    raise ValueError(f'`parameters` (={parameters!r}) must be at least '
+                     f'{low_count} for {name!r}.')
+  while high_count < parameters:
+    low, low_count = high, high_count
+    high, high_count = 2 * high, count(2 * high)
+  while high - low > _WIDTH_TOLERANCE * high:
+    middle = (low + high) / 2
+    middle_count = count(middle)
+    if middle_count < parameters:
+      low, low_count = middle, middle_count
+    else:
+      high, high_count = middle, middle_count
+  return low if parameters - low_count <= high_count - parameters else high
