@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 
+from experiments import datasets
 from experiments.image import builders
 from experiments.image import input_pipeline
 
@@ -156,7 +157,7 @@ class DigitsTest(parameterized.TestCase):
 
   def test_stored_where_tfds_looks(self):
     folder = pathlib.Path(self.cache, 'sparse_jax', 'tfds')
-    found = builders.find('digits', folder)
+    found = datasets.find('digits', folder)
     self.assertEqual(found, folder / 'digits' / '1.0.0')
     self.assertEqual(
         tfds.builder_from_directory(found).info.features['label'].num_classes,
@@ -198,7 +199,7 @@ class DigitsTest(parameterized.TestCase):
   def test_threads_that_prepare_at_once_get_one_set(self):
     folder = _temporary_folder(self)
     barrier = threading.Barrier(2)
-    move = builders._move
+    move = datasets._move
 
     def move_together(made, place):
       barrier.wait(60)  # Both have written their own by now.
@@ -206,7 +207,7 @@ class DigitsTest(parameterized.TestCase):
 
     found = []
     prepare = lambda: found.append(builders.prepare('digits', None, folder))
-    with mock.patch.object(builders, '_move', move_together):
+    with mock.patch.object(datasets, '_move', move_together):
       threads = [threading.Thread(target=prepare) for _ in range(2)]
       for thread in threads:
         thread.start()
@@ -418,7 +419,7 @@ class BuildersTest(parameterized.TestCase):
       (path.parent / version / 'dataset_info.json').write_text(
           '{"fileFormat": "array_record"}')
     self.assertEqual(
-        builders.find('mnist', self.data_dir), path.parent / '10.0.0')
+        datasets.find('mnist', self.data_dir), path.parent / '10.0.0')
 
 
 class PrepareTest(parameterized.TestCase):

@@ -9,19 +9,18 @@ itself prepared.
 import codecs
 import gzip
 import io
-import json
 import os
 import pathlib
 import pickle
 import tarfile
-import tempfile
 from typing import NamedTuple
 import zlib
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-_FILE_FORMAT = 'array_record'
+from experiments import datasets
+
 _DIGIT_NAMES = tuple('0123456789')
 _FASHION_NAMES = (
     'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt',
@@ -48,11 +47,9 @@ class Examples(NamedTuple):
   labels: np.ndarray  # integer[N], in [0, number of classes).
 
 
-class _ImageBuilder(
-    tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _ImageBuilder(datasets.LocalBuilder, skip_registration=True):
   """What the builders share: a subclass says only how its files are read."""
 
-  VERSION = tfds.core.Version('1.0.0')
   IMAGE_SHAPE: tuple[int, int, int]
   CLASS_NAMES: tuple[str, ...]
 
@@ -70,27 +67,11 @@ class _ImageBuilder(
         features=tfds.features.FeaturesDict({'image': image, 'label': label}),
         supervised_keys=('image', 'label'))
 
-  def _split_generators(self, dl_manager):
-    source = None
-    if self.MANUAL_DOWNLOAD_INSTRUCTIONS:
-      source = pathlib.Path(dl_manager.manual_dir)
-    splits = self.read(source)
-    for split, examples in splits.items():
-      self._check(split, examples)
-    return {split: self._generate_examples(examples)
-            for split, examples in splits.items()}
-
   def _generate_examples(self, examples):
     for i, (image, label) in enumerate(zip(*examples)):
       yield i, {'image': image, 'label': int(label)}
 
-  def _log_download_bytes(self):
-    pass  # TFDS prints the scratch folder here, and in the next.
-
-  def _log_download_done(self):
-    pass
-
-  def _check(self, split, examples):
+  def check(self, split: str, examples: Examples) -> None:
     images, labels = examples
     if images.shape != (len(labels), *self.IMAGE_SHAPE):
       raise ValueError(
@@ -138,7 +119,7 @@ class _Idx(_ImageBuilder, skip_registration=True):
   def read(self, source: pathlib.Path | None) -> dict[str, Examples]:
     names = [f'{split}-{part}-ubyte.gz' for split in ('train', 't10k')
              for part in ('images-idx3', 'labels-idx1')]
-    _require_files(source, names)
+    datasets.require_files(source, names)
     train_images, train_labels, test_images, test_labels = (
         read_idx(source / name) for name in names)
     return {'train': Examples(train_images[..., None], train_labels),
@@ -176,7 +157,7 @@ class _Cifar(_ImageBuilder, skip_registration=True):
       source = source / self.FOLDER
     elif (source / self.ARCHIVE).is_file():
       return _read_archive(source / self.ARCHIVE, self.FOLDER, names)
-    _require_files(source, names, f', nor {self.ARCHIVE}')
+    datasets.require_files(source, names, f', nor {self.ARCHIVE}')
     return {name: (source / name).read_bytes() for name in names}
 
   def _unpack(self, name, blob):
@@ -224,50 +205,10 @@ BUILDERS = {
 }
 
 
-def default_data_dir() -> pathlib.Path:
-  """Returns the folder TFDS uses when it is told none."""
-  home = pathlib.Path.home() / 'tensorflow_datasets'
-  return pathlib.Path(os.environ.get('TFDS_DATA_DIR') or home)
-
-
-def find(name: str, data_dir: str | os.PathLike) -> pathlib.Path | None:
-  """Finds a prepared data set, ours or one that TFDS made.
-
-  Args:
-    name: the name of the set.
-    data_dir: the folder of all sets, as TFDS understands it.
-
-  Returns:
-    The folder `<data_dir>/<name>/<version>` of the highest version that is
-    stored as array_record, or None.
-  """
-  found = [path for path, formats in stored_formats(name, data_dir).items()
-           if _FILE_FORMAT in formats]
-  return max(found, key=lambda path: tfds.core.Version(path.name), default=None)
-
-
-def stored_formats(
-    name: str, data_dir: str | os.PathLike) -> dict[pathlib.Path, list[str]]:
-  """Returns the file formats of each version of a set that is in a folder."""
-  formats = {}
-  folder = pathlib.Path(data_dir, name).expanduser()
-  for path in folder.glob('*/dataset_info.json'):
-    if tfds.core.Version.is_valid(path.parent.name):
-      info = json.loads(path.read_text())
-      formats[path.parent] = [info.get('fileFormat', 'tfrecord'),
-                              *info.get('alternativeFileFormats', ())]
-  return formats
-
-
 def prepare(
     name: str, source: str | os.PathLike | None,
     data_dir: str | os.PathLike) -> pathlib.Path:
   """Writes a data set to where TFDS looks for it, unless it is there.
-
-  The set is written in a scratch folder inside `data_dir` and moved in one
-  step, so that whatever is found at its place is whole. Two processes may
-  prepare one set at once: the later one throws its own away. A process killed
-  meanwhile leaves at most a scratch folder, `.<name>.*`, to delete.
 
   Args:
     name: a key of BUILDERS.
@@ -278,20 +219,10 @@ def prepare(
     The folder of the set, `<data_dir>/<name>/<version>`.
 
   Raises:
-    ValueError: if `name` is unknown, `source` is missing, or a file is corrupt.
-    FileNotFoundError: if `source` or one of its files does not exist.
+    ValueError: if `name` is unknown, or as `datasets.prepare` says.
+    FileNotFoundError: as `datasets.prepare` says.
   """
-  builder_class = _builder_class(name)
-  data_dir = pathlib.Path(data_dir).expanduser()
-  found = find(name, data_dir)
-  if found:
-    return found
-  if builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS:
-    source = _check_source(name, source)
-  data_dir.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix=f'.{name}.', dir=data_dir) as scratch:
-    made = _build(builder_class, source, scratch)
-    return _move(made, data_dir / name / made.name)
+  return datasets.prepare(_builder_class(name), source, data_dir)
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:
@@ -356,13 +287,6 @@ def _read_archive(path, folder, names):
   return blobs
 
 
-def _require_files(source, names, otherwise=''):
-  missing = [name for name in names if not (source / name).is_file()]
-  if missing:
-    raise FileNotFoundError(
-        f'source={str(source)!r} has no {", ".join(missing)}{otherwise}')
-
-
 def _builder_class(name):
   if name == 'imagenet2012':
     raise ValueError(
@@ -371,37 +295,3 @@ def _builder_class(name):
   if name not in BUILDERS:
     raise ValueError(f'name must be one of {sorted(BUILDERS)}; got {name!r}')
   return BUILDERS[name]
-
-
-def _check_source(name, source):
-  if not source:
-    raise ValueError(
-        f'source must be given for {name}: '
-        f'{BUILDERS[name].MANUAL_DOWNLOAD_INSTRUCTIONS}; got {source!r}')
-  source = pathlib.Path(source).expanduser()
-  if not source.is_dir():
-    raise FileNotFoundError(f'source={str(source)!r} is not a folder')
-  if not any(source.iterdir()):
-    raise FileNotFoundError(
-        f'source={str(source)!r} is empty; needed for {name}: '
-        f'{BUILDERS[name].MANUAL_DOWNLOAD_INSTRUCTIONS}')
-  return source
-
-
-def _build(builder_class, source, data_dir):
-  builder = builder_class(data_dir=data_dir, file_format=_FILE_FORMAT)
-  config = tfds.download.DownloadConfig(
-      manual_dir=source and os.path.abspath(source))
-  tfds.disable_progress_bar()  # It names the scratch folder.
-  builder.download_and_prepare(download_config=config)
-  return pathlib.Path(builder.data_path)
-
-
-def _move(made, place):
-  place.parent.mkdir(exist_ok=True)
-  try:
-    os.rename(made, place)
-  except OSError:
-    if not (place / 'dataset_info.json').is_file():  # Not another's whole set.
-      raise
-  return place

@@ -12,21 +12,21 @@ from collections.abc import Sequence
 from concurrent import futures
 import io
 import os
-import pathlib
-import queue
-import threading
 from typing import Any
 from typing import NamedTuple
-import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import batching
+
 _LOAD_CHUNK = 1024  # Examples read at once; one by one is six times slower.
 _CROP_ATTEMPTS = 10
 # Tags that keep the random streams of one seed apart.
 _ORDER, _AUGMENTATION = 1, 2
+
+prefetch = batching.prefetch  # Part of this pipeline for those who use it.
 
 
 class Augmentation(NamedTuple):
@@ -148,7 +148,7 @@ def train_batches(
     ValueError: if `batch_size` exceeds the split or is no multiple of
       `process_count`, or an argument is out of its range.
   """
-  rows = _process_rows(batch_size, process_index, process_count)
+  rows = batching.process_rows(batch_size, process_index, process_count)
   if batch_size > split.num_examples:
     raise ValueError(
         f'batch_size must be at most {split.num_examples}, the size of the '
@@ -185,31 +185,8 @@ def eval_batches(
     ValueError: if `batch_size` is no multiple of `process_count`, or an
       argument is out of its range.
   """
-  rows = _process_rows(batch_size, process_index, process_count)
+  rows = batching.process_rows(batch_size, process_index, process_count)
   return _eval_batches(split, batch_size, rows)
-
-
-def prefetch(iterator: Iterator[Any], size: int = 2) -> Iterator[Any]:
-  """Runs an iterator in a thread of its own, ahead of whoever consumes it.
-
-  Up to `size` items wait ready, while one more is in the making. An error of
-  the iterator is raised where its item would have come. The thread ends, and
-  the iterator is closed, when the result is exhausted, closed with `close()`,
-  or no longer referred to, and at exit.
-
-  Args:
-    iterator: what to run; not to be used by anyone else from then on.
-    size: items to keep ready, at least 1.
-
-  Returns:
-    An iterator of the same items in the same order.
-
-  Raises:
-    ValueError: if `size` is below 1.
-  """
-  if size < 1:
-    raise ValueError(f'size must be at least 1; got {size}')
-  return _Prefetched(iter(iterator), size)
 
 
 def normalise(images: jax.Array, name: str) -> jax.Array:
@@ -238,36 +215,16 @@ def _check_name(name):
 
 
 def _find(name, data_dir):
+  from experiments import datasets
   from experiments.image import builders
-  if data_dir is not None and not os.fspath(data_dir):
-    raise ValueError(
-        f'data_dir must name a folder, or be None; got {data_dir!r}')
   if name == 'digits' and data_dir is None:
-    return builders.prepare(name, None, _cache_dir())
-  data_dir = pathlib.Path(data_dir or builders.default_data_dir()).expanduser()
-  found = builders.find(name, data_dir)
-  if found is None:
-    stored = builders.stored_formats(name, data_dir)
-    raise FileNotFoundError(_not_prepared(name, data_dir, stored))
-  return found
-
-
-def _cache_dir():
-  cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-  return pathlib.Path(cache, 'sparse_jax', 'tfds')
-
-
-def _not_prepared(name, data_dir, stored):
-  message = f'{name} is not prepared in data_dir={str(data_dir)!r}'
-  if stored:
-    formats = sorted({x for formats in stored.values() for x in formats})
-    message += f' as array_record, only as {", ".join(formats)}'
+    return builders.prepare(name, None, datasets.cache_dir())
+  source = '' if name == 'digits' else ' --source=DIR'
+  advice = f'Run: python -m experiments.image.prepare --dataset={name}{source}'
   if name == 'imagenet2012':
-    return (f'{message}. Where tensorflow is installed, run: tfds build '
-            f'{name} --file_format=array_record --data_dir={data_dir}')
-  source = '' if name == 'digits' else '--source=DIR '
-  return (f'{message}. Run: python -m experiments.image.prepare '
-          f'--dataset={name} {source}--data_dir={data_dir}')
+    advice = ('Where tensorflow is installed, run: tfds build imagenet2012 '
+              '--file_format=array_record')
+  return datasets.require(name, data_dir, advice)
 
 
 def _in_memory(name, source):
@@ -279,20 +236,6 @@ def _in_memory(name, source):
     for i, example in zip(indices, source.__getitems__(indices)):
       images[i], labels[i] = example['image'], example['label']
   return Split(name, images, labels)
-
-
-def _process_rows(batch_size, process_index, process_count):
-  """The slice of each batch that belongs to one process."""
-  if not 0 <= process_index < process_count:
-    raise ValueError(
-        f'process_index must be in [0, process_count={process_count}); got '
-        f'{process_index}')
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
-        f'batch_size must be a positive multiple of process_count='
-        f'{process_count}; got {batch_size}')
-  size = batch_size // process_count
-  return slice(process_index * size, (process_index + 1) * size)
 
 
 def _train_batches(split, batch_size, rows, seed, step, augment):
@@ -442,63 +385,3 @@ def _shrink_on_decoding(image, box, size):
   x, y = image.size[0] / width, image.size[1] / height
   return image, (box[0] * x, box[1] * y, min(box[2] * x, image.size[0]),
                  min(box[3] * y, image.size[1]))
-
-
-class _Prefetched:
-  """The consumer's end of `prefetch`."""
-
-  def __init__(self, iterator, size):
-    ready = queue.Queue(size)
-    stop = threading.Event()
-    # The thread does not know this object, which can so be collected. It is a
-    # daemon because Python waits for other threads before it runs finalizers.
-    thread = threading.Thread(
-        target=_work, args=(iterator, ready, stop), daemon=True)
-    self._ready = ready
-    self._end = None
-    self._finalizer = weakref.finalize(self, _stop, ready, stop, thread)
-    thread.start()
-
-  def __iter__(self):
-    return self
-
-  def __next__(self):
-    if self._end is None:
-      is_item, value = self._ready.get()
-      if is_item:
-        return value
-      self.close()
-      if value is not None:
-        raise value
-    raise StopIteration
-
-  def close(self):
-    """Stops the thread; what is left of the items is lost."""
-    self._end = True
-    self._finalizer()
-
-
-def _work(iterator, ready, stop):
-  """Puts (True, item) for each item, then (False, error or None)."""
-  error = None
-  try:
-    for item in iterator:
-      ready.put((True, item))
-      if stop.is_set():
-        break
-  except BaseException as raised:  # Whatever it is, it is the consumer's.
-    error = raised
-  finally:
-    if hasattr(iterator, 'close'):
-      iterator.close()
-  ready.put((False, error))
-
-
-def _stop(ready, stop, thread):
-  """Ends the thread. Once emptied, the queue has room for all it still puts."""
-  stop.set()
-  while thread.is_alive() and thread is not threading.current_thread():
-    try:
-      ready.get_nowait()
-    except queue.Empty:
-      thread.join(0.01)

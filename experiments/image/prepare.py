@@ -34,6 +34,7 @@ import sys
 from absl import app
 from absl import flags
 
+from experiments import datasets
 from experiments.image import builders
 
 _DATASET = flags.DEFINE_string(
@@ -48,8 +49,8 @@ _DATA_DIR = flags.DEFINE_string(
 
 def run(dataset: str, source: str | None, data_dir: str | None) -> str:
   """Prepares one set and returns a sentence on what was done."""
-  data_dir = data_dir or builders.default_data_dir()
-  found = builders.find(dataset, data_dir)
+  data_dir = data_dir or datasets.default_data_dir()
+  found = datasets.find(dataset, data_dir)
   if found:
     return f'{dataset} is already prepared in {found}.'
   return f'Prepared {dataset} in {builders.prepare(dataset, source, data_dir)}.'

@@ -1,0 +1,237 @@
+"""Text corpora as TFDS builders that need neither network nor TensorFlow.
+
+The builders read the files as they are published and write their bytes,
+unchanged and in order, as array_record. A corpus has the splits train, valid
+and test.
+"""
+
+import hashlib
+import os
+import pathlib
+import platform
+import re
+import sysconfig
+import zipfile
+import zlib
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from experiments import datasets
+
+_CHUNK = 1 << 16  # Bytes in a record.
+_PYTHON = re.sub(r'\W', '_', platform.python_version())
+# Tests, other people's packages, the folders of whoever built Python.
+_NOT_STDLIB = re.compile(
+    r'(^|/)(test|tests|idle_test|site-packages|dist-packages)/'
+    r'|(^|/)_sysconfigdata[^/]*$')
+
+
+class _TextBuilder(datasets.LocalBuilder, skip_registration=True):
+  """What the builders share: `read` returns the bytes of every split."""
+
+  def _info(self):
+    chunk = tfds.features.Tensor(
+        shape=(None,), dtype=np.uint8, encoding='bytes')
+    return tfds.core.DatasetInfo(
+        builder=self,
+        description=f'{self.name}: the bytes of the text, in order.',
+        features=tfds.features.FeaturesDict({'bytes': chunk}),
+        disable_shuffling=True)
+
+  def _generate_examples(self, text):
+    for start in range(0, len(text), _CHUNK):
+      chunk = np.frombuffer(text[start:start + _CHUNK], np.uint8)
+      yield start // _CHUNK, {'bytes': chunk}
+
+  def check(self, split: str, text: bytes) -> None:
+    if not text:
+      raise ValueError(f'{self.name}, split {split!r}: there is no text')
+
+
+class Stdlib(_TextBuilder, skip_registration=True):
+  """The source of the standard library of the Python that runs.
+
+  Every file belongs to one split, which `stdlib_split` draws from its path.
+  A split is its files in the order of their paths, cut at SIZES. The text
+  differs from Python to Python, so the name of the set has the version in it.
+  """
+
+  name = f'stdlib_{_PYTHON}'
+  SIZES = {'train': 8_000_000, 'valid': 400_000, 'test': 400_000}  # Bytes.
+
+  def read(self, source: pathlib.Path | None) -> dict[str, bytes]:
+    folder = pathlib.Path(sysconfig.get_path('stdlib'))
+    texts = {split: bytearray() for split in self.SIZES}
+    for path in stdlib_paths(folder):
+      split = stdlib_split(path)
+      if len(texts[split]) < self.SIZES[split]:
+        texts[split] += (folder / path).read_bytes()
+    return {split: bytes(text[:self.SIZES[split]])
+            for split, text in texts.items()}
+
+
+class _Hutter(_TextBuilder, skip_registration=True):
+  """A file of 10**8 bytes, of which the last tenth is for evaluation."""
+
+  FILE: str
+  SIZES = {'train': 90_000_000, 'valid': 5_000_000, 'test': 5_000_000}
+
+  def read(self, source: pathlib.Path | None) -> dict[str, bytes]:
+    text = self._read_file(source)
+    if len(text) != sum(self.SIZES.values()):
+      raise ValueError(
+          f'{self.FILE}: expected {sum(self.SIZES.values())} bytes; got '
+          f'{len(text)}')
+    return _cut(text, self.SIZES)
+
+  def _read_file(self, source):
+    archive = f'{self.FILE}.zip'
+    if not (source / self.FILE).is_file() and (source / archive).is_file():
+      return _read_zip(source / archive, [self.FILE])[0]
+    datasets.require_files(source, [self.FILE], f', nor {archive}')
+    return (source / self.FILE).read_bytes()
+
+
+class Enwik8(_Hutter, skip_registration=True):
+  """enwik8: Hutter, 2006, the first 10**8 bytes of a dump of Wikipedia."""
+  FILE = 'enwik8'
+  MANUAL_DOWNLOAD_INSTRUCTIONS = 'A folder with enwik8 or enwik8.zip.'
+
+
+class Text8(_Hutter, skip_registration=True):
+  """text8: Mahoney, 2006, Wikipedia in the letters a to z and the space."""
+  FILE = 'text8'
+  MANUAL_DOWNLOAD_INSTRUCTIONS = 'A folder with text8 or text8.zip.'
+
+
+class _WikiText(_TextBuilder, skip_registration=True):
+  """Merity et al., 2016, articles of Wikipedia cut into words."""
+
+  FOLDER: str
+  ARCHIVE: str
+
+  def read(self, source: pathlib.Path | None) -> dict[str, bytes]:
+    splits = ('train', 'valid', 'test')
+    names = [f'wiki.{split}.tokens' for split in splits]
+    folder = source / self.FOLDER
+    folder = folder if folder.is_dir() else source
+    if not any((folder / name).is_file() for name in names):
+      if (source / self.ARCHIVE).is_file():
+        members = [f'{self.FOLDER}/{name}' for name in names]
+        return dict(zip(splits, _read_zip(source / self.ARCHIVE, members)))
+      plain = [f'{split}.txt' for split in splits]  # Other people's names.
+      names = plain if any((folder / x).is_file() for x in plain) else names
+    datasets.require_files(folder, names, f', nor {self.ARCHIVE}')
+    return {split: (folder / name).read_bytes()
+            for split, name in zip(splits, names)}
+
+
+class Wikitext2(_WikiText, skip_registration=True):
+  """WikiText-2: 2 million words, 33,278 different ones."""
+  FOLDER = 'wikitext-2'
+  ARCHIVE = 'wikitext-2-v1.zip'
+  MANUAL_DOWNLOAD_INSTRUCTIONS = (
+      f'A folder with {ARCHIVE}, or with wiki.{{train,valid,test}}.tokens or '
+      '{train,valid,test}.txt.')
+
+
+class Wikitext103(_WikiText, skip_registration=True):
+  """WikiText-103: 103 million words, 267,735 different ones."""
+  FOLDER = 'wikitext-103'
+  ARCHIVE = 'wikitext-103-v1.zip'
+  MANUAL_DOWNLOAD_INSTRUCTIONS = (
+      f'A folder with {ARCHIVE}, or with wiki.{{train,valid,test}}.tokens or '
+      '{train,valid,test}.txt.')
+
+
+BUILDERS = {
+    'stdlib': Stdlib,
+    'enwik8': Enwik8,
+    'text8': Text8,
+    'wikitext2': Wikitext2,
+    'wikitext103': Wikitext103,
+}
+
+
+def prepare(
+    name: str, source: str | os.PathLike | None,
+    data_dir: str | os.PathLike) -> pathlib.Path:
+  """Writes a corpus to where TFDS looks for it, unless it is there.
+
+  Args:
+    name: a key of BUILDERS.
+    source: the folder with the files as published; not used by 'stdlib'.
+    data_dir: the folder of all sets; made if absent.
+
+  Returns:
+    The folder of the set, `<data_dir>/<builder's name>/<version>`.
+
+  Raises:
+    ValueError: if `name` is unknown, or as `datasets.prepare` says.
+    FileNotFoundError: as `datasets.prepare` says.
+  """
+  return datasets.prepare(builder_class(name), source, data_dir)
+
+
+def builder_class(name: str) -> type[datasets.LocalBuilder]:
+  """Returns the builder of that key; a ValueError if there is none."""
+  if name not in BUILDERS:
+    raise ValueError(f'`name` (={name!r}) must be one of {sorted(BUILDERS)}')
+  return BUILDERS[name]
+
+
+def stdlib_paths(folder: pathlib.Path) -> list[str]:
+  """Returns the modules of a standard library, without tests, in order.
+
+  Args:
+    folder: where the library lies.
+
+  Returns:
+    Sorted paths below `folder`, with forward slashes.
+
+  Raises:
+    FileNotFoundError: if there is none: not every Python brings its source.
+  """
+  paths = (path.relative_to(folder).as_posix()
+           for path in folder.rglob('*.py'))
+  found = sorted(path for path in paths if not _NOT_STDLIB.search(path))
+  if not found:
+    raise FileNotFoundError(
+        f'{folder}: this Python comes without the source of its standard '
+        'library; name another text with --dataset=text --text_file=FILE')
+  return found
+
+
+def stdlib_split(path: str) -> str:
+  """Returns the split of a file: 'train' for 90 % of all paths.
+
+  The rest is shared between 'valid' and 'test'. Only the path counts.
+
+  >>> stdlib_split('ast.py'), stdlib_split('stat.py'), stdlib_split('pdb.py')
+  ('train', 'valid', 'test')
+  """
+  digest = hashlib.sha256(path.encode()).digest()
+  draw = int.from_bytes(digest[:4], 'big') / 2**32
+  return 'train' if draw < .9 else 'valid' if draw < .95 else 'test'
+
+
+def _cut(text, sizes):
+  """Cuts a text into consecutive splits of those sizes."""
+  parts, start = {}, 0
+  for split, size in sizes.items():
+    parts[split] = text[start:start + size]
+    start += size
+  return parts
+
+
+def _read_zip(path, members):
+  try:
+    with zipfile.ZipFile(path) as archive:
+      missing = sorted(set(members) - set(archive.namelist()))
+      if missing:
+        raise FileNotFoundError(f'{path}: no {", ".join(missing)}')
+      return [archive.read(member) for member in members]
+  except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+    raise ValueError(
+        f'{path}: truncated, or not a zip file: {error}') from error

@@ -1,0 +1,315 @@
+"""Streams of text as a pure function of the step.
+
+A text is one long sequence of tokens. It is cut into as many equal rows as a
+batch has, and a batch continues each row where the batch before it stopped, so
+that a model's memory of one segment belongs to the next. The state of a
+training stream is one int, the step; and what several processes see, put side
+by side, is what one process would see.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import hashlib
+import os
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments import batching
+from experiments.language import vocabulary
+
+LEVELS = ('byte', 'word')
+SPLITS = ('train', 'valid', 'test')
+_WORD_COUNTS = 'words.txt'  # In the folder of a prepared set.
+
+
+class Corpus(NamedTuple):
+  """What is known of a corpus before it is read."""
+  level: str  # One of LEVELS: what a token is, unless one asks otherwise.
+  description: str
+  unit: str  # What a token of that level is called.
+  vocabulary_size: int | None  # At that level; None if the text decides.
+
+
+DATASETS = {
+    'stdlib': Corpus(
+        'byte', 'The standard library of the Python that runs; embedded.',
+        'byte', 256),
+    'enwik8': Corpus(
+        'byte', '100 million bytes of Wikipedia with its markup.', 'character',
+        256),
+    'text8': Corpus(
+        'byte', '100 million letters and spaces of Wikipedia.', 'character',
+        256),
+    'wikitext2': Corpus(
+        'word', 'WikiText-2: 2 million words of Wikipedia.', 'word', 33278),
+    'wikitext103': Corpus(
+        'word', 'WikiText-103: 103 million words of Wikipedia.', 'word',
+        267735),
+    'text': Corpus(
+        'byte', 'A text of your own, named by --text_file.', 'byte', 256),
+}
+
+
+class Text(NamedTuple):
+  """One split of a corpus."""
+  tokens: np.ndarray  # uint8[n] of bytes, int32[n] of words.
+  vocabulary: vocabulary.Vocabulary  # That of the training split.
+  level: str  # One of LEVELS.
+  num_bytes: int  # Of the text, whatever its tokens are.
+
+  @property
+  def num_tokens(self) -> int:
+    return len(self.tokens)
+
+  @property
+  def fingerprint(self) -> str:
+    """16 hexadecimal digits that tell these tokens from any others."""
+    return hashlib.sha256(np.ascontiguousarray(self.tokens)).hexdigest()[:16]
+
+
+def load(
+    dataset: str, split: str, *, level: str | None = None,
+    data_dir: str | os.PathLike | None = None,
+    text_file: str | os.PathLike | None = None, min_count: int = 1,
+    max_size: int | None = None) -> Text:
+  """Reads one split of a corpus into memory; never downloads.
+
+  The words are those of the training split, whichever split is asked for, and
+  are counted once: the counts stay beside the prepared set.
+
+  Args:
+    dataset: a key of DATASETS.
+    split: 'train', 'valid' or 'test'.
+    level: 'byte' or 'word'; None is the corpus's own.
+    data_dir: the folder of all prepared sets. None is TFDS's default folder
+      or, for 'stdlib', a cache folder in which the set is made at first use.
+      Not used by 'text'.
+    text_file: for 'text' alone: a file, of which the first 90 % of the bytes
+      are for training and 5 % each for the others; or a folder with train.txt,
+      valid.txt and test.txt.
+    min_count: words that are rarer in the training split become <unk>.
+    max_size: the most words to tell apart; None for all.
+
+  Returns:
+    The split, in the order of the text.
+
+  Raises:
+    ValueError: if `dataset`, `split` or `level` is unknown, `data_dir` is '',
+      `text_file` is given where it is not used or missing where it is, or
+      there is no text in the split.
+    FileNotFoundError: if the set is not prepared in `data_dir`, or `text_file`
+      does not exist.
+  """
+  _check_choice('dataset', dataset, DATASETS)
+  _check_choice('split', split, SPLITS)
+  level = level or DATASETS[dataset].level
+  _check_choice('level', level, LEVELS)
+  _check_sizes(level, min_count, max_size)
+  read, folder = _open(dataset, data_dir, text_file)
+  text = read(split)
+  known = vocabulary.Bytes()
+  if level == 'word':
+    known = vocabulary.from_counts(
+        _word_counts(read, folder), min_count=min_count, max_size=max_size)
+  return Text(known.encode(text), known, level, len(text))
+
+
+def train_batches(
+    tokens: np.ndarray, *, batch_size: int, length: int, step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
+  """Iterates without end over contiguous segments, a row per stream.
+
+  The text is cut into `batch_size` rows of R = (n - 1) // batch_size tokens,
+  and a pass over it has R // length steps. Step t of a pass gives the columns
+  [t * length, (t + 1) * length) of every row, and as targets the tokens that
+  follow in the text. What is left of a row, fewer than `length` tokens, is not
+  trained on. After the last step of a pass comes the first of the next.
+
+  Law: the stream from `step` k is the stream from step 0 without its first k
+  batches.
+  Law: the batches of all processes, concatenated, are those of one process.
+
+  Args:
+    tokens: integer[n], the text.
+    batch_size: rows in a batch, over all processes.
+    length: tokens of a row in a batch.
+    step: the first batch to give, counted from the start of training.
+    process_index: which rows to give, in [0, process_count).
+    process_count: into how many parts a batch is cut.
+
+  Returns:
+    An iterator of {'inputs': int32[b, length], 'targets': int32[b, length],
+    'begins': bool[b]}, b = batch_size / process_count. Where `begins` is true
+    the segment does not continue the one before: memory must be forgotten.
+
+  Raises:
+    ValueError: if the text is shorter than one batch, `batch_size` is no
+      multiple of `process_count`, or an argument is out of its range.
+  """
+  rows = batching.process_rows(batch_size, process_index, process_count)
+  _check_length(length)
+  if step < 0:
+    raise ValueError(f'`step` (={step}) must be at least 0')
+  if len(tokens) <= batch_size * length:
+    raise ValueError(
+        f'`tokens` (of length {len(tokens)}) must be more than '
+        f'batch_size * length = {batch_size} * {length}')
+  return _train_batches(tokens, batch_size, length, step, rows)
+
+
+def eval_batches(
+    tokens: np.ndarray, *, batch_size: int, length: int, process_index: int = 0,
+    process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
+  """Iterates once over a text, in `batch_size` contiguous streams.
+
+  The text is cut into rows of R = ceil((n - 1) / batch_size) tokens, read side
+  by side. The first token of a row is the last target of the row above it, so
+  that only the first token of the text is never a target. Rows that end early
+  are filled up with token 0 and weight 0. Every process gives the same number
+  of batches.
+
+  Law: over all batches and processes the targets of weight 1 are tokens[1:],
+  each once; the weights sum to n - 1.
+
+  Args:
+    tokens: integer[n], the text, n >= 2.
+    batch_size: rows in a batch, over all processes. A row begins without
+      context, so fewer rows are closer to reading the text as a whole.
+    length: tokens of a row in a batch.
+    process_index: which rows to give, in [0, process_count).
+    process_count: into how many parts a batch is cut.
+
+  Returns:
+    An iterator of {'inputs': int32[b, length], 'targets': int32[b, length],
+    'begins': bool[b], 'weight': float32[b, length]}, b = batch_size /
+    process_count; `begins` as of `train_batches`: at the first batch alone.
+
+  Raises:
+    ValueError: if there are fewer than two tokens, `batch_size` is no multiple
+      of `process_count`, or an argument is out of its range.
+  """
+  rows = batching.process_rows(batch_size, process_index, process_count)
+  _check_length(length)
+  if len(tokens) < 2:
+    raise ValueError(f'`tokens` (of length {len(tokens)}) must be at least 2')
+  return _eval_batches(tokens, batch_size, length, rows)
+
+
+def _check_choice(name, value, choices):
+  if value not in choices:
+    raise ValueError(f'`{name}` (={value!r}) must be one of {sorted(choices)}')
+
+
+def _check_sizes(level, min_count, max_size):
+  if level == 'byte' and (min_count, max_size) != (1, None):
+    raise ValueError(
+        f'`min_count` (={min_count}) and `max_size` (={max_size}) must be left '
+        "out where `level` is 'byte': they choose words")
+
+
+def _check_length(length):
+  if length < 1:
+    raise ValueError(f'`length` (={length}) must be at least 1')
+
+
+def _open(
+    dataset, data_dir, text_file
+) -> tuple[Callable[[str], bytes], pathlib.Path | None]:
+  """Finds a corpus: a function that reads a split, and its folder if it has."""
+  if dataset == 'text':
+    return _open_text(text_file), None
+  if text_file is not None:
+    raise ValueError(
+        f'`text_file` (={str(text_file)!r}) must be left out: '
+        f'dataset={dataset!r} does not use it, only text does')
+  folder = _find(dataset, data_dir)
+  return lambda split: _read_records(folder, split), folder
+
+
+def _find(dataset, data_dir):
+  from experiments import datasets
+  from experiments.language import corpora
+  if dataset == 'stdlib' and data_dir is None:
+    return corpora.prepare(dataset, None, datasets.cache_dir())
+  source = '' if dataset == 'stdlib' else ' --source=DIR'
+  return datasets.require(
+      corpora.builder_class(dataset).name, data_dir,
+      f'Run: python -m experiments.language.prepare --dataset={dataset}'
+      f'{source}')
+
+
+def _read_records(folder, split):
+  import tensorflow_datasets as tfds
+  source = tfds.builder_from_directory(
+      folder, file_format='array_record').as_data_source(split)
+  chunks = source.__getitems__(range(len(source)))
+  return b''.join(chunk['bytes'].tobytes() for chunk in chunks)
+
+
+def _open_text(text_file):
+  if not text_file:
+    raise ValueError(
+        f"`text_file` (={text_file!r}) must name a file where dataset='text'")
+  path = pathlib.Path(text_file).expanduser()
+  return lambda split: _read_text(path, split)
+
+
+def _read_text(path, split):
+  if path.is_dir():
+    if not (path / f'{split}.txt').is_file():
+      raise FileNotFoundError(f'text_file={str(path)!r} has no {split}.txt')
+    text = (path / f'{split}.txt').read_bytes()
+  elif path.is_file():
+    whole = path.read_bytes()
+    ends = [int(len(whole) * share) for share in (0, .9, .95, 1)]
+    i = SPLITS.index(split)
+    text = whole[ends[i]:ends[i + 1]]
+  else:
+    raise FileNotFoundError(f'text_file={str(path)!r} does not exist')
+  if not text:
+    raise ValueError(f'text_file={str(path)!r}: nothing is left for {split}')
+  return text
+
+
+def _word_counts(read, folder):
+  """The word counts of the training split, kept in the folder of the set."""
+  if folder is None:
+    return vocabulary.count_words(read('train'))
+  path = folder / _WORD_COUNTS
+  if path.is_file():
+    return vocabulary.read_counts(path)
+  counts = vocabulary.count_words(read('train'))
+  if os.access(folder, os.W_OK):
+    vocabulary.write_counts(counts, path)
+  return counts
+
+
+def _train_batches(tokens, batch_size, length, step, rows):
+  row_length = (len(tokens) - 1) // batch_size
+  starts = np.arange(batch_size)[rows, None] * row_length
+  while True:
+    column = step % (row_length // length) * length
+    segments = tokens[starts + column + np.arange(length + 1)].astype(np.int32)
+    yield {'inputs': segments[:, :-1], 'targets': segments[:, 1:],
+           'begins': np.full(len(starts), column == 0)}
+    step += 1
+
+
+def _eval_batches(tokens, batch_size, length, rows):
+  last = len(tokens) - 1
+  row_length = -(-last // batch_size)
+  starts = np.arange(batch_size)[rows, None] * row_length
+  for column in range(0, row_length, length):
+    columns = column + np.arange(length)
+    places = starts + columns
+    is_real = (columns < row_length) & (places < last)
+    inputs, targets = (
+        np.where(is_real, tokens[np.minimum(places + shift, last)], 0)
+        for shift in (0, 1))
+    yield {'inputs': inputs.astype(np.int32),
+           'targets': targets.astype(np.int32),
+           'begins': np.full(len(starts), column == 0),
+           'weight': is_real.astype(np.float32)}

@@ -1,0 +1,192 @@
+"""Vocabularies: what the tokens of a text stand for.
+
+A token is a byte, or a word: what lies between blanks, with <eos> for the end
+of a line. The words of a vocabulary are sorted with the most frequent first,
+as an adaptive softmax needs them.
+"""
+
+import collections
+from collections.abc import Iterator
+from collections.abc import Sequence
+import os
+import pathlib
+import re
+import uuid
+
+import numpy as np
+
+EOS, UNKNOWN = '<eos>', '<unk>'
+_PIECE = 1 << 20  # Bytes cut into words at once, which bounds the memory.
+_GAP = re.compile(rb'[ \n]')
+
+
+class Bytes:
+  """The 256 bytes; a text of any kind, and back without loss."""
+
+  def __len__(self) -> int:
+    return 256
+
+  def encode(self, text: str | bytes) -> np.ndarray:
+    """Returns the bytes of a text, that of a str in UTF-8: uint8[n]."""
+    return np.frombuffer(_as_bytes(text), np.uint8)
+
+  def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+    """Returns the text of integer[n]; bytes that are no UTF-8 become U+FFFD.
+
+    Raises:
+      ValueError: if a token is outside [0, 256).
+    """
+    return _in_range(tokens, 256).astype(np.uint8).tobytes().decode(
+        'utf-8', 'replace')
+
+
+class Words:
+  """A list of words; a token is a place in it.
+
+  Law: encode(decode(tokens)) is tokens, for words as `count_words` cuts them.
+
+  >>> vocabulary = Words(['the', '<eos>', 'cat', '<unk>'])
+  >>> vocabulary.encode('the cat sat\\n')
+  array([0, 2, 3, 1], dtype=int32)
+  >>> vocabulary.decode([0, 2, 3, 1])
+  'the cat <unk> \\n'
+  """
+
+  def __init__(self, words: Sequence[str]):
+    """Makes the vocabulary of these words, which must differ."""
+    self.words = tuple(words)
+    self._tokens = {word: token for token, word in enumerate(self.words)}
+    if len(self._tokens) != len(self.words):
+      counts = collections.Counter(self.words)
+      raise ValueError(
+          f'`words` must differ; {counts.most_common(1)[0][0]!r} is repeated')
+
+  def __len__(self) -> int:
+    return len(self.words)
+
+  def encode(self, text: str | bytes) -> np.ndarray:
+    """Returns the words of a text, <unk> for those it does not know: int32[n].
+
+    Raises:
+      ValueError: if a word is unknown and there is no <unk>.
+    """
+    pieces = [np.zeros(0, np.int32)]
+    for words in _cut(_as_bytes(text)):
+      pieces.append(np.fromiter(self._look_up(words), np.int32, len(words)))
+    return np.concatenate(pieces)
+
+  def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+    """Returns the words of integer[n] with blanks between, <eos> as newline.
+
+    Raises:
+      ValueError: if a token is outside [0, len(self)).
+    """
+    words = [self.words[token] for token in _in_range(tokens, len(self))]
+    return ' '.join('\n' if word == EOS else word for word in words)
+
+  def _look_up(self, words):
+    if UNKNOWN in self._tokens:
+      unknown, get = self._tokens[UNKNOWN], self._tokens.get
+      return [get(word, unknown) for word in words]
+    for word in words:
+      if word not in self._tokens:
+        raise ValueError(
+            f'`text` has the word {word!r}, which is not in the vocabulary, '
+            f'and that has no {UNKNOWN}')
+    return [self._tokens[word] for word in words]
+
+
+Vocabulary = Bytes | Words
+
+
+def count_words(text: str | bytes) -> collections.Counter[str]:
+  """Counts the words of a text: what lies between blanks, <eos> per newline.
+
+  Bytes that are no UTF-8 become U+FFFD.
+
+  >>> sorted(count_words('a b a\\n').items())
+  [('<eos>', 1), ('a', 2), ('b', 1)]
+  """
+  counts = collections.Counter()
+  for words in _cut(_as_bytes(text)):
+    counts.update(words)
+  return counts
+
+
+def from_counts(
+    counts: dict[str, int], *, min_count: int = 1,
+    max_size: int | None = None) -> Words:
+  """Makes the vocabulary of a training text.
+
+  It always has <eos> and <unk>. <unk> counts as often as it stands in the text
+  and all the words left out do.
+
+  Args:
+    counts: how often each word occurs.
+    min_count: words that occur less often are left out.
+    max_size: the most words to keep, <eos> and <unk> among them; None for all.
+
+  Returns:
+    The words, the most frequent first, ties in the order of their spelling.
+
+  Raises:
+    ValueError: if `min_count` is below 1, or `max_size` below 2.
+  """
+  if min_count < 1:
+    raise ValueError(f'`min_count` (={min_count}) must be at least 1')
+  if max_size is not None and max_size < 2:
+    raise ValueError(f'`max_size` (={max_size}) must be at least 2')
+  kept = {EOS: counts.get(EOS, 0), UNKNOWN: counts.get(UNKNOWN, 0)}
+  others = [word for word in _sorted(counts) if word not in kept]
+  for place, word in enumerate(others, start=len(kept)):
+    if counts[word] < min_count or max_size is not None and place >= max_size:
+      kept[UNKNOWN] += counts[word]
+    else:
+      kept[word] = counts[word]
+  return Words(_sorted(kept))
+
+
+def write_counts(counts: dict[str, int], path: pathlib.Path) -> None:
+  """Writes one `count<tab>word` a line, the most frequent first, in one step.
+
+  The bytes depend on the counts alone.
+  """
+  lines = (f'{counts[word]}\t{word}\n' for word in _sorted(counts))
+  scratch = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
+  scratch.write_bytes(''.join(lines).encode())
+  os.replace(scratch, path)
+
+
+def read_counts(path: pathlib.Path) -> dict[str, int]:
+  """Reads what `write_counts` wrote."""
+  lines = path.read_bytes().decode().split('\n')[:-1]
+  pairs = (line.split('\t') for line in lines)
+  return {word: int(count) for count, word in pairs}
+
+
+def _sorted(counts):
+  return sorted(counts, key=lambda word: (-counts[word], word))
+
+
+def _as_bytes(text):
+  return text.encode() if isinstance(text, str) else bytes(text)
+
+
+def _in_range(tokens, size):
+  tokens = np.asarray(tokens, np.int64)
+  if tokens.size and not 0 <= tokens.min() <= tokens.max() < size:
+    raise ValueError(
+        f'`tokens` (from {tokens.min()} to {tokens.max()}) must be in '
+        f'[0, {size})')
+  return tokens
+
+
+def _cut(text: bytes) -> Iterator[list[str]]:
+  """Cuts a text into words, some hundred thousand at a time."""
+  start = 0
+  while start < len(text):
+    gap = _GAP.search(text, start + _PIECE)
+    end = gap.end() if gap else len(text)
+    piece = text[start:end].decode('utf-8', 'replace')
+    yield piece.replace('\n', f' {EOS} ').split()
+    start = end
