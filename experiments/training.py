@@ -152,11 +152,13 @@ class Run(NamedTuple):
   units: tuple[str, int]
   # (weights, inputs) -> outputs, and the shapes of the inputs: for the FLOPs.
   apply: Callable[[TrainState], tuple[Callable[..., Any], Any]]
+  data: str = ''  # Tells the data from any others, where the flags do not.
 
 
 class Binary(NamedTuple):
   """What a program brings to the loop."""
 
+  name: str  # Of its module.
   prepare: Callable[[Mapping[str, Any], str], Run]
   default_workdir: Callable[[Mapping[str, Any]], str]
   title: Callable[[Mapping[str, Any]], str]  # (result) -> of the pictures.
@@ -343,8 +345,9 @@ def check_steps(steps: int) -> int:
 def open_checkpoints(run: Run, guard) -> checkpointing.Checkpoints:
   with _naming_workdir(run.workdir):
     return checkpointing.open(
-        os.path.join(run.workdir, 'checkpoints'), config=dict(run.values),
-        free=FREE, save_every=run.values['checkpoint_every'], guard=guard)
+        os.path.join(run.workdir, 'checkpoints'),
+        config={**run.values, 'data': run.data}, free=FREE, guard=guard,
+        save_every=run.values['checkpoint_every'])
 
 
 def first_state(run: Run, checkpoints) -> tuple[TrainState, int]:
@@ -464,7 +467,8 @@ def report(binary: Binary, run: Run, state: TrainState,
       'backward_density': summary.total.backward_density,
       'ever_active': summary.total.ever_active,
       'parameters': sum(row.entries for row in summary.rows),
-      'steps': int(state.step), 'flags': dict(run.values),
+      'steps': int(state.step), 'program': binary.name,
+      'flags': dict(run.values),
       'layers': summary.as_dicts(), 'cost': cost(run, state, summary)}
   if jax.process_index() == 0:
     rows = reporting.read_jsonl(os.path.join(run.workdir, 'metrics.jsonl'))

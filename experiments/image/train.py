@@ -231,7 +231,7 @@ def run_config() -> dict[str, Any]:
 
 
 BINARY = training.Binary(
-    prepare, training.workdir_name,
+    'experiments.image.train', prepare, training.workdir_name,
     title=lambda result: f'{result["flags"]["dataset"]}, '
                          f'{result["flags"]["model"]}',
     headline=lambda result: f'test accuracy {result["test_accuracy"]:.2%}',

@@ -165,7 +165,7 @@ def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
       train_batches=functools.partial(train_batches, problem, text.tokens),
       eval_batches=functools.partial(eval_batches, problem, test.tokens),
       units=('tokens', problem.batch_size * problem.segment_length),
-      apply=functools.partial(inference, problem))
+      apply=functools.partial(inference, problem), data=text.fingerprint)
 
 
 def check(values: Mapping[str, Any]) -> None:
@@ -275,7 +275,7 @@ def run_config() -> dict[str, Any]:
 
 
 BINARY = training.Binary(
-    prepare, training.workdir_name,
+    'experiments.language.train', prepare, training.workdir_name,
     title=lambda result: f'{result["flags"]["dataset"]}, '
                          f'{result["flags"]["model"]}',
     headline=headline, metric=metric)
@@ -291,12 +291,12 @@ def sample(values: Mapping[str, Any], count: int, prompt: str,
   run = prepare(values, values['workdir'] or BINARY.default_workdir(values))
   state, problem = training.last_state(run), run.task.problem
   vocabulary = load(values, 'train').vocabulary
+  first = jnp.asarray(vocabulary.encode(prompt), jnp.int32)
   tokens = sampling.generate(
       problem.model, run.task.method.read(state.params, state.opt_state),
-      jnp.asarray(vocabulary.encode(prompt), jnp.int32), count=count,
-      memory_length=problem.eval_memory_length, temperature=temperature,
-      key=jax.random.key(values['seed']))
-  return prompt + vocabulary.decode(jax.device_get(tokens))
+      first, count=count, memory_length=problem.eval_memory_length,
+      temperature=temperature, key=jax.random.key(values['seed']))
+  return vocabulary.decode(jax.device_get(jnp.concatenate([first, tokens])))
 
 
 def main(argv):

@@ -1,0 +1,144 @@
+"""Writes the weights of a finished run into one .npz file.
+
+  python -m experiments.export runs/digits_mlp_top_kast_0.9 net.npz
+
+The forms, of each weight that has a mask:
+
+  sparse  `path:values`, those kept in order, `path:bits`, the mask eight
+          entries a byte, and `path:shape`
+  packed  `path:blocks`, `path:rows`, `path:columns`, `path:shape`: the kept
+          blocks of a run with --structure=block, as `sparse_jax.PackedBlocks`
+  dense   `path`, with its zeros, as all other arrays are in every form
+
+This is all that a program needs to read a sparse one back:
+
+  import numpy as np
+  file, weights = np.load('net.npz'), {}
+  for name in file:
+    path, _, part = name.partition(':')
+    if part == 'values':
+      shape = file[path + ':shape']
+      mask = np.unpackbits(file[path + ':bits'], count=shape.prod())
+      weights[path] = np.zeros(shape, file[name].dtype)
+      weights[path][mask.reshape(shape) == 1] = file[name]
+    elif not part:
+      weights[path] = file[name]
+"""
+
+from collections.abc import Mapping
+import importlib
+import json
+import os
+import sys
+from typing import Any
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+import numpy as np
+
+import sparse_jax
+from sparse_jax import base
+from experiments import training
+
+FORMS = ('sparse', 'packed', 'dense')
+_FORM = flags.DEFINE_enum('form', 'sparse', FORMS, 'How weights with a mask '
+                          'are written.')
+
+
+def arrays(weights: Any, masks: Mapping[str, np.ndarray], form: str,
+           block: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
+  """The arrays of a file.
+
+  Args:
+    weights: the tree that the forward pass reads.
+    masks: bool of a weight's shape by its path, of those that have one.
+    form: one of FORMS.
+    block: rows and columns of a block, for the packed form.
+
+  Returns:
+    Arrays by name.
+
+  Raises:
+    ValueError: naming the argument that does not fit.
+
+  Example:
+    >>> weights = {'kernel': np.array([[0., 2.], [0., 3.]])}
+    >>> arrays(weights, {'kernel': weights['kernel'] != 0}, 'sparse')
+    {'kernel:values': array([2., 3.]), 'kernel:bits': array([80], dtype=uint8),
+     'kernel:shape': array([2, 2])}
+  """
+  if form not in FORMS:
+    raise ValueError(f'`form` (={form!r}) must be one of {", ".join(FORMS)}.')
+  if form == 'packed' and block is None:
+    raise ValueError(f'`form` (={form!r}) needs a run with --structure=block.')
+  found = {}
+  for path, weight in base.leaves_by_path(weights).items():
+    weight, mask = np.asarray(weight), masks.get(path)
+    if mask is None or form == 'dense':
+      found[path] = weight
+    elif form == 'sparse':
+      found |= _sparse(path, weight, mask)
+    else:
+      found |= _packed(path, weight, mask, block)
+  return found
+
+
+def _sparse(path, weight, mask):
+  return {f'{path}:values': weight[mask], f'{path}:bits': np.packbits(mask),
+          f'{path}:shape': np.array(weight.shape)}
+
+
+def _packed(path, weight, mask, block):
+  packed = sparse_jax.pack(weight, block=block, mask=mask, pad=True)
+  return {f'{path}:blocks': np.asarray(packed.blocks),
+          f'{path}:rows': np.asarray(packed.rows),
+          f'{path}:columns': np.asarray(packed.columns),
+          f'{path}:shape': np.array(weight.shape)}
+
+
+def from_run(workdir: str, form: str) -> dict[str, np.ndarray]:
+  """The arrays of a finished run.
+
+  Raises:
+    ValueError, FileNotFoundError: naming what is missing or does not fit.
+  """
+  path = os.path.join(workdir, 'result.json')
+  if not os.path.exists(path):
+    raise FileNotFoundError(f'{path}: there is no finished run.')
+  with open(path) as file:
+    result = json.load(file)
+  values = result['flags']
+  binary = importlib.import_module(result['program']).BINARY
+  run = binary.prepare(values, workdir)
+  state = training.last_state(run)
+  weights = run.task.method.read(state.params, state.opt_state)
+  masks = sparse_jax.get_state(state.opt_state).forward_masks
+  block = (tuple(map(int, values['block_shape']))
+           if values['structure'] == 'block' else None)
+  return arrays(jax.device_get(weights), _present(masks), form, block)
+
+
+def _present(masks) -> dict[str, np.ndarray]:
+  """Those of the leaves that have one."""
+  return {path: np.asarray(mask)
+          for path, mask in base.leaves_by_path(masks).items()
+          if mask is not None and np.ndim(mask)}
+
+
+def main(argv):
+  if len(argv) != 3:
+    raise app.UsageError('give the folder of a run and the file to write')
+  try:
+    found = from_run(argv[1], _FORM.value)
+    np.savez(argv[2], **found)
+  except (ValueError, OSError) as error:
+    logging.error('%s', error)
+    sys.exit(2)
+  print(f'{argv[2]}: {len(found)} arrays, '
+        f'{sum(array.nbytes for array in found.values()):,} bytes')
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,255 @@
+"""Whole runs of the language experiment, and what is made of them."""
+
+import json
+import math
+import os
+import pathlib
+import re
+import tempfile
+from unittest import mock
+
+from absl import flags
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sparse_jax
+from experiments import devices
+from experiments import export
+from experiments import reporting
+from experiments import training
+from experiments.language import models
+from experiments.language import sampling
+from experiments.language import train
+
+_WORDS = 'to be or not to be that is the question whether it is nobler '
+
+
+def setUpModule():
+  # Nothing here runs for long: most of the time goes to the compiler.
+  jax.config.update('jax_disable_most_optimizations', True)
+
+
+def tearDownModule():
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+def _saved(values):
+  """Bytes of each leaf of the final checkpoint, by its path."""
+  state = training.last_state(train.prepare(values, values['workdir']))
+  leaves = jax.tree_util.tree_leaves_with_path(
+      state._replace(key=jax.random.key_data(state.key)))
+  return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes()
+          for path, leaf in leaves}
+
+
+def _rows(values):
+  """The rows of metrics without the times."""
+  path = os.path.join(values['workdir'], 'metrics.jsonl')
+  return [{name: value for name, value in row.items() if name != 'time'}
+          for row in reporting.read_jsonl(path)]
+
+
+class _Runs(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+    cls.text = os.path.join(cls.folder, 'text.txt')
+    pathlib.Path(cls.text).write_text(_WORDS * 150)
+
+  def values(self, name, **changes):
+    values = train.run_config()
+    assert changes.keys() <= values.keys(), changes
+    return values | {
+        'workdir': os.path.join(self.folder, name), 'dataset': 'text',
+        'text_file': self.text, 'width': .1, 'batch_size': 8,
+        'segment_length': 8, 'memory_length': 8, 'eval_memory_length': 16,
+        'learning_rate': .02, 'train_steps': 16, 'log_every': 4,
+        'eval_every': 8, 'checkpoint_every': 6, 'update_every': 3,
+        'dropout': .1} | changes
+
+
+class RunTest(_Runs):
+
+  def test_byte_run_leaves_results_and_goes_on_bit_for_bit(self):
+    """The memory of the streams included."""
+    unbroken, killed = self.values('unbroken'), self.values('killed')
+    result = train.train(unbroken)
+    rows = _rows(unbroken)
+    self.assertLess(rows[-1]['train_loss'], rows[0]['train_loss'])
+    self.assertEqual(result['test_bits_per_character'],
+                     rows[-1]['test_bits_per_character'])
+    self.assertAlmostEqual(result['test_bits_per_character'],
+                           result['test_loss'] / math.log(2))
+    self.assertNotIn('test_perplexity', result)
+    self.assertGreater(result['tokens_per_second'], 0)
+    for picture in ('training.png', 'layers.png'):
+      self.assertTrue(pathlib.Path(unbroken['workdir'], picture).exists())
+    measure, steps = training.measure, []
+
+    def stop_at_nine(run, state, step):
+      steps.append(step)
+      if step == 9:
+        raise KeyboardInterrupt
+      return measure(run, state, step)
+
+    with mock.patch.object(training, 'measure', stop_at_nine):
+      with self.assertRaises(KeyboardInterrupt):
+        train.train(killed)
+    with mock.patch.object(training, 'draw'):
+      train.train(killed)
+    self.assertEqual(_rows(killed), rows)
+    leaves = _saved(killed)
+    self.assertEqual(leaves, _saved(unbroken))
+    memory = [path for path in leaves if '.model_state' in path]
+    self.assertLen(memory, 2)
+    self.assertTrue(any(leaves[memory[0]]))
+
+  def test_word_run_reports_perplexity(self):
+    result = train.train(self.values('words', level='word', method='swat',
+                                     sparsity=.5, train_steps=4))
+    self.assertAlmostEqual(math.log(result['test_perplexity']),
+                           result['test_loss'])
+    self.assertNotIn('test_bits_per_character', result)
+
+  def test_eight_devices_and_split_parameters_give_the_losses_of_one(self):
+    names = {'eight': {}, 'split': {'model_parallel': 2}, 'one': {}}
+    values = {name: self.values(name, optimizer='sgd', method='rigl',
+                                train_steps=6, **changes)
+              for name, changes in names.items()}
+    self.enterContext(mock.patch.object(training, 'draw'))
+    train.train(values['eight'])
+    train.train(values['split'])
+    mesh = jax.make_mesh(
+        (1, 1), ('data', 'model'), devices=jax.devices()[:1],
+        axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with mock.patch.object(devices, 'mesh', lambda *_: mesh):
+      train.train(values['one'])
+    for name in ('eight', 'split'):
+      for row, other in zip(_rows(values[name]), _rows(values['one']),
+                            strict=True):
+        for key in row:
+          np.testing.assert_allclose(row[key], other[key], rtol=1e-4,
+                                     atol=1e-6, err_msg=f'{name} {key}')
+
+  def test_other_text_under_the_same_flags_is_refused(self):
+    other = os.path.join(self.folder, 'other.txt')
+    pathlib.Path(other).write_text(_WORDS * 150)
+    values = self.values('other', text_file=other, train_steps=2)
+    with mock.patch.object(training, 'draw'):
+      train.train(values)
+    pathlib.Path(other).write_text(_WORDS[::-1] * 150)
+    pathlib.Path(values['workdir'], 'result.json').unlink()
+    train._load.cache_clear()
+    with self.assertRaisesRegex(ValueError, 'workdir.*data'):
+      train.train(values)
+
+  @parameterized.parameters(
+      ({'segment_length': 0}, r'`segment_length` \(=0\)'),
+      ({'eval_memory_length': -1}, r'`eval_memory_length` \(=-1\)'),
+      ({'eval_batch_size': 3}, r'`eval_batch_size` \(=3\)'),
+      ({'batch_size': 9}, r'`batch_size` \(=9\)'),
+      ({'train_steps': 0}, r'`train_steps` \(=0\)'),
+      ({'dropout': 2.}, r'`dropout` \(=2.0\)'),
+      ({'sparsity': 1.}, r'`sparsity` \(=1.0\)'),
+      ({'text_file': None}, 'text_file'),
+      ({'segment_length': 5000}, 'batch_size'))
+  def test_a_bad_flag_is_named_and_leaves_nothing(self, changes, message):
+    values = self.values('bad', **changes)
+    with self.assertRaisesRegex(ValueError, message):
+      train.check(values)
+      train.train(values)
+    self.assertFalse(os.path.exists(values['workdir']))
+
+  def test_recipe_of_the_docstring_builds(self):
+    recipe = re.search(r'recipe(.*)\(its batch', train.__doc__, re.S).group(1)
+    found = {name: flags.FLAGS[name].parser.parse(value) for name, value in
+             re.findall(r'--(\w+)=(\S+)', recipe)}
+    values = train.run_config() | found
+    self.assertEqual((values['model'], values['train_steps']),
+                     ('enwik8_large', 400000))
+    problem = train.make_task(values, 256).problem
+    self.assertEqual((problem.segment_length, problem.memory_length,
+                      problem.eval_memory_length), (768, 2304, 5000))
+
+
+class UseTest(_Runs):
+  """What is made of a trained network."""
+
+  def test_export_restores_what_the_forward_pass_reads(self):
+    values = self.values('export', method='static', structure='block',
+                         block_shape=['4', '4'], sparsity=.5, train_steps=2)
+    with mock.patch.object(training, 'draw'):
+      train.train(values)
+    run = train.prepare(values, values['workdir'])
+    state = training.last_state(run)
+    expected = run.task.method.read(state.params, state.opt_state)
+    expected = {sparse_jax.base.path_name(path): np.asarray(leaf) for path, leaf
+                in jax.tree_util.tree_leaves_with_path(expected)}
+    packed = export.from_run(values['workdir'], 'packed')
+    name = 'layer_0/dense_1/kernel'
+    np.testing.assert_array_equal(expected[name], sparse_jax.unpack(
+        sparse_jax.PackedBlocks(
+            packed[f'{name}:blocks'], packed[f'{name}:rows'],
+            packed[f'{name}:columns'], block=(4, 4),
+            shape=tuple(packed[f'{name}:shape']))))
+    path = os.path.join(self.folder, 'net.npz')
+    np.savez(path, **export.from_run(values['workdir'], 'sparse'))
+    reader = re.search(r'( +import numpy.*)', export.__doc__, re.S).group(1)
+    found = {}
+    exec(re.sub('(?m)^  ', '', reader).replace('net.npz', path), found)
+    self.assertEqual(found['weights'].keys(), expected.keys())
+    for name, weight in expected.items():
+      np.testing.assert_array_equal(found['weights'][name], weight)
+    dense = export.from_run(values['workdir'], 'dense')
+    self.assertLess(os.path.getsize(path),
+                    .75 * sum(array.nbytes for array in dense.values()))
+
+  def test_export_names_what_is_wrong(self):
+    with self.assertRaisesRegex(FileNotFoundError, 'result.json'):
+      export.from_run(self.folder, 'dense')
+    with self.assertRaisesRegex(ValueError, '`form` .*packed.*block'):
+      export.arrays({}, {}, 'packed')
+    with self.assertRaisesRegex(ValueError, "`form` .*'zip'"):
+      export.arrays({}, {}, 'zip')
+
+  def test_sample_of_a_run_begins_with_the_prompt(self):
+    values = self.values('sample', method='static', train_steps=2)
+    with mock.patch.object(training, 'draw'):
+      train.train(values)
+    text = train.sample(values, 12, 'to be', 1.)
+    self.assertTrue(text.startswith('to be'))
+    self.assertEqual(text, train.sample(values, 12, 'to be', 1.))
+
+  def test_likeliest_tokens_are_those_of_the_whole_text(self):
+    """A token at a time with memory is as good as all at once."""
+    model = models.create('tiny', vocab_size=11, width=.1)
+    memory = models.init_memory(model, 1, 32)
+    prompt = jnp.array([3, 1, 4])
+    weights = model.init(jax.random.key(0), prompt[None], prompt[None], memory,
+                         train=False)['params']
+    tokens = sampling.generate(
+        model, weights, prompt, count=6, memory_length=32, temperature=0,
+        key=jax.random.key(1))
+    whole = jnp.concatenate([prompt, tokens])
+    log_probs, _ = model.apply({'params': weights}, whole[None], memory,
+                               method=model.logits)
+    np.testing.assert_array_equal(log_probs[0, 2:-1].argmax(-1), tokens)
+
+  @parameterized.parameters(
+      (dict(count=-1), r'`count` \(=-1\)'),
+      (dict(temperature=-.5), r'`temperature` \(=-0.5\)'),
+      (dict(prompt=jnp.zeros(0, jnp.int32)), '`prompt`'))
+  def test_a_bad_sample_is_named(self, changes, message):
+    settings = dict(prompt=jnp.zeros(1, jnp.int32), count=1, temperature=1.)
+    with self.assertRaisesRegex(ValueError, message):
+      sampling.generate(None, None, memory_length=1, key=None,
+                        **settings | changes)
+
+
+if __name__ == '__main__':
+  absltest.main()
