@@ -211,11 +211,12 @@ class BuildersTest(parameterized.TestCase):
     path.write_bytes(path.read_bytes()[:-50])
     self._assert_fails(ValueError, 'text8.zip: truncated', 'text8')
 
-  def test_flipped_bit_of_a_zip_is_found(self):
+  @parameterized.parameters(35, 500)  # In the header of a block, in its data.
+  def test_changed_byte_of_a_zip_is_found(self, place):
     path = self.source / 'text8.zip'
     _write_zip(path, {'text8': _random_bytes(1000)})
     blob = bytearray(path.read_bytes())
-    blob[500] ^= 1
+    blob[place] ^= 0xff
     path.write_bytes(blob)
     self._assert_fails(ValueError, 'text8.zip: truncated', 'text8')
 
@@ -486,7 +487,7 @@ class TrainBatchesTest(parameterized.TestCase):
                      {'inputs': ((4, 5), np.int32),
                       'targets': ((4, 5), np.int32), 'begins': ((4,), bool)})
 
-  @parameterized.parameters(101, 98, 85, 21)
+  @parameterized.parameters(101, 100, 98, 85, 21)
   def test_rows_are_the_text_in_order(self, size):
     tokens = np.arange(size, dtype=np.int32)
     steps = (size - 1) // 4 // 5
