@@ -21,10 +21,8 @@ from experiments import datasets
 
 _CHUNK = 1 << 16  # Bytes in a record.
 _PYTHON = re.sub(r'\W', '_', platform.python_version())
-# Tests, other people's packages, the folders of whoever built Python.
-_NOT_STDLIB = re.compile(
-    r'(^|/)(test|tests|idle_test|site-packages|dist-packages)/'
-    r'|(^|/)_sysconfigdata[^/]*$')
+# Tests, other people's packages.
+_NOT_STDLIB = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages'}
 
 
 class _TextBuilder(datasets.LocalBuilder, skip_registration=True):
@@ -193,14 +191,18 @@ def stdlib_paths(folder: pathlib.Path) -> list[str]:
   Raises:
     FileNotFoundError: if there is none: not every Python brings its source.
   """
-  paths = (path.relative_to(folder).as_posix()
-           for path in folder.rglob('*.py'))
-  found = sorted(path for path in paths if not _NOT_STDLIB.search(path))
+  found = []
+  for parent, folders, files in os.walk(folder):
+    folders[:] = set(folders) - _NOT_STDLIB  # Is not walked into.
+    # What _sysconfigdata*.py says depends on the machine that built Python.
+    found += [pathlib.Path(parent, name).relative_to(folder).as_posix()
+              for name in files
+              if name.endswith('.py') and not name.startswith('_sysconfigdata')]
   if not found:
     raise FileNotFoundError(
         f'{folder}: this Python comes without the source of its standard '
         'library; name another text with --dataset=text --text_file=FILE')
-  return found
+  return sorted(found)
 
 
 def stdlib_split(path: str) -> str:

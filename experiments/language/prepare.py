@@ -18,7 +18,7 @@ A text of your own needs no preparing: train with --dataset=text
 --text_file=FILE.
 
 The bytes of the text are written, as array_record, to
-<data_dir>/<dataset>/<version>, in a second per 100 MB or so; those of stdlib
+<data_dir>/<dataset>/<version>, a few seconds per 100 MB; those of stdlib
 to <data_dir>/stdlib_<version of Python>/<version>. A corpus that is there is
 left as it is. Nothing half-written is left where a corpus is looked for; a
 killed run may leave a scratch folder <data_dir>/.<dataset>.*, which is to be

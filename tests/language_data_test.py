@@ -1,0 +1,602 @@
+"""The data of the language experiment: corpora, vocabularies, streams."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from unittest import mock
+import zipfile
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import numpy as np
+import tensorflow_datasets as tfds
+
+from experiments.language import corpora
+from experiments.language import input_pipeline
+from experiments.language import prepare
+from experiments.language import vocabulary
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_SPLITS = ('train', 'valid', 'test')
+_SIZES = {'train': 900, 'valid': 60, 'test': 40}
+
+
+def _temporary_folder(test):
+  return pathlib.Path(test.enterContext(tempfile.TemporaryDirectory()))
+
+
+def _python(*arguments):
+  return subprocess.run(
+      [sys.executable, *arguments], cwd=_ROOT, text=True, timeout=120,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu'}, capture_output=True)
+
+
+def _random_bytes(size):
+  return np.random.default_rng(size).integers(
+      0, 256, size, np.uint8).tobytes()
+
+
+def _write(folder, files):
+  """Writes {path: bytes} below a folder."""
+  for path, content in files.items():
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path).write_bytes(content)
+
+
+def _write_zip(path, files):
+  with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+    for name, content in files.items():
+      archive.writestr(name, content)
+
+
+def _take(iterator, count):
+  return [next(iterator) for _ in range(count)]
+
+
+def _side_by_side(batches):
+  """The rows of several processes as one batch."""
+  return {key: np.concatenate([batch[key] for batch in batches])
+          for key in batches[0]}
+
+
+def _assert_same_batches(actual, expected):
+  np.testing.assert_equal(len(actual), len(expected))
+  for one, other in zip(actual, expected):
+    np.testing.assert_equal(one, other)
+
+
+class StdlibTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.cache = cls.enterClassContext(tempfile.TemporaryDirectory())
+    with mock.patch.dict(os.environ, {'XDG_CACHE_HOME': cls.cache}):
+      cls.texts = {
+          split: input_pipeline.load('stdlib', split) for split in _SPLITS}
+
+  def setUp(self):
+    super().setUp()
+    self.enterContext(
+        mock.patch.dict(os.environ, {'XDG_CACHE_HOME': self.cache}))
+
+  def test_types_are_as_stated(self):
+    train = self.texts['train']
+    self.assertEqual(train.tokens.dtype, np.uint8)
+    self.assertEqual(train.tokens.shape, (train.num_tokens,))
+    self.assertEqual((train.level, len(train.vocabulary)), ('byte', 256))
+    self.assertEqual(train.num_bytes, train.num_tokens)
+
+  @parameterized.parameters(*_SPLITS)
+  def test_split_is_its_files_in_order(self, split):
+    folder = pathlib.Path(sysconfig.get_path('stdlib'))
+    paths = [path for path in corpora.stdlib_paths(folder)
+             if corpora.stdlib_split(path) == split]
+    whole = b''.join((folder / path).read_bytes() for path in paths)
+    size = corpora.Stdlib.SIZES[split]
+    self.assertEqual(self.texts[split].tokens.tobytes(), whole[:size])
+    self.assertGreater(self.texts[split].num_bytes, 100_000)
+
+  def test_splits_share_the_paths_as_stated(self):
+    drawn = [corpora.stdlib_split(f'{i}.py') for i in range(4000)]
+    shares = [drawn.count(split) / len(drawn) for split in _SPLITS]
+    # Four standard deviations.
+    np.testing.assert_allclose(shares, [.9, .05, .05], atol=.02)
+
+  def test_name_tells_the_version_of_python(self):
+    version = '_'.join(map(str, sys.version_info[:3]))
+    folder = pathlib.Path(self.cache, 'sparse_jax', 'tfds')
+    self.assertStartsWith(os.listdir(folder)[0], f'stdlib_{version}')
+
+  def test_text_of_another_python_is_not_used(self):
+    folder = pathlib.Path(self.cache, 'sparse_jax', 'tfds')
+    with mock.patch.object(corpora.Stdlib, 'name', 'stdlib_2_7_18'):
+      with self.assertRaisesRegex(
+          FileNotFoundError,
+          f'stdlib_2_7_18.*{folder}.*language.prepare --dataset=stdlib --data'):
+        input_pipeline.load('stdlib', 'train', data_dir=folder)
+
+  def test_second_load_does_not_prepare(self):
+    with mock.patch.object(
+        corpora.Stdlib, 'download_and_prepare', side_effect=AssertionError):
+      again = input_pipeline.load('stdlib', 'test')
+    self.assertEqual(again.fingerprint, self.texts['test'].fingerprint)
+
+  def test_fingerprints_differ(self):
+    prints = {text.fingerprint for text in self.texts.values()}
+    self.assertLen(prints, 3)
+
+  def test_tests_and_packages_are_left_out(self):
+    folder = _temporary_folder(self)
+    kept = ['a.py', 'json/tool.py', 'test_of_nothing.py', 'unittest/case.py']
+    others = ['test/a.py', 'idlelib/idle_test/b.py', 'json/tests/c.py',
+              'site-packages/numpy/d.py', '_sysconfigdata__linux.py', 'e.txt']
+    _write(folder, dict.fromkeys(kept + others, b'pass\n'))
+    self.assertEqual(corpora.stdlib_paths(folder), kept)
+
+  def test_python_without_its_source_is_told(self):
+    folder = _temporary_folder(self)
+    with self.assertRaisesRegex(FileNotFoundError, f'{folder}.*text_file'):
+      corpora.stdlib_paths(folder)
+
+
+class BuildersTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.source = _temporary_folder(self)
+    self.data_dir = _temporary_folder(self)
+    for builder in (corpora.Enwik8, corpora.Text8):
+      self.enterContext(mock.patch.object(builder, 'SIZES', _SIZES))
+    self.enterContext(mock.patch.object(corpora, '_CHUNK', 16))
+
+  def _assert_holds(self, name, expected):
+    corpora.prepare(name, self.source, self.data_dir)
+    for split, text in zip(_SPLITS, expected, strict=True):
+      loaded = input_pipeline.load(
+          name, split, level='byte', data_dir=self.data_dir)
+      self.assertEqual(loaded.tokens.tobytes(), text)
+
+  def _assert_fails(self, error, message, name):
+    """It fails so, and leaves nothing."""
+    with self.assertRaisesRegex(error, message):
+      corpora.prepare(name, self.source, self.data_dir)
+    self.assertEmpty(os.listdir(self.data_dir))
+
+  @parameterized.product(name=('enwik8', 'text8'), is_zip=(False, True))
+  def test_file_is_kept_exactly_and_cut(self, name, is_zip):
+    text = _random_bytes(1000)
+    if is_zip:
+      _write_zip(self.source / f'{name}.zip', {name: text})
+    else:
+      _write(self.source, {name: text})
+    self._assert_holds(name, (text[:900], text[900:960], text[960:]))
+
+  @parameterized.product(
+      name=('wikitext2', 'wikitext103'),
+      form=('tokens', 'txt', 'inner', 'zip'))
+  def test_wikitext_is_kept_exactly(self, name, form):
+    texts = [f' \n = {split} {name} = \n'.encode() * 9 for split in _SPLITS]
+    folder = corpora.BUILDERS[name].FOLDER
+    inner = f'{folder}/' if form in ('inner', 'zip') else ''
+    shape = '{}.txt' if form == 'txt' else 'wiki.{}.tokens'
+    files = {inner + shape.format(split): text
+             for split, text in zip(_SPLITS, texts)}
+    if form == 'zip':
+      _write_zip(self.source / f'{folder}-v1.zip', files)
+    else:
+      _write(self.source, files)
+    self._assert_holds(name, texts)
+
+  def test_prepared_corpus_is_left_as_it_is(self):
+    text = _random_bytes(1000)
+    _write(self.source, {'enwik8': text})
+    first = corpora.prepare('enwik8', self.source, self.data_dir)
+    self.assertEqual(first, self.data_dir / 'enwik8' / '1.0.0')
+    _write(self.source, {'enwik8': _random_bytes(2000)[:1000]})
+    again = corpora.prepare('enwik8', None, self.data_dir)
+    self.assertEqual(again, first)
+    self._assert_holds('enwik8', (text[:900], text[900:960], text[960:]))
+
+  def test_file_of_another_size_is_refused(self):
+    _write(self.source, {'enwik8': b'x' * 999})
+    self._assert_fails(ValueError, 'enwik8.*1000 bytes; got 999', 'enwik8')
+
+  def test_truncated_zip_is_named(self):
+    path = self.source / 'text8.zip'
+    _write_zip(path, {'text8': _random_bytes(1000)})
+    path.write_bytes(path.read_bytes()[:-50])
+    self._assert_fails(ValueError, 'text8.zip: truncated', 'text8')
+
+  @parameterized.parameters(35, 500)  # In the header of a block, in its data.
+  def test_changed_byte_of_a_zip_is_found(self, place):
+    path = self.source / 'text8.zip'
+    _write_zip(path, {'text8': _random_bytes(1000)})
+    blob = bytearray(path.read_bytes())
+    blob[place] ^= 0xff
+    path.write_bytes(blob)
+    self._assert_fails(ValueError, 'text8.zip: truncated', 'text8')
+
+  def test_zip_of_something_else_is_told(self):
+    _write_zip(self.source / 'wikitext-2-v1.zip', {'readme': b'no'})
+    self._assert_fails(
+        FileNotFoundError, 'wikitext-2-v1.zip: no wikitext-2/wiki.test.tokens',
+        'wikitext2')
+
+  @parameterized.parameters('{}.txt', 'wiki.{}.tokens')
+  def test_wikitext_without_train_says_so(self, shape):
+    _write(self.source, {
+        shape.format(split): b'a b\n' for split in ('valid', 'test')})
+    self._assert_fails(
+        FileNotFoundError,
+        f'has no {shape.format("train")}, nor wikitext-2-v1.zip', 'wikitext2')
+
+  def test_source_of_another_corpus_says_what_is_needed(self):
+    _write(self.source, {'enwik9': b'x'})
+    self._assert_fails(
+        FileNotFoundError, 'has no enwik8, nor enwik8.zip', 'enwik8')
+    self._assert_fails(
+        FileNotFoundError, 'wiki.train.tokens.*wikitext-103-v1.zip',
+        'wikitext103')
+
+  def test_split_without_text_is_refused(self):
+    _write(self.source, {
+        'train.txt': b'a b\n', 'valid.txt': b'', 'test.txt': b'a\n'})
+    self._assert_fails(ValueError, "wikitext2, split 'valid'", 'wikitext2')
+
+  def test_source_must_be_given(self):
+    with self.assertRaisesRegex(
+        ValueError, 'source must be given for text8: A folder with text8 or'):
+      corpora.prepare('text8', None, self.data_dir)
+
+  def test_unknown_name_lists_the_known(self):
+    self._assert_fails(
+        ValueError, "(?s)name.*'enwik9'.*enwik8.*stdlib", 'enwik9')
+
+
+class PrepareTest(absltest.TestCase):
+
+  def test_binary_prepares_once_then_says_so(self):
+    source, data_dir = _temporary_folder(self), _temporary_folder(self)
+    _write(source, {f'{split}.txt': b'a b c\n' for split in _SPLITS})
+    done = _python(
+        '-m', 'experiments.language.prepare', '--dataset=wikitext2',
+        f'--source={source}', f'--data_dir={data_dir}')
+    self.assertEqual(done.returncode, 0, done.stderr)
+    self.assertIn('Prepared wikitext2', done.stdout)
+    self.assertIn('already prepared', prepare.run('wikitext2', None, data_dir))
+
+  def test_binary_fails_with_one_line(self):
+    done = _python(
+        '-m', 'experiments.language.prepare', '--dataset=enwik8',
+        f'--data_dir={_temporary_folder(self)}')
+    self.assertEqual(done.returncode, 1)
+    self.assertIn('source must be given for enwik8', done.stderr)
+    self.assertNotIn('Traceback', done.stderr)
+
+
+class LoadTest(parameterized.TestCase):
+
+  @parameterized.named_parameters(
+      ('dataset', dict(dataset='enwik9'), "`dataset` .='enwik9'.*enwik8"),
+      ('split', dict(split='validation'), "`split` .='validation'.*valid"),
+      ('level', dict(level='letter'), "`level` .='letter'.*byte.*word"),
+      ('data_dir', dict(data_dir=''), "data_dir .*got ''"),
+      ('unused_file', dict(text_file='a.txt'), '`text_file` .*a.txt.*enwik8'),
+      ('no_file', dict(dataset='text'), '`text_file` .=None'),
+      ('counts', dict(min_count=2), '`min_count` .=2.*byte'),
+      ('min_count', dict(dataset='text', level='word', min_count=0,
+                         text_file=__file__), '`min_count` .=0'),
+      ('max_size', dict(dataset='text', level='word', max_size=1,
+                        text_file=__file__), '`max_size` .=1'))
+  def test_bad_argument_is_named(self, arguments, message):
+    with self.assertRaisesRegex(ValueError, message):
+      input_pipeline.load(
+          **{'dataset': 'enwik8', 'split': 'train', **arguments})
+
+  @parameterized.parameters('enwik8', 'text8', 'wikitext2', 'wikitext103')
+  def test_corpus_that_is_not_prepared_says_what_to_run(self, name):
+    folder = _temporary_folder(self)
+    with mock.patch.object(
+        tfds.core.DatasetBuilder, 'download_and_prepare',
+        side_effect=AssertionError('It must not try to download.')):
+      with self.assertRaisesRegex(
+          FileNotFoundError, f"data_dir='{folder}'.*experiments.language."
+          f'prepare --dataset={name} --source=DIR --data_dir={folder}'):
+        input_pipeline.load(name, 'train', data_dir=folder)
+
+  def test_enwik8_and_text8_are_cut_as_everyone_does(self):
+    for builder in (corpora.Enwik8, corpora.Text8):
+      self.assertEqual(
+          builder.SIZES,
+          {'train': 90 * 10**6, 'valid': 5 * 10**6, 'test': 5 * 10**6})
+
+  def test_every_corpus_has_a_builder_or_a_file(self):
+    self.assertEqual(
+        set(input_pipeline.DATASETS), {*corpora.BUILDERS, 'text'})
+    for corpus in input_pipeline.DATASETS.values():
+      self.assertIn(corpus.level, input_pipeline.LEVELS)
+      self.assertEqual(corpus.unit == 'word', corpus.level == 'word')
+      self.assertEqual(corpus.vocabulary_size == 256, corpus.level == 'byte')
+
+  def test_file_is_split_by_position(self):
+    path = _temporary_folder(self) / 'a.txt'
+    path.write_bytes(_random_bytes(1010))
+    parts = [input_pipeline.load('text', split, text_file=path).tokens
+             for split in _SPLITS]
+    self.assertEqual([len(part) for part in parts], [909, 50, 51])
+    self.assertEqual(np.concatenate(parts).tobytes(), path.read_bytes())
+
+  def test_folder_has_a_file_per_split(self):
+    folder = _temporary_folder(self)
+    _write(folder, {f'{split}.txt': split.encode() for split in _SPLITS})
+    for split in _SPLITS:
+      text = input_pipeline.load('text', split, text_file=folder)
+      self.assertEqual(text.vocabulary.decode(text.tokens), split)
+
+  def test_text_that_is_not_there_is_named(self):
+    folder = _temporary_folder(self)
+    (folder / 'short.txt').write_bytes(b'abc')
+    with self.assertRaisesRegex(FileNotFoundError, f'{folder}.*no test.txt'):
+      input_pipeline.load('text', 'test', text_file=folder)
+    with self.assertRaisesRegex(FileNotFoundError, 'text_file=.*nowhere'):
+      input_pipeline.load('text', 'test', text_file=folder / 'nowhere')
+    with self.assertRaisesRegex(ValueError, 'short.txt.*left for valid'):
+      input_pipeline.load('text', 'valid', text_file=folder / 'short.txt')
+
+  def test_words_are_those_of_the_training_split(self):
+    folder = _temporary_folder(self)
+    _write(folder, {'train.txt': b'b a a\n', 'valid.txt': b'a c\n'})
+    valid = input_pipeline.load(
+        'text', 'valid', level='word', text_file=folder)
+    self.assertEqual(valid.vocabulary.words, ('a', '<eos>', 'b', '<unk>'))
+    self.assertEqual(valid.tokens.tolist(), [0, 3, 1])
+    self.assertEqual(valid.tokens.dtype, np.int32)
+    self.assertEqual(
+        (valid.level, valid.num_bytes, valid.num_tokens), ('word', 4, 3))
+
+  def test_words_are_counted_once(self):
+    source, folder = _temporary_folder(self), _temporary_folder(self)
+    _write(source, {'train.txt': b'b a a\n', 'valid.txt': b'a c\n',
+                    'test.txt': b'b\n'})
+    place = corpora.prepare('wikitext2', source, folder)
+    first = input_pipeline.load('wikitext2', 'valid', data_dir=folder)
+    self.assertEqual(
+        (place / 'words.txt').read_text(), '2\ta\n1\t<eos>\n1\tb\n')
+    with mock.patch.object(
+        vocabulary, 'count_words', side_effect=AssertionError):
+      again = input_pipeline.load('wikitext2', 'valid', data_dir=folder)
+      fewer = input_pipeline.load(
+          'wikitext2', 'valid', data_dir=folder, max_size=3)
+    self.assertEqual(again.vocabulary.words, first.vocabulary.words)
+    self.assertEqual(again.fingerprint, first.fingerprint)
+    self.assertEqual(fewer.vocabulary.words, ('a', '<eos>', '<unk>'))
+
+  def test_importing_does_not_import_tfds(self):
+    code = ('import sys; from experiments.language import input_pipeline as x;'
+            f'x.load("text", "train", text_file={__file__!r});'
+            'print("tensorflow_datasets" in sys.modules)')
+    done = _python('-c', code)
+    self.assertEqual(done.stdout.strip(), 'False', done.stderr)
+
+
+class BytesTest(parameterized.TestCase):
+
+  def test_text_comes_back(self):
+    known = vocabulary.Bytes()
+    self.assertLen(known, 256)
+    self.assertEqual(known.decode(known.encode('à la\n')), 'à la\n')
+    np.testing.assert_equal(known.encode('à'), known.encode(b'\xc3\xa0'))
+
+  def test_half_a_letter_is_marked(self):
+    self.assertEqual(vocabulary.Bytes().decode([97, 0xc3, 98]), 'a\ufffdb')
+
+  @parameterized.parameters(-1, 256)
+  def test_token_out_of_range_is_named(self, token):
+    with self.assertRaisesRegex(ValueError, fr'{token}.*\[0, 256\)'):
+      vocabulary.Bytes().decode([0, token])
+
+
+class WordsTest(parameterized.TestCase):
+
+  def test_tokens_come_back(self):
+    text = b'the cat\n\n the dog the\xc3\xa9 \n'
+    known = vocabulary.from_counts(vocabulary.count_words(text))
+    tokens = known.encode(text)
+    self.assertLen(tokens, 8)
+    np.testing.assert_equal(known.encode(known.decode(tokens)), tokens)
+    np.testing.assert_equal(known.encode(text.decode()), tokens)
+    self.assertEqual(known.decode(tokens).split(), text.decode().split())
+
+  def test_text_in_pieces_is_the_text(self):
+    text = ' '.join(map(str, range(300))).replace('0 ', '\n').encode()
+    counts = vocabulary.count_words(text)
+    tokens = vocabulary.from_counts(counts).encode(text)
+    with mock.patch.object(vocabulary, '_PIECE', 7):
+      self.assertEqual(vocabulary.count_words(text), counts)
+      again = vocabulary.from_counts(counts).encode(text)
+    np.testing.assert_equal(again, tokens)
+
+  def test_words_are_sorted_by_count_then_spelling(self):
+    counts = vocabulary.count_words('c b a b c d b\n\n')
+    self.assertEqual(vocabulary.from_counts(counts).words,
+                     ('b', '<eos>', 'c', 'a', 'd', '<unk>'))
+
+  def test_order_of_the_text_does_not_matter(self):
+    words = [str(i % 7) for i in range(50)]
+    one, other = (
+        vocabulary.from_counts(vocabulary.count_words(' '.join(x))).words
+        for x in (words, words[::-1]))
+    self.assertEqual(one, other)
+
+  @parameterized.parameters(
+      (dict(min_count=2), ('<unk>', 'b', 'c', '<eos>')),
+      (dict(min_count=3), ('<unk>', 'b', '<eos>')),
+      (dict(max_size=3), ('<unk>', 'b', '<eos>')),
+      (dict(max_size=4), ('<unk>', 'b', 'c', '<eos>')),
+      (dict(min_count=2, max_size=2), ('<unk>', '<eos>')))
+  def test_rare_words_count_as_unknown(self, limits, words):
+    counts = vocabulary.count_words('b b b c c a d e f\n')
+    known = vocabulary.from_counts(counts, **limits)
+    self.assertEqual(known.words, words)
+    self.assertEqual(known.encode('a').tolist(), [0])
+
+  def test_unknown_word_without_unk_is_an_error(self):
+    known = vocabulary.Words(['a', 'b'])
+    self.assertEqual(known.encode('b a').tolist(), [1, 0])
+    with self.assertRaisesRegex(ValueError, "`text`.*'dog'.*no <unk>"):
+      known.encode('a dog')
+
+  def test_repeated_word_is_an_error(self):
+    with self.assertRaisesRegex(ValueError, "'b' is repeated"):
+      vocabulary.Words(['a', 'b', 'b'])
+
+  def test_token_out_of_range_is_named(self):
+    with self.assertRaisesRegex(ValueError, r'-1 to 1.*\[0, 2\)'):
+      vocabulary.Words(['a', 'b']).decode([1, -1])
+
+  def test_bytes_that_are_no_utf8_are_marked(self):
+    counts = vocabulary.count_words(b'a\xff b \xff')
+    self.assertEqual(counts, {'a\ufffd': 1, 'b': 1, '\ufffd': 1})
+
+  def test_no_text_has_no_tokens(self):
+    tokens = vocabulary.Words(['a']).encode('')
+    self.assertEqual((tokens.dtype, tokens.size), (np.int32, 0))
+
+  def test_counts_come_back(self):
+    folder = _temporary_folder(self)
+    counts = vocabulary.count_words('b\u2028a é a ,\n')
+    vocabulary.write_counts(counts, folder / 'words.txt')
+    self.assertEqual(vocabulary.read_counts(folder / 'words.txt'), counts)
+    self.assertEqual(os.listdir(folder), ['words.txt'])
+
+
+class TrainBatchesTest(parameterized.TestCase):
+
+  def _batches(self, tokens, **arguments):
+    return input_pipeline.train_batches(
+        tokens, **{'batch_size': 4, 'length': 5, **arguments})
+
+  def test_shapes_and_types_are_as_stated(self):
+    batch = next(self._batches(np.arange(100, dtype=np.uint8)))
+    self.assertEqual({key: (value.shape, value.dtype)
+                      for key, value in batch.items()},
+                     {'inputs': ((4, 5), np.int32),
+                      'targets': ((4, 5), np.int32), 'begins': ((4,), bool)})
+
+  @parameterized.parameters(101, 100, 98, 85, 21)
+  def test_rows_are_the_text_in_order(self, size):
+    tokens = np.arange(size, dtype=np.int32)
+    steps = (size - 1) // 4 // 5
+    batches = _take(self._batches(tokens), steps)
+    rows = np.concatenate([batch['inputs'] for batch in batches], axis=1)
+    row_length = (size - 1) // 4
+    for i, row in enumerate(rows):
+      np.testing.assert_equal(
+          row, i * row_length + np.arange(5 * steps))
+    targets = np.concatenate([batch['targets'] for batch in batches], axis=1)
+    np.testing.assert_equal(targets, rows + 1)
+
+  def test_text_that_fits_is_trained_on_whole(self):
+    tokens = np.arange(101, dtype=np.int32)
+    batches = _take(self._batches(tokens), 5)
+    seen = np.concatenate([batch['targets'].ravel() for batch in batches])
+    self.assertCountEqual(seen, range(1, 101))
+
+  def test_passes_repeat_and_begin_anew(self):
+    batches = _take(self._batches(np.arange(98, dtype=np.int32)), 12)
+    _assert_same_batches(batches[4:8], batches[:4])
+    self.assertEqual(
+        [batch['begins'].tolist() for batch in batches],
+        3 * [[True] * 4, [False] * 4, [False] * 4, [False] * 4])
+
+  @parameterized.parameters(1, 3, 4, 7, 10**9)
+  def test_resumed_stream_is_the_stream(self, step):
+    tokens = np.arange(101, dtype=np.int32)
+    whole = _take(self._batches(tokens), 12)
+    resumed = _take(self._batches(tokens, step=step), 5)
+    start = step % 5
+    _assert_same_batches(resumed, whole[start:start + 5])
+
+  @parameterized.parameters(1, 2, 4)
+  def test_processes_see_together_what_one_sees(self, process_count):
+    tokens = np.arange(99, dtype=np.int32)
+    parts = [_take(self._batches(tokens, step=2, process_index=i,
+                                 process_count=process_count), 6)
+             for i in range(process_count)]
+    _assert_same_batches([_side_by_side(batches) for batches in zip(*parts)],
+                         _take(self._batches(tokens, step=2), 6))
+
+  @parameterized.parameters(
+      (dict(batch_size=0), 'batch_size.*0'),
+      (dict(batch_size=6, process_count=4), 'process_count=4.*6'),
+      (dict(process_index=1), 'process_index.*1'),
+      (dict(length=0), '`length` .=0'),
+      (dict(length=25), r'`tokens` .of length 100.*4 \* 25'),
+      (dict(step=-1), '`step` .=-1'))
+  def test_bad_argument_is_named(self, arguments, message):
+    with self.assertRaisesRegex(ValueError, message):
+      self._batches(np.arange(100), **arguments)
+
+
+class EvalBatchesTest(parameterized.TestCase):
+
+  def _batches(self, tokens, **arguments):
+    return list(input_pipeline.eval_batches(
+        tokens, **{'batch_size': 4, 'length': 5, **arguments}))
+
+  @parameterized.product(size=(2, 3, 5, 21, 22, 41, 98, 103),
+                         batch_size=(1, 4))
+  def test_every_token_but_the_first_is_a_target_once(self, size, batch_size):
+    tokens = np.arange(100, 100 + size, dtype=np.int32)
+    batches = self._batches(tokens, batch_size=batch_size)
+    targets, inputs, weight = (
+        np.concatenate([batch[key] for batch in batches], axis=1)
+        for key in ('targets', 'inputs', 'weight'))
+    np.testing.assert_equal(targets[weight == 1], tokens[1:])
+    np.testing.assert_equal(inputs[weight == 1], tokens[:-1])
+    self.assertEqual(weight.sum(), size - 1)
+    np.testing.assert_equal(weight * weight, weight)
+    np.testing.assert_equal(targets[weight == 0], 0)
+    np.testing.assert_equal(inputs[weight == 0], 0)
+
+  def test_rows_are_read_without_gaps(self):
+    batches = self._batches(np.arange(98))
+    weight = np.concatenate([batch['weight'] for batch in batches], axis=1)
+    self.assertTrue((np.diff(weight, axis=1) <= 0).all())
+
+  def test_shapes_and_types_are_as_stated(self):
+    batches = self._batches(np.arange(98, dtype=np.uint8))
+    self.assertLen(batches, 5)
+    for i, batch in enumerate(batches):
+      self.assertEqual(
+          {key: (value.shape, value.dtype) for key, value in batch.items()},
+          {'inputs': ((4, 5), np.int32), 'targets': ((4, 5), np.int32),
+           'begins': ((4,), bool), 'weight': ((4, 5), np.float32)})
+      np.testing.assert_equal(batch['begins'], i == 0)
+
+  @parameterized.product(size=(2, 98), process_count=(2, 4))
+  def test_processes_see_together_what_one_sees(self, size, process_count):
+    tokens = np.arange(size)
+    parts = [self._batches(tokens, process_index=i,
+                           process_count=process_count)
+             for i in range(process_count)]
+    _assert_same_batches(
+        [_side_by_side(batches) for batches in zip(*parts, strict=True)],
+        self._batches(tokens))
+
+  @parameterized.parameters(
+      (100, dict(batch_size=0), 'batch_size.*0'),
+      (100, dict(process_index=-1), 'process_index.*-1'),
+      (100, dict(length=0), '`length` .=0'),
+      (1, dict(), '`tokens` .of length 1.*at least 2'))
+  def test_bad_argument_is_named(self, size, arguments, message):
+    with self.assertRaisesRegex(ValueError, message):
+      self._batches(np.arange(size), **arguments)
+
+
+if __name__ == '__main__':
+  absltest.main()
