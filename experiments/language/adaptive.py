@@ -116,8 +116,8 @@ class AdaptiveEmbedding(nn.Module):
   are not as wide as the model, and always if there are tails; tails always are.
 
   Tokens have to be in [0, vocab_size), which is not checked. Shapes are
-  static, so every tail is computed for every token, whatever its cluster. For
-  WikiText-103 this is an eighth of the whole model's multiplications.
+  static, so every tail is computed for every token, whatever its cluster: of
+  a Transformer-XL for WikiText-103 that is 6% of all multiplications.
 
   Laws: the probabilities sum to 1, and the loss of a target is minus its log
   probability.
