@@ -56,6 +56,42 @@ def figures(apply: Callable[..., Any], params: Any, inputs: Any,
       'dense_weight_bytes': _bytes(shapes, {})}
 
 
+def forecast(loss: Callable[..., Any], state: Any, one: Any, two: Any,
+             method: sparse_jax.SparseMethod, *, batch_size: int, steps: int
+             ) -> dict[str, float]:
+  """What a run will need, from shapes alone: before anyone pays for it.
+
+  Args:
+    loss: `(weights, *inputs) -> loss` of a batch.
+    state: shapes of the state of a run, with `params` and `opt_state`.
+    one: inputs of a batch of one example, or their shapes.
+    two: those of a batch of two: what grows with the batch is the difference.
+    method: what it is trained with.
+    batch_size: examples of a step.
+    steps: length of the run.
+
+  Returns:
+    `parameters`; `training_flops`, multiply-adds of the whole run if nothing
+    that is zero is computed; `weight_bytes`, `optimizer_bytes` (masks
+    included) and `activation_bytes` (saved for the backward pass of a whole
+    batch), as dense arrays.
+  """
+  weights = jax.eval_shape(method.read, state.params, state.opt_state)
+  flops = sparse_jax.count_flops(loss, weights, *one)
+  cost = sparse_jax.training_cost(flops, method if method.work else {},
+                                  steps=steps)
+  first, second = (sparse_jax.memory_cost(loss, weights, *inputs)
+                   for inputs in (one, two))
+  each = second.saved_activations - first.saved_activations
+  return {
+      'parameters': sum(leaf.size for leaf in jax.tree.leaves(weights)),
+      'training_flops': cost.sparse.total * batch_size * steps,
+      'weight_bytes': first.weights,
+      'optimizer_bytes': sum(leaf.size * leaf.dtype.itemsize
+                             for leaf in jax.tree.leaves(state.opt_state)),
+      'activation_bytes': first.saved_activations + (batch_size - 1) * each}
+
+
 def _bytes(shapes, stored) -> int:
   """Bytes of weights, those of `stored` as kept values and a bit an entry."""
   return sparse_jax.memory_cost(lambda params: params, shapes,

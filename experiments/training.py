@@ -205,6 +205,35 @@ def _places(mesh, carried, axes):
                       axes)
 
 
+def describe(task: Task, values: Mapping[str, Any], train_steps: int,
+             examples: Callable[[int], Any]) -> dict[str, Any]:
+  """Size, length and cost of a run, from shapes alone.
+
+  Args:
+    task: of the run.
+    values: flag values by name.
+    train_steps: length of the run.
+    examples: n -> the problem's model state and a batch, as shapes, of n
+      examples.
+
+  Returns:
+    `train_steps`, `batch_size`, `learning_rate` (the highest), and what
+    `accounting.forecast` says.
+  """
+  key = jax.random.key(0)
+  loss = lambda weights, model_state, batch: task.problem.loss(
+      weights, model_state, batch, key)[0]
+  rates = optimization.schedule(values, train_steps)
+  return {
+      'train_steps': train_steps, 'batch_size': values['batch_size'],
+      'learning_rate': max(float(rates(train_steps * share // 100))
+                           for share in range(100)),
+      **accounting.forecast(
+          loss, jax.eval_shape(functools.partial(init_state, task, 0)),
+          examples(1), examples(2), task.method,
+          batch_size=values['batch_size'], steps=train_steps)}
+
+
 def init_state(task: Task, seed: int) -> TrainState:
   """The state before the first step."""
   init_key, key = jax.random.split(jax.random.key(seed))

@@ -21,13 +21,13 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 
+from experiments import batching
 from experiments import checkpointing
 from experiments import devices
 from experiments import reporting
 from experiments import sparsity
 from experiments import training
 from experiments.image import builders
-from experiments.image import input_pipeline
 from experiments.image import models
 from experiments.image import train
 
@@ -243,9 +243,9 @@ class RunTest(parameterized.TestCase):
 
   def test_error_ends_thread_and_writers(self):
     closed = []
-    close, flush = input_pipeline._Prefetched.close, reporting.Writers.close
+    close, flush = batching._Prefetched.close, reporting.Writers.close
     with mock.patch.object(
-        input_pipeline._Prefetched, 'close', autospec=True,
+        batching._Prefetched, 'close', autospec=True,
         side_effect=lambda self: (closed.append('thread'), close(self))), (
             mock.patch.object(
                 reporting.Writers, 'close', autospec=True,

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 
+from experiments import batching
 from experiments import datasets
 from experiments.image import builders
 from experiments.image import input_pipeline
@@ -835,7 +836,7 @@ class PrefetchTest(parameterized.TestCase):
 
   @parameterized.parameters(1, 2, 100)
   def test_items_and_their_order_are_kept(self, size):
-    items = input_pipeline.prefetch(iter(range(50)), size)
+    items = batching.prefetch(iter(range(50)), size)
     self.assertEqual(list(items), list(range(50)))
     self.assertEqual(list(items), [])
     self._assert_no_thread_left()
@@ -846,7 +847,7 @@ class PrefetchTest(parameterized.TestCase):
       yield 2
       raise ValueError('of the worker')
 
-    items = input_pipeline.prefetch(failing())
+    items = batching.prefetch(failing())
     self.assertEqual(_take(items, 2), [1, 2])
     with self.assertRaisesRegex(ValueError, 'of the worker'):
       next(items)
@@ -865,7 +866,7 @@ class PrefetchTest(parameterized.TestCase):
           enough.set()
         yield i
 
-    items = input_pipeline.prefetch(counting(), 3)
+    items = batching.prefetch(counting(), 3)
     _take(items, 2)
     self.assertTrue(enough.wait(10))  # Two taken, three ready, one in hand.
     time.sleep(0.1)
@@ -882,7 +883,7 @@ class PrefetchTest(parameterized.TestCase):
       finally:
         closed.append(True)
 
-    items = input_pipeline.prefetch(endless())
+    items = batching.prefetch(endless())
     next(items)
     items.close()
     items.close()
@@ -892,7 +893,7 @@ class PrefetchTest(parameterized.TestCase):
       next(items)
 
   def test_thread_ends_when_the_consumer_is_forgotten(self):
-    items = input_pipeline.prefetch(iter(int, 1))
+    items = batching.prefetch(iter(int, 1))
     next(items)
     del items
     gc.collect()
@@ -903,7 +904,7 @@ class PrefetchTest(parameterized.TestCase):
     plain, prefetched = (
         input_pipeline.train_batches(split, batch_size=16, seed=0)
         for _ in range(2))
-    prefetched = input_pipeline.prefetch(prefetched)
+    prefetched = batching.prefetch(prefetched)
     _assert_same_batches(_take(prefetched, 7), _take(plain, 7))
     prefetched.close()
 
@@ -913,6 +914,7 @@ class PrefetchTest(parameterized.TestCase):
     path = _temporary_folder(self) / 'image.jpg'
     path.write_bytes(_jpeg(300, 300, 0))
     process = _python('-c', f"""
+from experiments import batching
 from experiments.image import input_pipeline as data
 class Source(list):
   def __getitems__(self, keys):
@@ -921,14 +923,14 @@ split = data.Split('imagenet2012', None, None, Source(range(4)))
 batches, unused = (
     data.train_batches(split, batch_size=4, seed=0) for _ in range(2))
 next(unused)
-items = data.prefetch({iterator})
+items = batching.prefetch({iterator})
 next(items)""")
     output = process.communicate(timeout=60)
     self.assertEqual((*output, process.returncode), ('', '', 0))
 
   def test_size_below_one_is_refused(self):
     with self.assertRaisesRegex(ValueError, 'size.*got 0'):
-      input_pipeline.prefetch(iter(()), 0)
+      batching.prefetch(iter(()), 0)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,5 @@
 """Whole runs of the language experiment, and what is made of them."""
 
-import json
 import math
 import os
 import pathlib

@@ -26,8 +26,6 @@ _CROP_ATTEMPTS = 10
 # Tags that keep the random streams of one seed apart.
 _ORDER, _AUGMENTATION = 1, 2
 
-prefetch = batching.prefetch  # Part of this pipeline for those who use it.
-
 
 class Augmentation(NamedTuple):
   """What is done to the training images of a data set."""
@@ -43,25 +41,27 @@ class Dataset(NamedTuple):
   mean: tuple[float, ...]  # Per channel, of pixels in [0, 1].
   std: tuple[float, ...]  # Per channel, of pixels in [0, 1].
   augmentation: Augmentation
+  num_train: int  # Examples of the training split.
   eval_split: str = 'test'
 
 
 DATASETS = {
     'digits': Dataset(
-        10, (8, 8, 1), (0.3054,), (0.3758,), Augmentation()),
+        10, (8, 8, 1), (0.3054,), (0.3758,), Augmentation(), 1_437),
     'mnist': Dataset(
-        10, (28, 28, 1), (0.1307,), (0.3081,), Augmentation()),
+        10, (28, 28, 1), (0.1307,), (0.3081,), Augmentation(), 60_000),
     'fashion_mnist': Dataset(
-        10, (28, 28, 1), (0.2860,), (0.3530,), Augmentation(2, flip=True)),
+        10, (28, 28, 1), (0.2860,), (0.3530,), Augmentation(2, flip=True),
+        60_000),
     'cifar10': Dataset(
         10, (32, 32, 3), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
-        Augmentation(4, flip=True)),
+        Augmentation(4, flip=True), 50_000),
     'cifar100': Dataset(
         100, (32, 32, 3), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762),
-        Augmentation(4, flip=True)),
+        Augmentation(4, flip=True), 50_000),
     'imagenet2012': Dataset(
         1000, (224, 224, 3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225),
-        Augmentation(flip=True, resized_crop=True), 'validation'),
+        Augmentation(flip=True, resized_crop=True), 1_281_167, 'validation'),
 }
 
 

@@ -40,6 +40,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments import batching
 from experiments import training
 from experiments.image import input_pipeline
 from experiments.image import models
@@ -150,6 +151,26 @@ def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
       units=('examples', values['batch_size']), apply=inference(values))
 
 
+def describe(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Size, length and cost of the run of these flags, as `training.describe`.
+
+  Raises:
+    ValueError: naming the flag and its value. No data need be there.
+  """
+  training.check_values(values, LIMITS)
+  spec = input_pipeline.DATASETS[values['dataset']]
+  steps = run_length(values, spec.num_train)
+  task = make_task(values, steps)
+
+  def examples(size):
+    shape = jax.ShapeDtypeStruct
+    _, batch_stats = jax.eval_shape(task.problem.init, jax.random.key(0))
+    return batch_stats, {'image': shape((size, *spec.image_shape), jnp.uint8),
+                         'label': shape((size,), jnp.int32)}
+
+  return training.describe(task, values, steps, examples)
+
+
 def check(values: Mapping[str, Any]) -> None:
   """Raises what `train` would for bad flags or absent data; makes no arrays."""
   training.check_values(values, LIMITS)
@@ -200,7 +221,7 @@ def _load(dataset: str, split: str, data_dir: str | None):
 def train_batches(values: Mapping[str, Any], data: input_pipeline.Split,
                   start: int):
   """This process's part of each batch after step `start`."""
-  return input_pipeline.prefetch(input_pipeline.train_batches(
+  return batching.prefetch(input_pipeline.train_batches(
       data, batch_size=values['batch_size'], seed=values['seed'], step=start,
       augment=values['augment'], process_index=jax.process_index(),
       process_count=jax.process_count()))

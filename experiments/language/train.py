@@ -168,6 +168,30 @@ def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
       apply=functools.partial(inference, problem), data=text.fingerprint)
 
 
+def describe(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Size, length and cost of the run of these flags, as `training.describe`.
+
+  Words of a text that is not there are taken to be as many as published.
+
+  Raises:
+    ValueError: naming the flag and its value. No data need be there.
+  """
+  check_values(values)
+  size = input_pipeline.DATASETS[values['dataset']].vocabulary_size
+  task = make_task(values, 256 if level(values) == 'byte' else size)
+
+  def examples(size):
+    problem = task.problem
+    shape = jax.ShapeDtypeStruct
+    tokens = shape((size, problem.segment_length), jnp.int32)
+    memory = jax.eval_shape(lambda: models.init_memory(
+        problem.model, size, problem.memory_length))
+    return memory, {'inputs': tokens, 'targets': tokens,
+                    'begins': shape((size,), bool)}
+
+  return training.describe(task, values, values['train_steps'], examples)
+
+
 def check(values: Mapping[str, Any]) -> None:
   """Raises what `train` would for bad flags or absent data; makes no arrays."""
   check_values(values)
