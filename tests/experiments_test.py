@@ -18,7 +18,6 @@ from absl.testing import absltest
 from absl.testing import parameterized
 from flax import linen as nn
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 
 from experiments import batching
@@ -30,6 +29,7 @@ from experiments import training
 from experiments.image import builders
 from experiments.image import models
 from experiments.image import train
+from tests import fast_compiler
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _PNG = b'\x89PNG'
@@ -46,16 +46,6 @@ _EVERYTHING = {
 # Runs the program with the network below, in a process of its own.
 _WITH_SMALL_NETWORK = ('-c', f'from tests import {pathlib.Path(__file__).stem}'
                        ' as test; test.run_with_small_network()')
-_CACHE = tempfile.TemporaryDirectory()
-# Nothing here runs for long: most of the time would go to the compiler.
-_COMPILER = {'jax_disable_most_optimizations': True,
-             'jax_compilation_cache_dir': _CACHE.name,
-             'jax_persistent_cache_min_compile_time_secs': 0.,
-             'jax_persistent_cache_min_entry_size_bytes': -1}
-_USUAL = {'jax_disable_most_optimizations': False,
-          'jax_compilation_cache_dir': None,
-          'jax_persistent_cache_min_compile_time_secs': 1.,
-          'jax_persistent_cache_min_entry_size_bytes': 0}
 
 
 class SmallNetwork(nn.Module):
@@ -80,18 +70,11 @@ def run_with_small_network():
 
 
 def setUpModule():
-  _configure(_COMPILER)
+  fast_compiler.use()
 
 
 def tearDownModule():
-  _configure(_USUAL)
-  _CACHE.cleanup()
-
-
-def _configure(settings):
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()  # Else it keeps the folder of its first use.
+  fast_compiler.leave()
 
 
 def _values(**changes):
@@ -113,7 +96,8 @@ def _start(values, num_devices=8, program=('-m', 'experiments.image.train'),
       cwd=_ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
       env={**os.environ, 'JAX_PLATFORMS': 'cpu',
            'JAX_NUM_CPU_DEVICES': str(num_devices),
-           **{name.upper(): str(value) for name, value in _COMPILER.items()}})
+           **{name.upper(): str(value)
+              for name, value in fast_compiler.SETTINGS.items()}})
 
 
 def _checkpoints(workdir):

@@ -4,6 +4,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 from unittest import mock
 
@@ -22,17 +23,17 @@ from experiments import training
 from experiments.language import models
 from experiments.language import sampling
 from experiments.language import train
+from tests import fast_compiler
 
 _WORDS = 'to be or not to be that is the question whether it is nobler '
 
 
 def setUpModule():
-  # Nothing here runs for long: most of the time goes to the compiler.
-  jax.config.update('jax_disable_most_optimizations', True)
+  fast_compiler.use()
 
 
 def tearDownModule():
-  jax.config.update('jax_disable_most_optimizations', False)
+  fast_compiler.leave()
 
 
 def _saved(values):
@@ -51,7 +52,7 @@ def _rows(values):
           for row in reporting.read_jsonl(path)]
 
 
-class _Runs(parameterized.TestCase):
+class RunTest(parameterized.TestCase):
 
   @classmethod
   def setUpClass(cls):
@@ -59,93 +60,91 @@ class _Runs(parameterized.TestCase):
     cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
     cls.text = os.path.join(cls.folder, 'text.txt')
     pathlib.Path(cls.text).write_text(_WORDS * 150)
+    cls.unbroken = cls.values('unbroken')
+    cls.result = train.train(cls.unbroken)
+    cls.enterClassContext(mock.patch.object(training, 'draw'))
 
-  def values(self, name, **changes):
+  @classmethod
+  def values(cls, name, **changes):
     values = train.run_config()
     assert changes.keys() <= values.keys(), changes
     return values | {
-        'workdir': os.path.join(self.folder, name), 'dataset': 'text',
-        'text_file': self.text, 'width': .1, 'batch_size': 8,
+        'workdir': os.path.join(cls.folder, name), 'dataset': 'text',
+        'text_file': cls.text, 'width': .1, 'batch_size': 8,
         'segment_length': 8, 'memory_length': 8, 'eval_memory_length': 16,
-        'learning_rate': .02, 'train_steps': 16, 'log_every': 4,
-        'eval_every': 8, 'checkpoint_every': 6, 'update_every': 3,
-        'dropout': .1} | changes
+        'optimizer': 'momentum', 'learning_rate': .1, 'sparsity': .5,
+        'structure': 'block', 'block_shape': ['4', '4'], 'train_steps': 16,
+        'log_every': 4, 'eval_every': 8, 'checkpoint_every': 6,
+        'update_every': 3, 'dropout': .1} | changes
 
-
-class RunTest(_Runs):
-
-  def test_byte_run_leaves_results_and_goes_on_bit_for_bit(self):
-    """The memory of the streams included."""
-    unbroken, killed = self.values('unbroken'), self.values('killed')
-    result = train.train(unbroken)
-    rows = _rows(unbroken)
+  def test_bytes_are_reported_in_bits(self):
+    rows = _rows(self.unbroken)
     self.assertLess(rows[-1]['train_loss'], rows[0]['train_loss'])
-    self.assertEqual(result['test_bits_per_character'],
-                     rows[-1]['test_bits_per_character'])
-    self.assertAlmostEqual(result['test_bits_per_character'],
-                           result['test_loss'] / math.log(2))
-    self.assertNotIn('test_perplexity', result)
-    self.assertGreater(result['tokens_per_second'], 0)
+    bits = self.result['test_bits_per_character']
+    self.assertEqual(bits, rows[-1]['test_bits_per_character'])
+    self.assertAlmostEqual(bits, self.result['test_loss'] / math.log(2))
+    self.assertNotIn('test_perplexity', self.result)
+    self.assertGreater(self.result['tokens_per_second'], 0)
     for picture in ('training.png', 'layers.png'):
-      self.assertTrue(pathlib.Path(unbroken['workdir'], picture).exists())
-    measure, steps = training.measure, []
+      path = pathlib.Path(self.unbroken['workdir'], picture)
+      self.assertEqual(path.read_bytes()[:4], b'\x89PNG')
+
+  def test_words_are_reported_in_perplexity(self):
+    """And SWAT trains a Transformer-XL with its sparse operands."""
+    result = train.train(self.values('words', level='word', method='swat',
+                                     structure=None, train_steps=4))
+    self.assertAlmostEqual(math.log(result['test_perplexity']),
+                           result['test_loss'])
+    self.assertNotIn('test_bits_per_character', result)
+
+  def test_a_stopped_run_goes_on_bit_for_bit(self):
+    """The memory of its streams included."""
+    stopped = self.values('stopped')
+    measure = training.measure
 
     def stop_at_nine(run, state, step):
-      steps.append(step)
       if step == 9:
         raise KeyboardInterrupt
       return measure(run, state, step)
 
     with mock.patch.object(training, 'measure', stop_at_nine):
       with self.assertRaises(KeyboardInterrupt):
-        train.train(killed)
-    with mock.patch.object(training, 'draw'):
-      train.train(killed)
-    self.assertEqual(_rows(killed), rows)
-    leaves = _saved(killed)
-    self.assertEqual(leaves, _saved(unbroken))
+        train.train(stopped)
+    train.train(stopped)
+    self.assertEqual(_rows(stopped), _rows(self.unbroken))
+    leaves = _saved(stopped)
+    self.assertEqual(leaves, _saved(self.unbroken))
     memory = [path for path in leaves if '.model_state' in path]
     self.assertLen(memory, 2)
     self.assertTrue(any(leaves[memory[0]]))
 
-  def test_word_run_reports_perplexity(self):
-    result = train.train(self.values('words', level='word', method='swat',
-                                     sparsity=.5, train_steps=4))
-    self.assertAlmostEqual(math.log(result['test_perplexity']),
-                           result['test_loss'])
-    self.assertNotIn('test_bits_per_character', result)
-
-  def test_eight_devices_and_split_parameters_give_the_losses_of_one(self):
-    names = {'eight': {}, 'split': {'model_parallel': 2}, 'one': {}}
-    values = {name: self.values(name, optimizer='sgd', method='rigl',
-                                train_steps=6, **changes)
-              for name, changes in names.items()}
-    self.enterContext(mock.patch.object(training, 'draw'))
-    train.train(values['eight'])
-    train.train(values['split'])
-    mesh = jax.make_mesh(
-        (1, 1), ('data', 'model'), devices=jax.devices()[:1],
-        axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    with mock.patch.object(devices, 'mesh', lambda *_: mesh):
-      train.train(values['one'])
-    for name in ('eight', 'split'):
-      for row, other in zip(_rows(values[name]), _rows(values['one']),
-                            strict=True):
-        for key in row:
-          np.testing.assert_allclose(row[key], other[key], rtol=1e-4,
-                                     atol=1e-6, err_msg=f'{name} {key}')
+  @parameterized.parameters(1, 2)
+  def test_any_devices_give_the_losses_of_eight(self, model_parallel):
+    """One alone, and eight of which every two hold the parameters together."""
+    values = self.values(f'parallel{model_parallel}',
+                         model_parallel=model_parallel)
+    if model_parallel == 1:
+      mesh = jax.make_mesh(
+          (1, 1), ('data', 'model'), devices=jax.devices()[:1],
+          axis_types=(jax.sharding.AxisType.Auto,) * 2)
+      self.enterContext(mock.patch.object(devices, 'mesh', lambda *_: mesh))
+    train.train(values)
+    for row, other in zip(_rows(values), _rows(self.unbroken), strict=True):
+      for key in row:
+        np.testing.assert_allclose(row[key], other[key], rtol=1e-4, atol=1e-6,
+                                   err_msg=key)
 
   def test_other_text_under_the_same_flags_is_refused(self):
     other = os.path.join(self.folder, 'other.txt')
-    pathlib.Path(other).write_text(_WORDS * 150)
-    values = self.values('other', text_file=other, train_steps=2)
-    with mock.patch.object(training, 'draw'):
-      train.train(values)
     pathlib.Path(other).write_text(_WORDS[::-1] * 150)
-    pathlib.Path(values['workdir'], 'result.json').unlink()
-    train._load.cache_clear()
-    with self.assertRaisesRegex(ValueError, 'workdir.*data'):
-      train.train(values)
+    workdir = os.path.join(self.folder, 'other')
+    shutil.copytree(self.unbroken['workdir'], workdir)
+    os.remove(os.path.join(workdir, 'result.json'))
+    load = train.load
+    with mock.patch.object(train, 'load', lambda values, split: load(
+        values | {'text_file': other}, split)):
+      with self.assertRaisesRegex(ValueError, 'workdir.*data: '):
+        train.train(self.unbroken | {'workdir': workdir})
 
   @parameterized.parameters(
       ({'segment_length': 0}, r'`segment_length` \(=0\)'),
@@ -175,15 +174,17 @@ class RunTest(_Runs):
     self.assertEqual((problem.segment_length, problem.memory_length,
                       problem.eval_memory_length), (768, 2304, 5000))
 
-
-class UseTest(_Runs):
-  """What is made of a trained network."""
+  def test_forecast_is_of_the_run(self):
+    found = train.describe(self.unbroken)
+    self.assertEqual(found['parameters'], self.result['parameters'])
+    cost = self.result['cost']
+    self.assertAlmostEqual(
+        found['training_flops'] / (3 * cost['flops'] * 8 * 16),
+        cost['training_multiplier'], delta=.02)
+    self.assertEqual((found['train_steps'], found['learning_rate']), (16, .1))
 
   def test_export_restores_what_the_forward_pass_reads(self):
-    values = self.values('export', method='static', structure='block',
-                         block_shape=['4', '4'], sparsity=.5, train_steps=2)
-    with mock.patch.object(training, 'draw'):
-      train.train(values)
+    values = self.unbroken
     run = train.prepare(values, values['workdir'])
     state = training.last_state(run)
     expected = run.task.method.read(state.params, state.opt_state)
@@ -217,12 +218,12 @@ class UseTest(_Runs):
       export.arrays({}, {}, 'zip')
 
   def test_sample_of_a_run_begins_with_the_prompt(self):
-    values = self.values('sample', method='static', train_steps=2)
-    with mock.patch.object(training, 'draw'):
-      train.train(values)
-    text = train.sample(values, 12, 'to be', 1.)
+    text = train.sample(self.unbroken, 12, 'to be', 1.)
     self.assertTrue(text.startswith('to be'))
-    self.assertEqual(text, train.sample(values, 12, 'to be', 1.))
+    self.assertEqual(text, train.sample(self.unbroken, 12, 'to be', 1.))
+
+
+class SamplingTest(parameterized.TestCase):
 
   def test_likeliest_tokens_are_those_of_the_whole_text(self):
     """A token at a time with memory is as good as all at once."""
