@@ -70,6 +70,8 @@ def answers(binary: str, commands: Sequence[Sequence[str]], figures: bool
   """What the process says of each command, while it is alive."""
   from absl import flags
   module = importlib.import_module(binary)
+  if not hasattr(module, 'run_config'):
+    raise SystemExit(f'{binary} has no run_config().')
   for command in commands:
     flags.FLAGS.unparse_flags()
     try:
@@ -80,9 +82,17 @@ def answers(binary: str, commands: Sequence[Sequence[str]], figures: bool
       answer = {'values': values, 'free': list(module.FREE)}
       if figures:
         answer['figures'] = figures_of(module, values)
+      else:
+        check(module, values)
     except (ValueError, flags.Error) as error:
       answer = {'error': str(error)}
     yield answer
+
+
+def check(module: Any, values: Mapping[str, Any]) -> None:
+  """Raises ValueError for flags that parse and make no run."""
+  if hasattr(module, 'make_task'):
+    _image_task(module, values)
 
 
 def figures_of(module: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,11 +121,8 @@ def _image_figures(train, items, seed):
   import sparse_jax
   values = {name: list(value) if isinstance(value, tuple) else value
             for name, value in items} | {'seed': seed}
-  train.check_values({**values, **dict.fromkeys(
-      ('log_every', 'eval_every', 'checkpoint_every'), 1)})
-  steps = train.run_length(values, TRAIN_IMAGES[values['dataset']])
-  values['log_every'] = 1
-  task = train.make_task(values, steps)
+  values |= dict.fromkeys(('log_every', 'eval_every', 'checkpoint_every'), 1)
+  task, steps = _image_task(train, values)
   state = jax.eval_shape(functools.partial(train.init_state, task, seed))
   weights = jax.eval_shape(task.method.read, state.params, state.opt_state)
   shape = input_pipeline.DATASETS[values['dataset']].image_shape
@@ -146,6 +153,13 @@ def _image_figures(train, items, seed):
       'optimizer_bytes': sum(leaf.size * leaf.dtype.itemsize for leaf in
                              jax.tree.leaves(state.opt_state)),
       'activation_bytes': one.saved_activations + (batch - 1) * each}
+
+
+def _image_task(train, values):
+  """Model, method and optimizer, and the length of the run."""
+  train.check_values(values)
+  steps = train.run_length(values, TRAIN_IMAGES[values['dataset']])
+  return train.make_task(values, steps), steps
 
 
 def _some(steps: int) -> list[int]:

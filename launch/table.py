@@ -93,10 +93,11 @@ class Run(NamedTuple):
   name: str
   binary: str
   flags: Mapping[str, Any]  # Its seed included, its folder not.
+  extra: tuple[str, ...] = ()  # Arguments that a sweep adds: '--bfloat16'.
 
   def arguments(self, workdir: str) -> list[str]:
     """The command line after the binary's name."""
-    return [*map(argument, self.flags, self.flags.values()),
+    return [*map(argument, self.flags, self.flags.values()), *self.extra,
             f'--workdir={workdir}']
 
 
