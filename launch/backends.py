@@ -45,22 +45,22 @@ class Xpk(NamedTuple):
   num_slices: int = 1
 
 
-def workdir(sweep_dir: str, run: Run) -> str:
-  return os.path.join(sweep_dir, 'cells', run.name)
+def workdir(sweep_dir: str, name: str) -> str:
+  return os.path.join(sweep_dir, 'cells', name)
 
 
-def lock_path(sweep_dir: str, run: Run) -> str:
-  return os.path.join(sweep_dir, 'locks', f'{run.name}.lock')
+def lock_path(sweep_dir: str, name: str) -> str:
+  return os.path.join(sweep_dir, 'locks', f'{name}.lock')
 
 
-def log_path(sweep_dir: str, run: Run) -> str:
-  return os.path.join(sweep_dir, 'logs', f'{run.name}.log')
+def log_path(sweep_dir: str, name: str) -> str:
+  return os.path.join(sweep_dir, 'logs', f'{name}.log')
 
 
 def local(run: Run, sweep_dir: str, python: str = sys.executable) -> list[str]:
   """A cell in a process of this machine."""
   return [python, '-m', run.binary,
-          *run.arguments(workdir(sweep_dir, run))]
+          *run.arguments(workdir(sweep_dir, run.name))]
 
 
 def tpu_vm(run: Run, sweep_dir: str, where: TpuVm, worker: int) -> list[str]:
@@ -72,12 +72,12 @@ def tpu_vm(run: Run, sweep_dir: str, where: TpuVm, worker: int) -> list[str]:
   name, zone = where.names[worker], f'--zone={where.zone}'
   inner = shlex.join([
       'env', 'ACCELERATOR=tpu', 'launch/run.sh', 'python', '-m', run.binary,
-      *run.arguments(workdir(sweep_dir, run)), '--distributed'])
+      *run.arguments(workdir(sweep_dir, run.name)), '--distributed'])
   lock = f'flock --nonblock --conflict-exit-code={ELSEWHERE_EXIT_CODE}'
   remote = (f'cd {shlex.quote(where.folder)} && {lock} "$HOME/{run.name}.lock" '
             f'{inner}')
   gcloud = ['gcloud', 'compute', 'tpus', 'tpu-vm']
-  folder = workdir(sweep_dir, run)
+  folder = workdir(sweep_dir, run.name)
   found = os.path.join(where.folder, folder)
   ssh = shlex.join([*gcloud, 'ssh', name, zone, '--worker=all',
                     f'--command={remote}'])
@@ -92,7 +92,7 @@ def tpu_vm(run: Run, sweep_dir: str, where: TpuVm, worker: int) -> list[str]:
 def xpk(run: Run, sweep_dir: str, where: Xpk, table: str) -> list[str]:
   """A cell as a workload; a second one of its name is refused by xpk."""
   command = shlex.join(['python3', '-m', run.binary, *run.arguments(
-      workdir(sweep_dir, run)), '--distributed'])
+      workdir(sweep_dir, run.name)), '--distributed'])
   return ['xpk', 'workload', 'create', f'--cluster={where.cluster}',
           f'--workload={_workload(run, table)}', f'--tpu-type={where.tpu_type}',
           f'--num-slices={where.num_slices}',

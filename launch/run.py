@@ -111,14 +111,15 @@ def cells(runs: Sequence[table_lib.Run], sweep_dir: str, figures: bool
   if not runs:
     return []
   answers = describe.ask(runs[0].binary, [
-      run.arguments(backends.workdir(sweep_dir, run)) for run in runs], figures)
+      run.arguments(backends.workdir(sweep_dir, run.name)) for run in runs],
+                         figures)
   return [Cell(run, answer['values'], answer['free'], answer.get('figures'))
           for run, answer in zip(runs, answers, strict=True)]
 
 
 def is_finished(cell: Cell, sweep_dir: str) -> bool:
   """Whether a run of these flags has left its result."""
-  path = os.path.join(backends.workdir(sweep_dir, cell.run), 'result.json')
+  path = os.path.join(backends.workdir(sweep_dir, cell.run.name), 'result.json')
   try:
     with open(path, encoding='utf-8') as file:
       theirs = dict(json.load(file)['flags'])
@@ -135,8 +136,8 @@ def job(cell: Cell, sweep_dir: str, command) -> pool.Job:
   return pool.Job(
       cell.run.name, functools.partial(command, cell.run),
       functools.partial(is_finished, cell, sweep_dir),
-      backends.lock_path(sweep_dir, cell.run),
-      backends.log_path(sweep_dir, cell.run))
+      backends.lock_path(sweep_dir, cell.run.name),
+      backends.log_path(sweep_dir, cell.run.name))
 
 
 def runs_of(values: Mapping[str, Any], table: table_lib.Table
