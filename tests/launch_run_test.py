@@ -46,10 +46,18 @@ _BINARY = """
       values = run_config()
       os.makedirs(values['workdir'], exist_ok=True)
       os.chdir(values['workdir'])
-      signal.signal(signal.SIGTERM, lambda *_: (note('term'), sys.exit(75)))
+      def save(*_):
+        note('term')
+        if values['mode'] != 'deaf':
+          sys.exit(75)
+      signal.signal(signal.SIGTERM, save)
       note('begin')
       begun = open('notes').read().count('begin')
-      time.sleep(1.5 if values['mode'] == 'slow' else .05)
+      time.sleep(.05)
+      if values['mode'] in ('held', 'deaf'):
+        give_up = time.time() + 60
+        while not os.path.exists('release') and time.time() < give_up:
+          time.sleep(.02)
       note('end')
       print('it ran')
       if values['mode'] == 'fail' or (values['mode'] == 'once' and begun < 2):
@@ -125,8 +133,12 @@ class RunTestCase(parameterized.TestCase):
       return []
     return [line.split()[0] for line in path.read_text().splitlines()]
 
+  def release(self, mode):
+    pathlib.Path(self.sweep, 'cells', f'{mode}_value_seed0',
+                 'release').touch()
+
   def wait_for(self, mode, what):
-    for _ in range(200):
+    for _ in range(1200):
       if what in self.notes(mode):
         return
       time.sleep(.05)
@@ -170,36 +182,50 @@ class RunTest(RunTestCase):
     self.assertEqual(self.notes('requeue'), ['begin', 'end'] * 2)
 
   def test_two_runners_share_the_cells(self):
-    modes = ('good', 'other', 'slow', 'third')
-    codes = [runner.wait() or len(runner.stdout.read()) for runner in
-             [self.runner(*modes), self.runner(*modes)]]
-    self.assertGreater(min(codes), 0)
+    modes = ('good', 'other', 'third', 'fourth')
+    for runner in [self.runner(*modes), self.runner(*modes)]:
+      runner.communicate()
+      self.assertEqual(runner.returncode, 0)
     for mode in modes:
       self.assertEqual(self.notes(mode), ['begin', 'end'], mode)
 
   def test_a_killed_runner_leaves_its_cell_to_end_and_goes_on(self):
     """The cell holds its own lock, so that the next runner waits for it."""
-    first = self.runner('slow', 'good')
-    self.wait_for('slow', 'begin')
+    first = self.runner('held', 'good')
+    self.wait_for('held', 'begin')
     first.kill()
     first.communicate()
-    second = self.runner('slow', 'good')
-    text, _ = second.communicate()
+    second = self.runner('held', 'good')
+    self.assertTrue(any('waits for held_value_seed0: process' in line
+                        for line in second.stdout))
+    self.release('held')
+    second.communicate()
     self.assertEqual(second.returncode, 0)
-    self.assertIn('waits for slow_value_seed0: process', text)
-    self.assertEqual(self.notes('slow'), ['begin', 'end'])
+    self.assertEqual(self.notes('held'), ['begin', 'end'])
     self.assertEqual(self.notes('good').count('end'), 1)
 
   @parameterized.parameters(signal.SIGTERM, signal.SIGINT)
   def test_a_stopped_runner_stops_its_cells_and_says_so(self, number):
-    runner = self.runner('slow', 'other', 'good')
-    self.wait_for('slow', 'begin')
+    runner = self.runner('held', 'other', 'good')
+    self.wait_for('held', 'begin')
     runner.send_signal(number)
     runner.communicate()
     self.assertEqual(runner.returncode, pool.REQUEUE_EXIT_CODE)
-    self.assertEqual(self.notes('slow'), ['begin', 'term'])
-    self.assertEqual(self.start(_table('slow', 'other', 'good')), 0)
-    self.assertEqual(self.notes('slow'), ['begin', 'term', 'begin', 'end'])
+    self.assertEqual(self.notes('held'), ['begin', 'term'])
+    self.release('held')
+    self.assertEqual(self.start(_table('held', 'other', 'good')), 0)
+    self.assertEqual(self.notes('held'), ['begin', 'term', 'begin', 'end'])
+
+  def test_a_second_request_kills(self):
+    """The cell of this table saves for ever."""
+    runner = self.runner('deaf')
+    self.wait_for('deaf', 'begin')
+    runner.terminate()
+    self.wait_for('deaf', 'term')
+    runner.terminate()
+    runner.communicate()
+    self.assertEqual(runner.returncode, pool.REQUEUE_EXIT_CODE)
+    self.assertEqual(self.notes('deaf'), ['begin', 'term'])
 
   def test_progress_counts(self):
     runner = self.runner('good', 'fail')
