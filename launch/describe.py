@@ -72,6 +72,7 @@ def answers(binary: str, commands: Sequence[Sequence[str]], figures: bool
   module = importlib.import_module(binary)
   if not hasattr(module, 'run_config'):
     raise SystemExit(f'{binary} has no run_config().')
+  free, known = free_flags(module), {}
   for command in commands:
     flags.FLAGS.unparse_flags()
     try:
@@ -79,20 +80,34 @@ def answers(binary: str, commands: Sequence[Sequence[str]], figures: bool
       if rest:
         raise ValueError(f'unknown arguments: {rest}')
       values = module.run_config()
-      answer = {'values': values, 'free': list(module.FREE)}
-      if figures:
-        answer['figures'] = figures_of(module, values)
-      else:
-        check(module, values)
+      answer = {'values': values, 'free': free}
+      same = json.dumps({name: value for name, value in values.items()
+                         if name not in (*free, 'seed')}, sort_keys=True)
+      if same not in known:  # Seeds differ in nothing that matters here.
+        known[same] = figures_of(module, values) if figures else check(
+            module, values)
+      answer['figures'] = known[same]
     except (ValueError, flags.Error) as error:
       answer = {'error': str(error)}
     yield answer
 
 
+def free_flags(module: Any) -> list[str]:
+  """Flags that may differ between a run and its continuation."""
+  if hasattr(module, 'FREE'):
+    return list(module.FREE)
+  return list(importlib.import_module('experiments.training').FREE)
+
+
 def check(module: Any, values: Mapping[str, Any]) -> None:
   """Raises ValueError for flags that parse and make no run."""
-  if hasattr(module, 'make_task'):
-    _image_task(module, values)
+  if hasattr(module, 'check_values'):
+    module.check_values(values)
+  if hasattr(module, 'run_length'):
+    module.make_task(values, module.run_length(
+        values, TRAIN_IMAGES[values['dataset']]))
+  elif hasattr(module, 'make_task'):
+    module.make_task(values, 256)  # As well as any other vocabulary.
 
 
 def figures_of(module: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,25 +120,20 @@ def figures_of(module: Any, values: Mapping[str, Any]) -> dict[str, Any]:
   """
   if hasattr(module, 'describe'):
     return module.describe(values)
-  return _image_figures(module, tuple(sorted(
-      (name, tuple(value) if isinstance(value, list) else value)
-      for name, value in values.items() if name not in (*module.FREE, 'seed'))),
-                        values['seed'])
+  return _image_figures(module, values)
 
 
-@functools.lru_cache(None)
-def _image_figures(train, items, seed):
+def _image_figures(train, values):
   """Of experiments.image.train, through its functions."""
   import jax
   import jax.numpy as jnp
   from experiments import optimization
   from experiments.image import input_pipeline
   import sparse_jax
-  values = {name: list(value) if isinstance(value, tuple) else value
-            for name, value in items} | {'seed': seed}
-  values |= dict.fromkeys(('log_every', 'eval_every', 'checkpoint_every'), 1)
-  task, steps = _image_task(train, values)
-  state = jax.eval_shape(functools.partial(train.init_state, task, seed))
+  check(train, values)
+  steps = train.run_length(values, TRAIN_IMAGES[values['dataset']])
+  task = train.make_task(values, steps)
+  state = jax.eval_shape(functools.partial(train.init_state, task, 0))
   weights = jax.eval_shape(task.method.read, state.params, state.opt_state)
   shape = input_pipeline.DATASETS[values['dataset']].image_shape
 
@@ -153,13 +163,6 @@ def _image_figures(train, items, seed):
       'optimizer_bytes': sum(leaf.size * leaf.dtype.itemsize for leaf in
                              jax.tree.leaves(state.opt_state)),
       'activation_bytes': one.saved_activations + (batch - 1) * each}
-
-
-def _image_task(train, values):
-  """Model, method and optimizer, and the length of the run."""
-  train.check_values(values)
-  steps = train.run_length(values, TRAIN_IMAGES[values['dataset']])
-  return train.make_task(values, steps), steps
 
 
 def _some(steps: int) -> list[int]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import math
 import re
 from typing import Any
 from typing import NamedTuple
@@ -35,8 +36,9 @@ METRICS = {
     'bits_per_character': Metric(
         'bits per character',
         lambda result: result['test_bits_per_character'], 3),
+    # Of a token: of a byte where the small scale reads bytes.
     'perplexity': Metric('perplexity',
-                         lambda result: result['test_perplexity'], 1),
+                         lambda result: math.exp(result['test_loss']), 1),
     'training_flops': Metric(
         'training FLOPs, as a fraction of dense',
         lambda result: result['cost']['training_multiplier_rigl'], 3),
