@@ -1,0 +1,280 @@
+"""Makes a table or figure of what its cells have left, finished or not.
+
+  python -m launch.collect --table=top_kast_table6 --scale=small
+
+prints the published numbers beside ours, with differences, and leaves
+table.md, table.csv and, for a figure, figure.png in the sweep's folder. Several
+seeds make a mean and a deviation. Cells that are not finished are blank.
+At --scale=small the published numbers are another network's, on other data:
+what can be compared is the order of the rows.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import csv
+import io
+import json
+import os
+import statistics
+import sys
+from typing import Any
+from typing import NamedTuple
+
+from absl import app
+from absl import flags
+from absl import logging
+
+from experiments import reporting
+from launch import backends
+from launch import figures
+from launch import run as run_lib
+from launch import table as table_lib
+from launch import tables
+
+
+# Of a table with a line a row; each takes three.
+_MOST_COLUMNS = 4
+
+
+class Measured(NamedTuple):
+  """A published number and ours."""
+
+  point: table_lib.Point
+  values: tuple[float, ...]  # One a finished seed, in the metric's unit.
+  places: tuple[float, ...]  # On the axis of the figure, one a finished seed.
+
+  @property
+  def mean(self) -> float | None:
+    return statistics.mean(self.values) if self.values else None
+
+  @property
+  def deviation(self) -> float | None:
+    return statistics.stdev(self.values) if self.values[1:] else None
+
+  @property
+  def x(self) -> float | None:
+    """Where ours stands: as measured, else where theirs does."""
+    return statistics.mean(self.places) if self.places else self.point.x
+
+
+class Found(NamedTuple):
+  """What one finished cell has left."""
+
+  path: str
+  result: Mapping[str, Any]  # result.json.
+  metrics: Mapping[int, Mapping[str, Any]]  # metrics.jsonl by step.
+
+
+def results(table: table_lib.Table, sweep_dir: str,
+            seeds: Sequence[int] | None = None) -> dict[str, list[Found]]:
+  """The finished cells of the table's runs, by name without the seed.
+
+  Raises:
+    ValueError: if a result is no JSON, naming its file.
+  """
+  seeds = table.seeds if seeds is None else seeds
+  return {name: [found for seed in seeds if (found := _read(os.path.join(
+      backends.workdir(sweep_dir, f'{name}_seed{seed}'), 'result.json')))]
+          for name in table_lib.run_names(table.points)}
+
+
+def _read(path: str) -> Found | None:
+  try:
+    with open(path, encoding='utf-8') as file:
+      result = json.load(file)
+  except FileNotFoundError:
+    return None
+  except ValueError as error:
+    raise ValueError(f'{path} is no JSON: {error}') from error
+  steps = os.path.join(os.path.dirname(path), 'metrics.jsonl')
+  metrics = {}
+  for row in reporting.read_jsonl(steps) if os.path.exists(steps) else ():
+    metrics.setdefault(row['step'], {}).update(row)
+  return Found(path, result, metrics)
+
+
+def measure(table: table_lib.Table, found: Mapping[str, Sequence[Found]]
+            ) -> list[Measured]:
+  """What the finished cells say of each point.
+
+  Raises:
+    ValueError: if a result lacks what the table needs, naming its file.
+  """
+  names = {table_lib.key_of(of): name for name, of in
+           table_lib.run_names(table.points).items()}
+  largest = max((each.result['cost']['flops'] for cells in found.values()
+                 for each in cells if 'cost' in each.result), default=None)
+  return [_measured(table.figure, point, largest, found[names[
+      table_lib.key_of(point.flags)]]) if point.flags is not None else
+          Measured(point, (), ()) for point in table.points]
+
+
+def _measured(figure, point, largest, cells) -> Measured:
+  values, places = [], []
+  for cell in cells:
+    try:
+      values.append(_value(point, cell))
+      if figure and figure.x:
+        places.append(_place(figure, cell.result, largest))
+    except (KeyError, TypeError) as error:
+      raise ValueError(f'{cell.path} has no {point.metric} for {point.row}, '
+                       f'{point.column}: {error!r}') from error
+  return Measured(point, tuple(values), tuple(places))
+
+
+def _value(point, cell) -> float:
+  if point.step is not None:  # A column of fractions.
+    return 100 * cell.metrics[point.step][point.metric]
+  return table_lib.METRICS[point.metric].read(cell.result)
+
+
+def _place(figure, result, largest) -> float:
+  """On the axis; FLOPs beside the largest network and the shortest run."""
+  place = table_lib.METRICS[figure.x].read(result)
+  if figure.dense_steps:
+    place *= result['steps'] / figure.dense_steps
+    place *= result['cost']['flops'] / largest
+  return place
+
+
+def other_flags(table: table_lib.Table, found: Mapping[str, Sequence[Found]]
+                ) -> list[str]:
+  """Flags in which a result differs from the table."""
+  names = table_lib.run_names(table.points)
+  return sorted({
+      flag for name, cells in found.items() for cell in cells
+      for flag, value in names[name].items()
+      if not _agree(flag, value, cell.result['flags'].get(flag))})
+
+
+def _agree(flag, ours, theirs) -> bool:
+  return theirs is not None and (
+      table_lib.argument(flag, ours) == table_lib.argument(flag, theirs))
+
+
+def rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+  """A row a point, for the CSV."""
+  return [{
+      'row': each.point.row, 'column': each.point.column,
+      'metric': each.point.metric, 'published': each.point.published,
+      'published_deviation': each.point.deviation, 'ours': each.mean,
+      'deviation': each.deviation, 'difference': difference(each),
+      'seeds': len(each.values), 'published_x': each.point.x, 'x': each.x,
+  } for each in measured]
+
+
+def difference(each: Measured) -> float | None:
+  """Ours less the published number."""
+  if each.mean is None or each.point.published is None:
+    return None
+  return each.mean - each.point.published
+
+
+def markdown(table: table_lib.Table, measured: Sequence[Measured],
+             differ: Sequence[str] = ()) -> str:
+  """The table: published, ours, difference.
+
+  A line a row if there are few columns, as the papers lay it out; else a line
+  a point. `differ` names flags that were not the table's.
+  """
+  columns = {each.point.column for each in measured}
+  lines = (_wide if len(columns) <= _MOST_COLUMNS else _long)(measured)
+  names = dict.fromkeys(name for line in lines for name in line)
+  done = sum(bool(each.values) for each in measured)
+  wanted = sum(each.point.flags is not None for each in measured)
+  notes = [f'**{table.title}.** {done} of {wanted} numbers are there.']
+  if differ:
+    notes.append(f'Run with other flags than the table\'s: '
+                 f'{", ".join(differ)}.')
+  notes.append(table.note)
+  return (' '.join(filter(None, notes)) + '\n\n'
+          + reporting.markdown_table(lines, list(names)))
+
+
+def _wide(measured) -> list[dict[str, str]]:
+  lines = {}
+  for each in measured:
+    line = lines.setdefault(each.point.row, {'row': each.point.row})
+    line |= {f'{each.point.column}, {name}': text
+             for name, text in _texts(each).items()}
+  return list(lines.values())
+
+
+def _long(measured) -> list[dict[str, str]]:
+  return [{'row': each.point.row, 'column': each.point.column, **_texts(each)}
+          for each in measured]
+
+
+def _texts(each: Measured) -> dict[str, str]:
+  """The texts of a point, by what comes after the name of its column."""
+  metric = table_lib.METRICS.get(each.point.metric)
+  digits = metric.digits if metric else 1
+  off = difference(each)
+  return {'published': _number(each.point.published, each.point.deviation,
+                               digits),
+          'ours': _number(each.mean, each.deviation, digits),
+          'difference': '' if off is None else f'{off:+.{digits}f}'}
+
+
+def _number(value, deviation, digits) -> str:
+  if value is None:
+    return ''
+  text = f'{value:.{digits}f}'
+  return text if deviation is None else f'{text} ± {deviation:.{digits}f}'
+
+
+def write(table: table_lib.Table, measured: Sequence[Measured], folder: str,
+          differ: Sequence[str] = ()) -> str:
+  """Writes table.md, table.csv and the figure; returns the Markdown."""
+  os.makedirs(folder, exist_ok=True)
+  text = markdown(table, measured, differ)
+  lines = io.StringIO()
+  writer = csv.DictWriter(lines, list(rows(measured)[0]), lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows(measured))
+  for name, content in (('table.md', text), ('table.csv', lines.getvalue())):
+    with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
+      file.write(content)
+  if table.figure:
+    figures.draw(rows(measured), os.path.join(folder, 'figure.png'),
+                 table.title, table.figure)
+  return text
+
+
+def collect(values: Mapping[str, Any], table: table_lib.Table) -> str:
+  """What the program does with its flags; returns the Markdown.
+
+  Raises:
+    ValueError: if there is no sweep, or a result lacks a number.
+  """
+  sweep_dir = run_lib.sweep_dir_of(values)
+  if not os.path.isdir(sweep_dir):
+    raise ValueError(f'`sweep_dir` (={sweep_dir!r}) must be a folder in which '
+                     'launch.run has run this table.')
+  found = results(table, sweep_dir, run_lib.seeds_of(values))
+  return write(table, measure(table, found), values['outdir'] or sweep_dir,
+               other_flags(table, found))
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  values = flags.FLAGS.flag_values_dict()
+  try:
+    run_lib.check_table(values)
+    print(collect(values, tables.get(values['table'], values['scale'])))
+  except (ValueError, OSError) as error:
+    logging.error('%s', error)
+    sys.exit(2)
+
+
+def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flags of this program."""
+  run_lib.define_table_flags(into)
+  flags.DEFINE_string('outdir', None, 'Where the table goes. Default: '
+                      '--sweep_dir.', flag_values=into)
+
+
+if __name__ == '__main__':
+  define_flags()
+  app.run(main)

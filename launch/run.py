@@ -1,0 +1,335 @@
+"""Runs every cell of a table: here, on Slurm, on TPU VMs or on GKE.
+
+  python -m launch.run --table=top_kast_table6 --scale=small --workers=2
+
+Cells that are finished are skipped, those that fail are tried again, and no
+cell runs twice at once, whoever else runs the table. Killed and started again
+with the same flags, it goes on where it was. `python -m launch.collect` makes
+the table, at any time.
+
+  python -m launch.run --table=swat_imagenet --scale=paper --dry_run
+
+prints every command, builds each model, method and optimizer from shapes, and
+prints what the cells cost in arithmetic and memory; nothing runs. A flag that
+the cells' binary does not have is an error before anything starts.
+
+Status: 0 if every cell is finished or submitted, 1 if one failed, 2 for bad
+flags, 75 if stopped by SIGTERM or Ctrl-C with work left.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
+import json
+import os
+import shlex
+import subprocess
+import sys
+from typing import Any
+from typing import NamedTuple
+
+from absl import app
+from absl import flags
+from absl import logging
+
+from launch import backends
+from launch import describe
+from launch import pool
+from launch import table as table_lib
+from launch import tables
+
+# Flags of single backends, and which of them must be given.
+OPTIONS = {'local': ('workers', 'gpus_per_worker', 'python'),
+           'slurm': ('workers', 'python', 'tasks', 'sbatch'),
+           'tpu_vm': ('tpu_names', 'zone', 'remote_dir'),
+           'xpk': ('cluster', 'tpu_type', 'docker_image', 'num_slices')}
+NEEDED = {'local': (), 'slurm': (), 'tpu_vm': ('tpu_names', 'zone'),
+          'xpk': ('cluster', 'tpu_type', 'docker_image')}
+AT_LEAST_ONE = ('workers', 'tasks', 'num_slices', 'devices')
+
+
+def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flags of this program."""
+  enum, integer, string, many, listed = (
+      functools.partial(define, flag_values=into) for define in (
+          flags.DEFINE_enum, flags.DEFINE_integer, flags.DEFINE_string,
+          flags.DEFINE_multi_string, flags.DEFINE_list))
+  define_table_flags(into)
+  many('cell_flag', [], 'A flag for every cell, after the table\'s own: '
+       '--cell_flag=--data_dir=DIR.')
+  enum('backend', 'local', list(OPTIONS), 'What runs the cells.')
+  flags.DEFINE_bool('dry_run', False, 'Print commands and costs; run nothing.',
+                    flag_values=into)
+  integer('retries', 1, 'How often a cell that failed is started again.')
+  integer('workers', 1, 'local, slurm: cells at once.')
+  integer('gpus_per_worker', 0, 'local: each worker sees so many GPUs of its '
+          'own. 0: all see all.')
+  string('python', sys.executable, 'local, slurm: what runs the cells.')
+  integer('tasks', 1, 'slurm: processes of a cell; above 1, cells get '
+          '--distributed.')
+  many('sbatch', [], 'slurm: an option for sbatch: '
+       '--sbatch=--gpus-per-task=8.')
+  listed('tpu_names', [], 'tpu_vm: slices that are up, a worker each.')
+  string('zone', None, 'tpu_vm: where they are.')
+  string('remote_dir', 'sparse_jax', 'tpu_vm: this project on their hosts.')
+  string('cluster', None, 'xpk: the cluster.')
+  string('tpu_type', None, 'xpk: of a slice, such as v5p-32.')
+  string('docker_image', None, 'xpk: with this project in its working folder.')
+  integer('num_slices', 1, 'xpk: slices of a cell.')
+  integer('devices', 1, '--dry_run: over how many a batch is split, for the '
+          'memory of one.')
+
+
+def define_table_flags(into: flags.FlagValues) -> None:
+  """Defines what says which table, where and of what seeds."""
+  flags.DEFINE_enum('table', None, list(tables.TABLES), 'Which one.',
+                    flag_values=into)
+  flags.DEFINE_enum('scale', 'small', table_lib.SCALES, 'The published '
+                    'schedule, or one of minutes.', flag_values=into)
+  flags.DEFINE_string('sweep_dir', None, 'Where the cells leave everything. '
+                      'Default: runs/<table>_<scale>.', flag_values=into)
+  flags.DEFINE_list('seeds', None, 'Default: the table\'s own.',
+                    flag_values=into)
+
+
+class Cell(NamedTuple):
+  """A run, and what its binary makes of its flags."""
+
+  run: table_lib.Run
+  values: Mapping[str, Any]
+  free: Sequence[str]  # Flags that a continuation may change.
+  figures: Mapping[str, Any] | None
+
+
+def cells(runs: Sequence[table_lib.Run], sweep_dir: str, figures: bool
+          ) -> list[Cell]:
+  """Asks the binary about its runs.
+
+  Raises:
+    ValueError: if it does not take one of them.
+  """
+  if not runs:
+    return []
+  answers = describe.ask(runs[0].binary, [
+      run.arguments(backends.workdir(sweep_dir, run.name)) for run in runs],
+                         figures)
+  return [Cell(run, answer['values'], answer['free'], answer.get('figures'))
+          for run, answer in zip(runs, answers, strict=True)]
+
+
+def is_finished(cell: Cell, sweep_dir: str) -> bool:
+  """Whether a run of these flags has left its result."""
+  path = os.path.join(backends.workdir(sweep_dir, cell.run.name), 'result.json')
+  try:
+    with open(path, encoding='utf-8') as file:
+      theirs = dict(json.load(file)['flags'])
+  except (OSError, ValueError, TypeError, KeyError):
+    return False
+  both = theirs.keys() | cell.values.keys()
+  differ = {name for name in both
+            if theirs.get(name) != cell.values.get(name)}
+  return not differ - {*cell.free, 'workdir'}
+
+
+def job(cell: Cell, sweep_dir: str, command) -> pool.Job:
+  """A cell for the pool; `command` maps a run and a worker to its command."""
+  return pool.Job(
+      cell.run.name, functools.partial(command, cell.run),
+      functools.partial(is_finished, cell, sweep_dir),
+      backends.lock_path(sweep_dir, cell.run.name),
+      backends.log_path(sweep_dir, cell.run.name))
+
+
+def runs_of(values: Mapping[str, Any], table: table_lib.Table
+            ) -> list[table_lib.Run]:
+  """The table's runs with the seeds and the further flags of the command."""
+  return [run._replace(extra=tuple(values['cell_flag']))
+          for run in table_lib.runs(table, seeds_of(values))]
+
+
+def seeds_of(values: Mapping[str, Any]) -> list[int] | None:
+  """Of --seeds; None for the table's own."""
+  if values['seeds'] is None:
+    return None
+  try:
+    return [int(seed) for seed in values['seeds']]
+  except ValueError:
+    raise ValueError(f'`seeds` (={",".join(values["seeds"])!r}) must be '
+                     'integers separated by commas.') from None
+
+
+def sweep_dir_of(values: Mapping[str, Any]) -> str:
+  """Of --sweep_dir, or where a table is by default."""
+  return values['sweep_dir'] or os.path.join(
+      'runs', f'{values["table"]}_{values["scale"]}')
+
+
+def check_table(values: Mapping[str, Any]) -> None:
+  """Raises ValueError if no table is named."""
+  if values['table'] is None:
+    raise ValueError('`table` (=None) must be one of '
+                     f'{", ".join(tables.TABLES)}.')
+
+
+def check(values: Mapping[str, Any]) -> None:
+  """Raises ValueError for flags that do not go with the backend."""
+  backend, defaults = values['backend'], flags.FlagValues()
+  define_flags(defaults)
+  for other, names in OPTIONS.items():
+    for name in names:
+      if name not in OPTIONS[backend] and (
+          values[name] != defaults[name].default):
+        raise ValueError(f'`{name}` (={values[name]!r}) is a setting of '
+                         f'--backend={other}, not of {backend}.')
+  for name in NEEDED[backend]:
+    if not values[name]:
+      raise ValueError(f'`{name}` (={values[name]!r}) must be given for '
+                       f'--backend={backend}.')
+  for name in AT_LEAST_ONE:
+    if values[name] < 1:
+      raise ValueError(f'`{name}` (={values[name]}) must be at least 1.')
+  for name in ('retries', 'gpus_per_worker'):
+    if values[name] < 0:
+      raise ValueError(f'`{name}` (={values[name]}) must be at least 0.')
+
+
+def commander(values: Mapping[str, Any], sweep_dir: str):
+  """Maps a run and the number of a worker to a command of this machine."""
+  if values['backend'] == 'tpu_vm':
+    where = backends.TpuVm(values['tpu_names'], values['zone'],
+                           values['remote_dir'])
+    return lambda run, worker: backends.tpu_vm(run, sweep_dir, where, worker)
+  if values['backend'] == 'xpk':
+    where = backends.Xpk(*(values[name] for name in OPTIONS['xpk']))
+    name = f'{values["table"]}-{values["scale"]}'
+    return lambda run, worker: backends.xpk(run, sweep_dir, where, name)
+  return lambda run, worker: backends.local(run, sweep_dir, values['python'])
+
+
+def script(values: Mapping[str, Any], runs: Sequence[table_lib.Run],
+           sweep_dir: str) -> str:
+  """What sbatch gets."""
+  return backends.slurm(
+      runs, sweep_dir, backends.Slurm(values['tasks'], values['sbatch']),
+      job=values['table'], workers=values['workers'],
+      retries=values['retries'], python=values['python'])
+
+
+def start(values: Mapping[str, Any], found: Sequence[Cell], sweep_dir: str
+          ) -> int:
+  """Runs or submits the cells that are not finished; returns the status."""
+  left = [cell for cell in found if not is_finished(cell, sweep_dir)]
+  print(f'{len(found) - len(left)} of {len(found)} cells are finished, in '
+        f'{sweep_dir}', flush=True)
+  if not left:
+    return 0
+  if values['backend'] in ('local', 'tpu_vm'):
+    return _run_here(values, left, sweep_dir)
+  return _submit(values, [cell.run for cell in left], sweep_dir)
+
+
+def _run_here(values, left, sweep_dir) -> int:
+  workers = len(values['tpu_names']) or values['workers']
+  command = commander(values, sweep_dir)
+  environment = functools.partial(_environment, values['gpus_per_worker'])
+  outcome = pool.run([job(cell, sweep_dir, command) for cell in left],
+                     workers=workers, retries=values['retries'],
+                     environment=environment)
+  if outcome.left:
+    return pool.REQUEUE_EXIT_CODE
+  return 1 if outcome.failed else 0
+
+
+def _environment(gpus: int, worker: int) -> dict[str, str]:
+  if not gpus:
+    return {}
+  first = worker * gpus
+  return {'CUDA_VISIBLE_DEVICES': ','.join(
+      map(str, range(first, first + gpus)))}
+
+
+def _submit(values, runs, sweep_dir) -> int:
+  for folder in ('locks', 'logs'):
+    os.makedirs(os.path.join(sweep_dir, folder), exist_ok=True)
+  if values['backend'] == 'slurm':
+    path = os.path.join(sweep_dir, 'array.sh')
+    with open(path, 'w', encoding='utf-8') as file:
+      file.write(script(values, runs, sweep_dir))
+    return subprocess.run(['sbatch', path], check=False).returncode and 1
+  command = commander(values, sweep_dir)
+  codes = [subprocess.run(command(run, 0), check=False).returncode
+           for run in runs]
+  return 1 if any(codes) else 0
+
+
+def plan(values: Mapping[str, Any], table: table_lib.Table,
+         found: Sequence[Cell], sweep_dir: str) -> str:
+  """What --dry_run prints."""
+  left = [cell.run for cell in found if not is_finished(cell, sweep_dir)]
+  text = (f'# {table.title}, scale {values["scale"]}: {len(found)} cells of '
+          f'{table.binary}, {len(found) - len(left)} finished\n')
+  if values['backend'] == 'slurm' and left:
+    text += script(values, left, sweep_dir)
+  elif left:
+    command, slices = commander(values, sweep_dir), values['tpu_names'] or [0]
+    text += ''.join(f'{shlex.join(command(run, number % len(slices)))}\n'
+                    for number, run in enumerate(left))
+  return text + '\n' + costs(found, values['devices'])
+
+
+def costs(found: Sequence[Cell], devices: int) -> str:
+  """A Markdown table of the cells' figures, seeds left out; their sum."""
+  from experiments import reporting
+  first = {cell.run.name.rpartition('_seed')[0]: cell.figures
+           for cell in reversed(found)}
+  rows = [{'cell': name, **_cost(figures, devices)}
+          for name, figures in reversed(first.items())]
+  total = sum(cell.figures['training_flops'] for cell in found)
+  return reporting.markdown_table(rows, formats={
+      'parameters': ',', 'steps': ',', 'batch': ',', 'rate': '.4g',
+      'multiply-adds': '.3g', 'weights (MB)': ',.1f', 'optimizer (MB)': ',.1f',
+      'activations (MB)': ',.1f'}) + (
+          f'\n{total:.3g} multiply-adds in all {len(found)} cells. Memory is '
+          f'that of each of {devices} devices.\n')
+
+
+def _cost(figures, devices) -> dict[str, Any]:
+  return {
+      'parameters': figures['parameters'], 'steps': figures['train_steps'],
+      'batch': figures['batch_size'], 'rate': figures['learning_rate'],
+      'multiply-adds': figures['training_flops'],
+      'weights (MB)': figures['weight_bytes'] / 1e6,
+      'optimizer (MB)': figures['optimizer_bytes'] / 1e6,
+      'activations (MB)': figures['activation_bytes'] / devices / 1e6}
+
+
+def run(values: Mapping[str, Any], table: table_lib.Table) -> int:
+  """What the program does with its flags; returns the status.
+
+  Raises:
+    ValueError: naming a flag, or the command that its binary does not take.
+  """
+  check(values)
+  sweep_dir = sweep_dir_of(values)
+  found = cells(runs_of(values, table), sweep_dir, values['dry_run'])
+  if values['dry_run']:
+    print(plan(values, table, found, sweep_dir), end='', flush=True)
+    return 0
+  return start(values, found, sweep_dir)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  values = flags.FLAGS.flag_values_dict()
+  try:
+    check_table(values)
+    sys.exit(run(values, tables.get(values['table'], values['scale'])))
+  except (ValueError, OSError) as error:
+    logging.error('%s', error)
+    sys.exit(2)
+
+
+if __name__ == '__main__':
+  define_flags()
+  app.run(main)

@@ -1,0 +1,23 @@
+"""Every table and figure that can be run, by name."""
+
+from launch.table import SCALES
+from launch.table import Table
+from launch.tables import swat
+from launch.tables import top_kast
+
+TABLES = top_kast.TABLES | swat.TABLES
+
+
+def get(name: str, scale: str) -> Table:
+  """The table of a name at a scale.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  if name not in TABLES:
+    raise ValueError(f'`table` (={name!r}) must be one of '
+                     f'{", ".join(TABLES)}.')
+  if scale not in SCALES:
+    raise ValueError(f'`scale` (={scale!r}) must be one of '
+                     f'{", ".join(SCALES)}.')
+  return TABLES[name](scale)
