@@ -69,8 +69,11 @@ def compiled(model, train):
 
 def run(model, params, tokens, targets, memory, *, train=False, key=0):
   """Losses and the next memory."""
-  return compiled(model, train)(params, tokens, targets, memory,
-                                jax.random.key(key))
+  return compiled(model, train)(params, tokens, targets, memory, key_of(key))
+
+
+def key_of(seed):
+  return jax.random.key(seed, impl='rbg')  # It compiles fast.
 
 
 def normalised(p, x):
@@ -150,7 +153,7 @@ class PiecesTest(parameterized.TestCase):
       self.assertEqual(seen, 0 <= before <= min(reach, valid[b] + i))
 
   def test_memory_keeps_the_newest_inputs_of_layers(self):
-    model, tokens = create(), tokens_of(2, 3)
+    model, tokens = create(num_layers=1), tokens_of(2, 3)
     memory = random_memory(model, [4, 2], length=5)
     _, found = run(model, random_params(model), tokens, tokens, memory)
     np.testing.assert_array_equal(found.values[:, :, :2],
@@ -211,7 +214,7 @@ class TransformerXLTest(parameterized.TestCase):
       expected &= ~np.tri(6, k=-2, dtype=bool)  # Itself and one place before.
     np.testing.assert_array_equal(reached, expected)
 
-  @parameterized.parameters((False, False), (True, False), (True, True))
+  @parameterized.parameters((False, False), (True, True))
   def test_segments_with_memory_are_one_long_segment(self, same_length,
                                                      pre_norm):
     model = create(same_length=same_length, pre_norm=pre_norm)
@@ -321,7 +324,7 @@ class TransformerXLTest(parameterized.TestCase):
     self.assertGreater(np.abs(change(6)[0] - change(None)[0]).max(), 1e-4)
 
   def test_one_compilation_serves_all_segments_also_with_remat(self):
-    tokens, key = tokens_of(2, 3), jax.random.key(0)
+    tokens, key = tokens_of(2, 3), key_of(0)
     plain = create(num_layers=1)
     params, found = random_params(plain), []
     for remat in False, True:
@@ -395,7 +398,8 @@ class SparseTest(parameterized.TestCase):
   def test_swat_reaches_every_projection_and_dense_layer(self):
     model, tokens = create(num_layers=1), tokens_of(2, 6)
     params, memory = random_params(model), random_memory(model, [4, 2])
-    method = sparse_jax.swat(.5, activation_sparsity=.5)
+    method = sparse_jax.swat(.5, activation_sparsity=.5,
+                             is_sparse=[('vocabulary', False)])
     state = method.init(params)
 
     def loss(weights, noise):
@@ -424,7 +428,7 @@ class SparseTest(parameterized.TestCase):
     @jax.jit
     def slopes(params, noise):
       def run(params, noise):
-        fn = sparse_jax.with_operators(loss, method, state)
+        fn = sparse_jax.with_operators(loss, method, state, pack=False)
         return fn(method.read(params, state), noise)
 
       return jax.grad(run, (0, 1), has_aux=True)(params, noise)
