@@ -6,11 +6,11 @@
 
 Trains a dense network by experiments.image.train in --workdir with that
 program's flags, or takes the finished run that lies there, made with the same
-flags. Then for each share it removes the filters of smallest L1 norm, looks
-at what is left on the test split, and trains it on with a fresh optimizer at
-a constant rate. The arrays are really smaller: --nofrom_scratch leaves out
-the smaller network trained from a random start for as long as the dense one,
-with which the paper compares.
+flags. Then for each share it removes the filters of smallest L1 norm, tests
+what is left, and trains it on with a fresh optimizer at a constant rate. The
+arrays are really smaller. Beside it stands the same smaller network trained
+from a random start for as long as the dense one, with which the paper
+compares; --nofrom_scratch leaves that out.
 
 Every layer but the last loses its filters; in ResNets, as in the paper, only
 the convolutions inside a block, for the sums need equal channels.
