@@ -133,6 +133,9 @@ def accuracy_vs_flops(rows: Sequence[Mapping[str, Any]],
   def draw(figure):
     from matplotlib import ticker
     axes = figure.subplots()
+    shares = [row['training_multiplier'] for row in rows if row not in
+              references] or [1.]
+    axes.set_xlim(min(shares) / 1.2, max(shares) * 1.2)
     axes.set_xscale('log')
     for index, (name, points) in enumerate(lines.items()):
       _draw_method(axes, index, points, 'training_multiplier', name)
@@ -254,8 +257,9 @@ def _scale_sparsity(axes, lines):
   found = [1 - row['sparsity'] for points in lines.values() for row in points]
   if not found:
     return
-  axes.set_xscale('log')
+  # Before the scale: one density alone has no range to scale.
   axes.set_xlim(max(found) * 1.12, min(found) / 1.12)
+  axes.set_xscale('log')
   axes.xaxis.set_major_locator(ticker.FixedLocator(_apart(found)))
   axes.xaxis.set_minor_locator(ticker.NullLocator())
   axes.xaxis.set_major_formatter(lambda d, _: f'{100 * (1 - d):.3g}%')

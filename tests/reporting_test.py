@@ -334,6 +334,14 @@ class PlotsTest(ReportingTestCase):
     plots.accuracy_vs_sparsity(rows, path, 'Ten methods')
     self.assert_png(path)
 
+  @parameterized.parameters(plots.accuracy_vs_sparsity,
+                            plots.accuracy_vs_flops)
+  def test_one_point_on_a_power_of_ten(self, draw):
+    path = self.directory / 'point.png'
+    draw([{'method': 'a', 'sparsity': .9, 'accuracy': .5,
+           'training_multiplier': 1 - .9}], path, 'One method')
+    self.assert_png(path)
+
   def test_the_sparsity_that_most_have_gets_the_label(self):
     self.assertEqual(plots._apart([.2, .1, .105, .1, .2]), [.2, .1])
 
