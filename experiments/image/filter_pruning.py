@@ -115,18 +115,12 @@ def followers(name: str, variables: Mapping[str, Any]
   """For each kernel that may lose filters, what shrinks with it.
 
   Args:
-    name: of the network, as in `models.create`.
+    name: of the network, in CHAINS or BLOCKS.
     variables: its parameters and batch statistics.
 
   Returns:
     The `followers` of `sparse_jax.prune_filters`.
-
-  Raises:
-    ValueError: if it is not known which layers of the network may shrink.
   """
-  if name not in CHAINS | BLOCKS:
-    raise ValueError(f'`model` (={name!r}) must be one of '
-                     f'{", ".join(CHAINS | BLOCKS)}.')
   paths = {_path(path) for path, _ in
            jax.tree_util.tree_leaves_with_path(variables)}
   found = {}
@@ -145,13 +139,21 @@ def followers(name: str, variables: Mapping[str, Any]
 def prune(name: str, variables: Mapping[str, Any], share: float,
           untouched: Sequence[str] = ()) -> Any:
   """The variables without that share of the filters of each layer."""
+  shares = dict.fromkeys(touched(name, variables, untouched), share)
+  return sparse_jax.prune_filters(variables, shares,
+                                  followers(name, variables))[0]
+
+
+def touched(name: str, variables: Mapping[str, Any],
+            untouched: Sequence[str]) -> list[str]:
+  """Paths of the kernels that lose filters; ValueError if there are none."""
   known = followers(name, variables)
-  shares = {path: share for path in known
-            if not any(re.search(rule, path) for rule in untouched)}
-  if not shares:
+  found = [path for path in known
+           if not any(re.search(rule, path) for rule in untouched)]
+  if not found:
     raise ValueError(f'`untouched` (={",".join(untouched)!r}) must leave a '
                      f'layer of {", ".join(known)}.')
-  return sparse_jax.prune_filters(variables, shares, known)[0]
+  return found
 
 
 def study(values: Mapping[str, Any], settings: Settings
@@ -190,7 +192,8 @@ def check(values: Mapping[str, Any], settings: Settings) -> None:
   if values['method'] != 'dense':
     raise ValueError(f'`method` (={values["method"]!r}) must be dense.')
   if values['model'] not in CHAINS | BLOCKS:
-    followers(values['model'], {})
+    raise ValueError(f'`model` (={values["model"]!r}) must be one of '
+                     f'{", ".join(CHAINS | BLOCKS)}.')
   for share in settings.shares:
     if not 0 < share < 1:
       raise ValueError(f'`filter_sparsities` (={share!r}) must be in (0, 1).')
@@ -204,7 +207,8 @@ def check(values: Mapping[str, Any], settings: Settings) -> None:
                       ('fine_tune_learning_rate', settings.learning_rate)):
     if not 0 < value < math.inf:
       raise ValueError(f'`{flag}` (={value!r}) must be finite and above 0.')
-  train.check(values)
+  shapes = train.prepare(values, values['workdir']).init.out_info
+  touched(values['model'], variables_of(shapes), settings.untouched)
 
 
 def one_share(run: train.Run, state: train.TrainState, share: float,
