@@ -8,6 +8,7 @@ Okabe and Ito, chosen to be told apart by colour-blind readers; methods differ
 in marker as well.
 """
 
+import collections
 from collections.abc import Mapping, Sequence
 import math
 import os
@@ -152,6 +153,9 @@ def against_flops(rows: Sequence[Mapping[str, Any]],
   def draw(figure):
     from matplotlib import ticker
     axes = figure.subplots()
+    shares = [row['training_multiplier'] for row in rows if row not in
+              references] or [1.]
+    axes.set_xlim(min(shares) / 1.2, max(shares) * 1.2)
     axes.set_xscale('log')
     for index, (name, points) in enumerate(lines.items()):
       _draw_method(axes, index, points, metric, 'training_multiplier', name)
@@ -257,10 +261,9 @@ def _leave_out_failures(axes, rows, metric):
   if failed.any():
     best = values.max()
     axes.set_ylim(sorted([up * floor, up * (best + .08 * (best - floor))]))
-    axes.text(.01, .02 if up > 0 else .94,
-              f'{failed.sum()} of {failed.size} points lie '
-              f'{"below" if up > 0 else "above"}',
-              transform=axes.transAxes, color=_GREY)
+    axes.text(1., 1.02, f'{failed.sum()} of {failed.size} points lie '
+              f'{"below" if up > 0 else "above"}', transform=axes.transAxes,
+              color=_GREY, ha='right', va='bottom')
 
 
 def _draw_method(axes, index, points, metric, across=None, label=None):
@@ -280,22 +283,23 @@ def _draw_method(axes, index, points, metric, across=None, label=None):
 
 def _scale_sparsity(axes, lines):
   from matplotlib import ticker
-  densities = sorted({1 - row['sparsity']
-                      for points in lines.values() for row in points})
-  if not densities:
+  found = [1 - row['sparsity'] for points in lines.values() for row in points]
+  if not found:
     return
+  # Before the scale: one density alone has no range to scale.
+  axes.set_xlim(max(found) * 1.12, min(found) / 1.12)
   axes.set_xscale('log')
-  axes.set_xlim(densities[-1] * 1.12, densities[0] / 1.12)
-  axes.xaxis.set_major_locator(ticker.FixedLocator(_apart(densities)))
+  axes.xaxis.set_major_locator(ticker.FixedLocator(_apart(found)))
   axes.xaxis.set_minor_locator(ticker.NullLocator())
-  axes.xaxis.set_major_formatter(lambda d, _: f'{100 * (1 - d):.4g}%')
+  axes.xaxis.set_major_formatter(lambda d, _: f'{100 * (1 - d):.3g}%')
 
 
-def _apart(densities, factor=1.1):
-  """Of ascending densities, those that leave room for their labels."""
+def _apart(densities, gap=0.07):
+  """Those that leave room for their labels, the most frequent first."""
+  room = gap * math.log(1.12**2 * max(densities) / min(densities))
   kept = []
-  for density in densities:
-    if not kept or density >= factor * kept[-1]:
+  for density, _ in collections.Counter(densities).most_common():
+    if all(abs(math.log(density / other)) >= room for other in kept):
       kept.append(density)
   return kept
 
@@ -314,9 +318,10 @@ def _label_ends(axes, names, ends, references, metric):
   place = {'transform': axes.transAxes, 'clip_on': False, 'zorder': 1}
   starts = [(x, max(y, 0.)) for x, y in starts]
   inside = [i for i, (x, _) in enumerate(starts) if x < .9]
-  for i in inside:  # A line that ends early is named where it ends.
-    axes.text(*starts[i], f' {names[i]}', color=looks[i][0], va='bottom',
-              transform=axes.transAxes)
+  for i, height in _beside(inside, starts):
+    # A line that ends early is named where it ends.
+    axes.text(starts[i][0], height, f' {names[i]}', color=looks[i][0],
+              va='bottom', transform=axes.transAxes)
   kept = [i for i in range(len(names)) if i not in inside]
   heights = _spread([starts[i][1] for i in kept], gap=0.052)
   for i, height in zip(kept, heights):
@@ -325,6 +330,19 @@ def _label_ends(axes, names, ends, references, metric):
     axes.plot([1.04], [height], color=colour, marker=marker, **place)
     axes.text(1.062 if marker else 1.033, height, name, color=colour,
               va='center', transform=axes.transAxes)
+
+
+def _beside(indices, starts, near=0.1):
+  """(index, height of its name): names that are near stand above each other."""
+  order = sorted(indices, key=lambda i: starts[i][0])
+  groups = []
+  for i in order:
+    if groups and starts[i][0] - starts[groups[-1][-1]][0] < near:
+      groups[-1].append(i)
+    else:
+      groups.append([i])
+  for group in groups:
+    yield from zip(group, _spread([starts[i][1] for i in group], gap=0.045))
 
 
 def _draw_bars(axes, rows, fontsize):

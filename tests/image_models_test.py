@@ -107,13 +107,15 @@ class ModelsTest(parameterized.TestCase):
         self.assertEqual(leaf.dtype, jnp.bfloat16, path)
 
   # The totals are those of the networks' widely used public codes, but for
-  # three that are reckoned by hand. small_cnn: 9*3*32 + 32 + 9*32*64 + 64 +
-  # 4096*128 + 128 + 128*10 + 10. wrn_22_2: kernels 432, 51,200, 204,800,
-  # 819,200 and 1,280, batch norm 2,720, bias 10. vgg16: convolutions
+  # four that are reckoned by hand. small_cnn: 9*3*32 + 32 + 9*32*64 + 64 +
+  # 4096*128 + 128 + 128*10 + 10. strided_cnn: kernels 864, 18,432, 73,728 and
+  # 16*128*10, batch norm 2*224, bias 10. wrn_22_2: kernels 432, 51,200,
+  # 204,800, 819,200 and 1,280, batch norm 2,720, bias 10. vgg16: convolutions
   # 14,710,464, batch norm 2*4224, classifier 513*4096 + 4097*4096 + 4097*10.
   @parameterized.named_parameters(
       ('mlp', 'mlp', 266_610),
       ('small_cnn', 'small_cnn', 545_098),
+      ('strided_cnn', 'strided_cnn', 113_962),
       ('resnet20', 'resnet20', 269_722 + 2_752),
       ('resnet56', 'resnet56', 853_018 + 2_752),
       ('resnet18', 'resnet18', 11_173_962),
@@ -318,6 +320,7 @@ class ForwardTest(parameterized.TestCase):
       ('mlp', 'mlp', (8, 8, 1)),
       ('small_cnn', 'small_cnn', (8, 8, 1)),
       ('small_cnn_color', 'small_cnn', (32, 32, 3)),
+      ('strided_cnn', 'strided_cnn', (32, 32, 3)),
       ('resnet20', 'resnet20', (8, 8, 1)),
   )
   def test_jitted_equals_eager(self, name, image_shape):
@@ -341,7 +344,7 @@ class ForwardTest(parameterized.TestCase):
         jax.random.key(0))
     self.assertEqual(logits.shape, (2, model.num_classes))
 
-  @parameterized.parameters('mlp', 'small_cnn', 'resnet20')
+  @parameterized.parameters('mlp', 'small_cnn', 'strided_cnn', 'resnet20')
   def test_gradient_step_lowers_the_loss(self, name):
     model = _create(name, width=0.25)
     images, labels = _random_batch(6, (8, 8, 1))
@@ -478,8 +481,9 @@ class CreateTest(parameterized.TestCase):
 
   def test_names_are_the_documented_ones(self):
     self.assertEqual(list(models.MODELS), [
-        'mlp', 'small_cnn', 'resnet20', 'resnet56', 'resnet18', 'wrn_28_10',
-        'wrn_22_2', 'wrn_16_8', 'resnet50', 'vgg16', 'densenet121'])
+        'mlp', 'small_cnn', 'strided_cnn', 'resnet20', 'resnet56', 'resnet18',
+        'wrn_28_10', 'wrn_22_2', 'wrn_16_8', 'resnet50', 'vgg16',
+        'densenet121'])
 
   @parameterized.parameters(list(models.MODELS))
   def test_fields_are_those_given(self, name):

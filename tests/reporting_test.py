@@ -334,6 +334,23 @@ class PlotsTest(ReportingTestCase):
     plots.against_sparsity(rows, path, 'Ten methods')
     self.assert_png(path)
 
+  @parameterized.parameters(plots.accuracy_vs_sparsity,
+                            plots.accuracy_vs_flops)
+  def test_one_point_on_a_power_of_ten(self, draw):
+    path = self.directory / 'point.png'
+    draw([{'method': 'a', 'sparsity': .9, 'accuracy': .5,
+           'training_multiplier': 1 - .9}], path, 'One method')
+    self.assert_png(path)
+
+  def test_the_sparsity_that_most_have_gets_the_label(self):
+    self.assertEqual(plots._apart([.2, .1, .105, .1, .2]), [.2, .1])
+
+  def test_names_of_lines_that_end_near_each_other_stand_apart(self):
+    starts = [(.5, .8), (.05, .8), (.1, .8)]
+    heights = dict(plots._beside(range(3), starts))
+    self.assertEqual(heights[0], .8)
+    self.assertGreater(abs(heights[1] - heights[2]), .04)
+
   def test_accuracy_vs_flops(self):
     rows = [{'method': method, 'sparsity': .9, 'accuracy': 0.7,
              'training_multiplier': flops}

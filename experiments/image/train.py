@@ -57,6 +57,7 @@ flags.DEFINE_float('label_smoothing', 0., 'Share of the label spread over all '
 flags.DEFINE_bool('augment', True, 'Crop and flip as the papers do.')
 training.define_flags(batch_size=128, examples='Images')
 
+FREE = training.FREE  # Flags that a continued run may change.
 # The smallest and largest values of flags that no other file checks.
 LIMITS = {'label_smoothing': (0, 1), 'width': (0, 1e6)}
 
@@ -151,16 +152,26 @@ def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
       units=('examples', values['batch_size']), apply=inference(values))
 
 
+def without_data(values: Mapping[str, Any]) -> tuple[training.Task, int]:
+  """The task and its length by the data set's published size.
+
+  Raises:
+    ValueError: naming the flag and its value.
+  """
+  training.check_values(values, LIMITS)
+  steps = run_length(values, input_pipeline.DATASETS[
+      values['dataset']].num_train)
+  return make_task(values, steps), steps
+
+
 def describe(values: Mapping[str, Any]) -> dict[str, Any]:
   """Size, length and cost of the run of these flags, as `training.describe`.
 
   Raises:
     ValueError: naming the flag and its value. No data need be there.
   """
-  training.check_values(values, LIMITS)
-  spec = input_pipeline.DATASETS[values['dataset']]
-  steps = run_length(values, spec.num_train)
-  task = make_task(values, steps)
+  task, steps = without_data(values)
+  spec = task.problem.spec
 
   def examples(size):
     shape = jax.ShapeDtypeStruct

@@ -74,6 +74,7 @@ flags.DEFINE_float('sample_temperature', 1., '0 for the likeliest token.')
 
 # What a sample is asked for has no part in the run.
 NOT_OF_THE_RUN = ('sample', 'prompt', 'sample_temperature')
+FREE = training.FREE  # Flags that a continued run may change.
 # The smallest and largest values of flags that no other file checks.
 LIMITS = {'width': (0, 1e6), 'dropout': (0, 1)}
 LENGTHS = ('segment_length', 'memory_length', 'eval_memory_length')
@@ -168,17 +169,28 @@ def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
       apply=functools.partial(inference, problem), data=text.fingerprint)
 
 
+def without_data(values: Mapping[str, Any]) -> tuple[training.Task, int]:
+  """The task and its length by the corpus's published number of words.
+
+  Raises:
+    ValueError: naming the flag and its value.
+  """
+  check_values(values)
+  words = input_pipeline.DATASETS[values['dataset']].vocabulary_size
+  if level(values) == 'word' and words <= 256:
+    raise ValueError(f'`level` (=word): how many words {values["dataset"]} has '
+                     'is known from its text alone.')
+  size = 256 if level(values) == 'byte' else words
+  return make_task(values, size), values['train_steps']
+
+
 def describe(values: Mapping[str, Any]) -> dict[str, Any]:
   """Size, length and cost of the run of these flags, as `training.describe`.
-
-  Words of a text that is not there are taken to be as many as published.
 
   Raises:
     ValueError: naming the flag and its value. No data need be there.
   """
-  check_values(values)
-  size = input_pipeline.DATASETS[values['dataset']].vocabulary_size
-  task = make_task(values, 256 if level(values) == 'byte' else size)
+  task, steps = without_data(values)
 
   def examples(size):
     problem = task.problem
@@ -189,7 +201,7 @@ def describe(values: Mapping[str, Any]) -> dict[str, Any]:
     return memory, {'inputs': tokens, 'targets': tokens,
                     'begins': shape((size,), bool)}
 
-  return training.describe(task, values, values['train_steps'], examples)
+  return training.describe(task, values, steps, examples)
 
 
 def check(values: Mapping[str, Any]) -> None:

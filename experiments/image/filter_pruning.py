@@ -1,0 +1,391 @@
+"""Removes whole filters from a trained network and trains on what is left.
+
+  python -m experiments.image.filter_pruning --dataset=cifar10 --data_dir=DIR \
+      --model=strided_cnn --noaugment --train_epochs=5 --workdir=RUN \
+      --filter_sparsities=0.25,0.5,0.75 --fine_tune_epochs=1
+
+Trains a dense network by experiments.image.train in --workdir with that
+program's flags, or takes the finished run that lies there, made with the same
+flags. Then for each share it removes the filters of smallest L1 norm, tests
+what is left, and trains it on with a fresh optimizer at a constant rate. The
+arrays are really smaller. Beside it stands the same smaller network trained
+from a random start for as long as the dense one, with which the paper
+compares; --nofrom_scratch leaves that out.
+
+Every layer but the last loses its filters; in ResNets, as in the paper, only
+the convolutions inside a block, for the sums need equal channels.
+
+Leaves in --workdir, beside what the dense run leaves: pruning.json,
+pruning.md and pruning.png.
+
+Reference:
+  Li et al., Pruning filters for efficient convnets, 2017,
+  https://arxiv.org/abs/1608.08710, sections 3 and 4.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
+import math
+import os
+import re
+import sys
+from typing import Any
+from typing import NamedTuple
+
+from absl import app
+from absl import flags
+from absl import logging
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+import sparse_jax
+from experiments import devices
+from experiments import optimization
+from experiments import plots
+from experiments import reporting
+from experiments.image import input_pipeline
+from experiments.image import train
+
+_SHARES = flags.DEFINE_list(
+    'filter_sparsities', ['0.25', '0.5', '0.75'], 'Shares of each layer\'s '
+    'filters that go, in (0, 1); a row of the table each.')
+_UNTOUCHED = flags.DEFINE_list(
+    'untouched', [], 'Regular expressions; layers whose path has a match keep '
+    'all filters.')
+_EPOCHS = flags.DEFINE_float('fine_tune_epochs', 1., 'Length of the training '
+                             'after the filters have gone, above 0.')
+_RATE = flags.DEFINE_float('fine_tune_learning_rate', .01, 'Its learning '
+                           'rate, constant.')
+_FROM_SCRATCH = flags.DEFINE_bool('from_scratch', True, 'Also train each '
+                                  'smaller network from a random start.')
+
+# Layers of which each reads the one before.
+CHAINS = {
+    'mlp': ('stem', 'dense_2', 'head'),
+    'small_cnn': ('stem', 'conv_2', 'dense', 'head'),
+    'strided_cnn': ('stem', 'conv_2', 'conv_3', 'head'),
+    'vgg16': ('stem', *(f'conv_{i}' for i in range(2, 14)), 'dense_1',
+              'dense_2', 'head'),
+}
+BLOCKS = {name: ('conv_1', 'conv_2')
+          for name in ('resnet20', 'resnet56', 'resnet18')}
+BLOCKS['resnet50'] = ('conv_1', 'conv_2', 'conv_3')
+
+
+class Settings(NamedTuple):
+  """What happens after the dense run."""
+
+  shares: Sequence[float]
+  untouched: Sequence[str] = ()
+  epochs: float = 1.
+  learning_rate: float = .01
+  from_scratch: bool = True
+
+
+class Fitted(NamedTuple):
+  """A model whose layers have as many features as their kernels."""
+
+  model: nn.Module
+
+  def apply(self, variables, *args, **kwargs):
+    with nn.intercept_methods(fit_features):
+      return self.model.apply(variables, *args, **kwargs)
+
+
+def fit_features(next_fun, args, kwargs, context):
+  """A Flax interceptor: a Conv or Dense gets its kernel's number of features.
+
+  So a network of smaller arrays is applied by the model of the larger ones.
+  """
+  layer = context.module
+  if not isinstance(layer, (nn.Conv, nn.Dense)) or (
+      context.method_name != '__call__'):
+    return next_fun(*args, **kwargs)
+  features = layer.get_variable('params', 'kernel').shape[-1]
+  if layer.features == features:
+    return next_fun(*args, **kwargs)
+  return layer.clone(features=features, parent=layer.scope)(*args, **kwargs)
+
+
+def followers(name: str, variables: Mapping[str, Any]
+              ) -> dict[str, dict[str, int]]:
+  """For each kernel that may lose filters, what shrinks with it.
+
+  Args:
+    name: of the network, in CHAINS or BLOCKS.
+    variables: its parameters and batch statistics.
+
+  Returns:
+    The `followers` of `sparse_jax.prune_filters`.
+  """
+  paths = {_path(path) for path, _ in
+           jax.tree_util.tree_leaves_with_path(variables)}
+  found = {}
+  for layer, reader in _pairs(name, variables['params']):
+    norm = re.sub('conv_(?=[0-9]+$)', 'norm_', layer)
+    norm = 'stem_norm' if layer == 'stem' else norm
+    own = [f'params/{layer}/bias',
+           *(f'params/{norm}/{kind}' for kind in ('scale', 'bias')),
+           *(f'batch_stats/{norm}/{kind}' for kind in ('mean', 'var'))]
+    found[f'params/{layer}/kernel'] = {
+        path: 0 for path in own if path in paths} | {
+            f'params/{reader}/kernel': -2}
+  return found
+
+
+def prune(name: str, variables: Mapping[str, Any], share: float,
+          untouched: Sequence[str] = ()) -> Any:
+  """The variables without that share of the filters of each layer."""
+  shares = dict.fromkeys(touched(name, variables, untouched), share)
+  return sparse_jax.prune_filters(variables, shares,
+                                  followers(name, variables))[0]
+
+
+def touched(name: str, variables: Mapping[str, Any],
+            untouched: Sequence[str]) -> list[str]:
+  """Paths of the kernels that lose filters; ValueError if there are none."""
+  known = followers(name, variables)
+  found = [path for path in known
+           if not any(re.search(rule, path) for rule in untouched)]
+  if not found:
+    raise ValueError(f'`untouched` (={",".join(untouched)!r}) must leave a '
+                     f'layer of {", ".join(known)}.')
+  return found
+
+
+def study(values: Mapping[str, Any], settings: Settings
+          ) -> list[dict[str, Any]]:
+  """Trains the dense network if need be, then prunes it by each share.
+
+  Args:
+    values: flags of experiments.image.train; `workdir` is given.
+    settings: of what comes after.
+
+  Returns:
+    The rows of pruning.json, the dense network first: `filter_sparsity`,
+    `parameters`, `flops` (multiply-adds of a forward pass of one image), and
+    accuracies on the test split.
+
+  Raises:
+    ValueError, FileNotFoundError: naming a flag, before anything trains.
+  """
+  check(values, settings)
+  train.train(values)
+  run = train.prepare(values, values['workdir'])
+  with train.open_checkpoints(run, None) as checkpoints:
+    state, _ = train.first_state(run, checkpoints)
+  rows = [size(run, variables_of(state)) | {
+      'filter_sparsity': 0., 'trained': train.evaluate(run, state)[
+          'test_accuracy']}]
+  for share in settings.shares:
+    rows.append(one_share(run, state, share, settings))
+    print(f'{share:.0%} of the filters removed: {rows[-1]}', flush=True)
+  write(rows, values, settings)
+  return rows
+
+
+def check(values: Mapping[str, Any], settings: Settings) -> None:
+  """Raises ValueError for a flag that cannot work; see `study`."""
+  if values['method'] != 'dense':
+    raise ValueError(f'`method` (={values["method"]!r}) must be dense.')
+  if values['model'] not in CHAINS | BLOCKS:
+    raise ValueError(f'`model` (={values["model"]!r}) must be one of '
+                     f'{", ".join(CHAINS | BLOCKS)}.')
+  for share in settings.shares:
+    if not 0 < share < 1:
+      raise ValueError(f'`filter_sparsities` (={share!r}) must be in (0, 1).')
+  for rule in settings.untouched:
+    try:
+      re.compile(rule)
+    except re.error as error:
+      raise ValueError(f'`untouched` (={rule!r}) must be a regular expression: '
+                       f'{error}.') from None
+  for flag, value in (('fine_tune_epochs', settings.epochs),
+                      ('fine_tune_learning_rate', settings.learning_rate)):
+    if not 0 < value < math.inf:
+      raise ValueError(f'`{flag}` (={value!r}) must be finite and above 0.')
+  shapes = train.prepare(values, values['workdir']).init.out_info
+  touched(values['model'], variables_of(shapes), settings.untouched)
+
+
+def one_share(run: train.Run, state: train.TrainState, share: float,
+              settings: Settings) -> dict[str, Any]:
+  """A row: the network pruned, fine-tuned and perhaps trained anew."""
+  steps = train.run_length(
+      run.values | {'train_steps': None, 'train_epochs': settings.epochs},
+      run.data.num_examples)
+  smaller = functools.partial(prune, run.values['model'], share=share,
+                              untouched=settings.untouched)
+  variables = smaller(variables_of(state))
+  constant = {flag: flags.FLAGS[flag].default for flag in (
+      'lr_drops', 'lr_factor')} | {
+          'learning_rate': settings.learning_rate, 'lr_schedule': 'constant',
+          'warmup_share': 0.}
+  tuned = smaller_run(run, steps, constant)
+  started = start(tuned, variables, run.train_steps)
+  row = size(tuned, variables) | {
+      'filter_sparsity': share,
+      'pruned': train.evaluate(tuned, started)['test_accuracy'],
+      'fine_tuned': accuracy_after(tuned, started)}
+  if settings.from_scratch:
+    anew = smaller_run(run, run.train_steps, {})
+    first = start(anew, smaller(variables_of(initial(run))), 0)
+    row['from_scratch'] = accuracy_after(anew, first)
+  return row
+
+
+def smaller_run(run: train.Run, steps: int, changes: Mapping[str, Any]
+                ) -> train.Run:
+  """The run for a smaller network of the same model."""
+  values = {**run.values, **changes}
+  task = run.task._replace(
+      model=Fitted(run.task.model),
+      tx=sparse_jax.sparsify(optimization.make(values, steps),
+                             run.task.method))
+  whole, rows = devices.replicated(run.mesh), devices.split(run.mesh)
+  jit = functools.partial(jax.jit, in_shardings=(whole, rows),
+                          out_shardings=whole)
+  return run._replace(
+      values=values, train_steps=steps, task=task,
+      step_fn=jit(functools.partial(train.train_step, task), donate_argnums=0),
+      eval_fn=jit(functools.partial(train.eval_step, task)))
+
+
+def start(run: train.Run, variables: Mapping[str, Any], step: int
+          ) -> train.TrainState:
+  """The state of a smaller network with a fresh optimizer, at a step."""
+  params = variables['params']
+  key = jax.random.fold_in(jax.random.key(run.values['seed']), step)
+  state = train.TrainState(
+      jnp.int32(step), params, variables.get('batch_stats', {}),
+      run.task.tx.init(params), {}, key, jnp.zeros(3))
+  # Copies: what a step is given is gone.
+  return jax.device_put(jax.tree.map(jnp.copy, state),
+                        devices.replicated(run.mesh))
+
+
+def accuracy_after(run: train.Run, state: train.TrainState) -> float:
+  """Trains to the end of the run; the accuracy on the test split."""
+  begin = int(state.step)
+  with (train.open_batches(run, begin) as batches,
+        reporting.Progress(run.train_steps, 0, run.values['log_every'],
+                           run.values['batch_size']) as progress):
+    for step in range(1, run.train_steps + 1):
+      state = run.step_fn(state, devices.put_batch(next(batches), run.mesh))
+      progress.update(step)
+  return train.evaluate(run, state)['test_accuracy']
+
+
+def initial(run: train.Run) -> train.TrainState:
+  """The dense run's state before its first step."""
+  return train.init_state(run.task, run.values['seed'])
+
+
+def variables_of(state: train.TrainState) -> dict[str, Any]:
+  """Parameters and batch statistics, as a model takes them."""
+  return {'params': state.params, 'batch_stats': state.batch_stats}
+
+
+def size(run: train.Run, variables: Mapping[str, Any]) -> dict[str, int]:
+  """Parameters, and multiply-adds of a forward pass of one image."""
+  spec = input_pipeline.DATASETS[run.values['dataset']]
+
+  def apply(params, images):
+    return run.task.model.apply({**variables, 'params': params}, images,
+                                train=False)
+
+  count = sparse_jax.count_flops(
+      apply, variables['params'],
+      jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32),
+      convention='multiply_adds')
+  return {'parameters': sum(leaf.size for leaf in
+                            jax.tree.leaves(variables['params'])),
+          'flops': int(count.total)}
+
+
+def write(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any],
+          settings: Settings) -> None:
+  """Writes the results, and prints the table."""
+  def path(ending):
+    return os.path.join(values['workdir'], f'pruning.{ending}')
+
+  reporting.write_json(path('json'), {
+      'rows': rows, 'settings': settings._asdict(), 'flags': dict(values)})
+  with open(path('md'), 'w') as file:
+    file.write(table(rows))
+  points = [{'method': kind.replace('_', ' '), 'accuracy': row[kind],
+             'sparsity': row['filter_sparsity']}
+            for kind in ('trained', 'fine_tuned', 'from_scratch', 'pruned')
+            for row in rows if kind in row]
+  points[0]['method'] = 'dense'
+  plots.accuracy_vs_sparsity(
+      points, path('png'), f'{values["dataset"]}, {values["model"]}', 'filters')
+  print(table(rows))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+  """A Markdown table: a line a share, accuracies in percent."""
+  dense = rows[0]
+  lines = [{
+      'filters removed': f'{row["filter_sparsity"]:.0%}',
+      'parameters': f'{row["parameters"]:,}',
+      'multiply-adds': f'{row["flops"]:,}',
+      'of dense': f'{row["flops"] / dense["flops"]:.1%}',
+      **{kind.replace('_', ' '): f'{100 * row[kind]:.2f}'
+         for kind in ('trained', 'pruned', 'fine_tuned', 'from_scratch')
+         if kind in row}} for row in rows]
+  return reporting.markdown_table(lines)
+
+
+def _pairs(name: str, params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  """(layer, the layer that reads it) of a network."""
+  chains = [CHAINS[name]] if name in CHAINS else [
+      [f'{block}/{layer}' for layer in BLOCKS[name]]
+      for block in params if '_block_' in block]
+  for chain in chains:
+    yield from zip(chain, chain[1:])
+
+
+def _path(path) -> str:
+  return '/'.join(str(entry.key) for entry in path)
+
+
+def settings() -> Settings:
+  """Those of the flags.
+
+  Raises:
+    ValueError: naming the flag and its value.
+  """
+  given = f'`filter_sparsities` (={",".join(_SHARES.value)!r})'
+  try:
+    shares = [float(share) for share in _SHARES.value]
+  except ValueError:
+    raise ValueError(f'{given} must be numbers separated by commas.') from None
+  if not shares:
+    raise ValueError(f'{given} must not be empty.')
+  return Settings(shares, _UNTOUCHED.value, _EPOCHS.value, _RATE.value,
+                  _FROM_SCRATCH.value)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)
+  values = train.run_config()
+  for flag, value in (('method', 'dense'), ('sparsity', 0.)):
+    if not flags.FLAGS[flag].present:
+      values[flag] = value
+  try:
+    values['workdir'] = values['workdir'] or train.default_workdir(values)
+    study(values, settings())
+  except (ValueError, OSError, FloatingPointError) as error:
+    logging.error('%s', error)
+    sys.exit(2)
+
+
+if __name__ == '__main__':
+  app.run(main)
