@@ -13,7 +13,6 @@ array is made.
 """
 
 from collections.abc import Iterator
-from collections.abc import Mapping
 from collections.abc import Sequence
 import importlib
 import importlib.util

@@ -206,8 +206,9 @@ class RunTest(parameterized.TestCase):
     for name, weight in expected.items():
       np.testing.assert_array_equal(found['weights'][name], weight)
     dense = export.from_run(values['workdir'], 'dense')
-    self.assertLess(os.path.getsize(path),
-                    .75 * sum(array.nbytes for array in dense.values()))
+    self.assertEqual(dense.keys(), expected.keys())
+    sparse = export.from_run(values['workdir'], 'sparse')
+    self.assertEqual(2 * sparse[f'{name}:values'].size, dense[name].size)
 
   def test_export_names_what_is_wrong(self):
     with self.assertRaisesRegex(FileNotFoundError, 'result.json'):

@@ -26,6 +26,7 @@ Reference:
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import functools
 import math
 import os
@@ -43,9 +44,9 @@ import jax.numpy as jnp
 
 import sparse_jax
 from experiments import devices
-from experiments import optimization
 from experiments import plots
 from experiments import reporting
+from experiments import training
 from experiments.image import input_pipeline
 from experiments.image import train
 
@@ -175,10 +176,9 @@ def study(values: Mapping[str, Any], settings: Settings
   check(values, settings)
   train.train(values)
   run = train.prepare(values, values['workdir'])
-  with train.open_checkpoints(run, None) as checkpoints:
-    state, _ = train.first_state(run, checkpoints)
+  state = training.last_state(run)
   rows = [size(run, variables_of(state)) | {
-      'filter_sparsity': 0., 'trained': train.evaluate(run, state)[
+      'filter_sparsity': 0., 'trained': training.evaluate(run, state)[
           'test_accuracy']}]
   for share in settings.shares:
     rows.append(one_share(run, state, share, settings))
@@ -211,12 +211,12 @@ def check(values: Mapping[str, Any], settings: Settings) -> None:
   touched(values['model'], variables_of(shapes), settings.untouched)
 
 
-def one_share(run: train.Run, state: train.TrainState, share: float,
+def one_share(run: training.Run, state: training.TrainState, share: float,
               settings: Settings) -> dict[str, Any]:
   """A row: the network pruned, fine-tuned and perhaps trained anew."""
   steps = train.run_length(
       run.values | {'train_steps': None, 'train_epochs': settings.epochs},
-      run.data.num_examples)
+      train.load(run.values, 'train').num_examples)
   smaller = functools.partial(prune, run.values['model'], share=share,
                               untouched=settings.untouched)
   variables = smaller(variables_of(state))
@@ -228,7 +228,7 @@ def one_share(run: train.Run, state: train.TrainState, share: float,
   started = start(tuned, variables, run.train_steps)
   row = size(tuned, variables) | {
       'filter_sparsity': share,
-      'pruned': train.evaluate(tuned, started)['test_accuracy'],
+      'pruned': training.evaluate(tuned, started)['test_accuracy'],
       'fine_tuned': accuracy_after(tuned, started)}
   if settings.from_scratch:
     anew = smaller_run(run, run.train_steps, {})
@@ -237,65 +237,66 @@ def one_share(run: train.Run, state: train.TrainState, share: float,
   return row
 
 
-def smaller_run(run: train.Run, steps: int, changes: Mapping[str, Any]
-                ) -> train.Run:
+def smaller_run(run: training.Run, steps: int, changes: Mapping[str, Any]
+                ) -> training.Run:
   """The run for a smaller network of the same model."""
   values = {**run.values, **changes}
-  task = run.task._replace(
-      model=Fitted(run.task.model),
-      tx=sparse_jax.sparsify(optimization.make(values, steps),
-                             run.task.method))
+  problem = run.task.problem
+  task = training.make_task(problem._replace(model=Fitted(problem.model)),
+                            values, steps)
   whole, rows = devices.replicated(run.mesh), devices.split(run.mesh)
-  jit = functools.partial(jax.jit, in_shardings=(whole, rows),
-                          out_shardings=whole)
   return run._replace(
       values=values, train_steps=steps, task=task,
-      step_fn=jit(functools.partial(train.train_step, task), donate_argnums=0),
-      eval_fn=jit(functools.partial(train.eval_step, task)))
+      step_fn=jax.jit(functools.partial(training.train_step, task),
+                      donate_argnums=0, in_shardings=(whole, rows),
+                      out_shardings=whole),
+      eval_fn=jax.jit(functools.partial(training.eval_step, task),
+                      in_shardings=(whole, whole, rows), out_shardings=whole))
 
 
-def start(run: train.Run, variables: Mapping[str, Any], step: int
-          ) -> train.TrainState:
+def start(run: training.Run, variables: Mapping[str, Any], step: int
+          ) -> training.TrainState:
   """The state of a smaller network with a fresh optimizer, at a step."""
   params = variables['params']
   key = jax.random.fold_in(jax.random.key(run.values['seed']), step)
-  state = train.TrainState(
+  state = training.TrainState(
       jnp.int32(step), params, variables.get('batch_stats', {}),
-      run.task.tx.init(params), {}, key, jnp.zeros(3))
+      run.task.tx.init(params), {}, key, dict.fromkeys(
+          ('loss', 'accuracy', 'weight'), jnp.zeros(())))
   # Copies: what a step is given is gone.
   return jax.device_put(jax.tree.map(jnp.copy, state),
                         devices.replicated(run.mesh))
 
 
-def accuracy_after(run: train.Run, state: train.TrainState) -> float:
+def accuracy_after(run: training.Run, state: training.TrainState) -> float:
   """Trains to the end of the run; the accuracy on the test split."""
   begin = int(state.step)
-  with (train.open_batches(run, begin) as batches,
+  with (contextlib.closing(run.train_batches(begin)) as batches,
         reporting.Progress(run.train_steps, 0, run.values['log_every'],
                            run.values['batch_size']) as progress):
     for step in range(1, run.train_steps + 1):
       state = run.step_fn(state, devices.put_batch(next(batches), run.mesh))
       progress.update(step)
-  return train.evaluate(run, state)['test_accuracy']
+  return training.evaluate(run, state)['test_accuracy']
 
 
-def initial(run: train.Run) -> train.TrainState:
+def initial(run: training.Run) -> training.TrainState:
   """The dense run's state before its first step."""
-  return train.init_state(run.task, run.values['seed'])
+  return training.init_state(run.task, run.values['seed'])
 
 
-def variables_of(state: train.TrainState) -> dict[str, Any]:
+def variables_of(state: training.TrainState) -> dict[str, Any]:
   """Parameters and batch statistics, as a model takes them."""
-  return {'params': state.params, 'batch_stats': state.batch_stats}
+  return {'params': state.params, 'batch_stats': state.model_state}
 
 
-def size(run: train.Run, variables: Mapping[str, Any]) -> dict[str, int]:
+def size(run: training.Run, variables: Mapping[str, Any]) -> dict[str, int]:
   """Parameters, and multiply-adds of a forward pass of one image."""
   spec = input_pipeline.DATASETS[run.values['dataset']]
 
   def apply(params, images):
-    return run.task.model.apply({**variables, 'params': params}, images,
-                                train=False)
+    return run.task.problem.model.apply({**variables, 'params': params},
+                                        images, train=False)
 
   count = sparse_jax.count_flops(
       apply, variables['params'],
@@ -321,7 +322,7 @@ def write(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any],
             for kind in ('trained', 'fine_tuned', 'from_scratch', 'pruned')
             for row in rows if kind in row]
   points[0]['method'] = 'dense'
-  plots.accuracy_vs_sparsity(
+  plots.against_sparsity(
       points, path('png'), f'{values["dataset"]}, {values["model"]}', 'filters')
   print(table(rows))
 
@@ -380,7 +381,7 @@ def main(argv):
     if not flags.FLAGS[flag].present:
       values[flag] = value
   try:
-    values['workdir'] = values['workdir'] or train.default_workdir(values)
+    values['workdir'] = values['workdir'] or training.workdir_name(values)
     study(values, settings())
   except (ValueError, OSError, FloatingPointError) as error:
     logging.error('%s', error)

@@ -142,8 +142,7 @@ def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
   """Checks the flags, loads the data and traces; writes nothing yet."""
   training.check_values(values, LIMITS)
   eval_split = input_pipeline.DATASETS[values['dataset']].eval_split
-  data, test = (_load(values['dataset'], split, values['data_dir'])
-                for split in ('train', eval_split))
+  data, test = (load(values, split) for split in ('train', eval_split))
   train_steps = run_length(values, data.num_examples)
   return training.make_run(
       values, workdir, make_task(values, train_steps), train_steps,
@@ -185,7 +184,7 @@ def describe(values: Mapping[str, Any]) -> dict[str, Any]:
 def check(values: Mapping[str, Any]) -> None:
   """Raises what `train` would for bad flags or absent data; makes no arrays."""
   training.check_values(values, LIMITS)
-  data = _load(values['dataset'], 'train', values['data_dir'])
+  data = load(values, 'train')
   make_task(values, run_length(values, data.num_examples))
 
 
@@ -221,6 +220,11 @@ def make_problem(values: Mapping[str, Any]) -> Classification:
 def make_task(values: Mapping[str, Any], train_steps: int) -> training.Task:
   """Problem, method and optimizer of the flags."""
   return training.make_task(make_problem(values), values, train_steps)
+
+
+def load(values: Mapping[str, Any], split: str) -> input_pipeline.Split:
+  """A split of the data set of the flags."""
+  return _load(values['dataset'], split, values['data_dir'])
 
 
 @functools.lru_cache(2)
