@@ -34,6 +34,7 @@ import sparse_jax
 from experiments import accounting
 from experiments import checkpointing
 from experiments import devices
+from experiments import mask_comparison
 from experiments import optimization
 from experiments import reporting
 from experiments import sparsity
@@ -45,7 +46,7 @@ FREE = ('workdir', 'data_dir', 'log_every', 'eval_every', 'checkpoint_every',
 LIMITS = {
     'batch_size': (1, math.inf), 'log_every': (1, math.inf),
     'eval_every': (1, math.inf), 'checkpoint_every': (1, math.inf),
-    'seed': (0, 2**32 - 1)}
+    'seed': (0, 2**32 - 1), 'compare_masks_every': (0, math.inf)}
 # XLA optimises the random draws and searches of the first state for minutes on
 # a CPU; they run once. Half the compile time of ResNet-20, a sixth if dense.
 FAST_COMPILE = {'xla_backend_optimization_level': 0}
@@ -76,6 +77,8 @@ def define_flags(*, batch_size: int, examples: str, target: float = .9,
   flags.DEFINE_integer('log_every', 50, 'Steps between two rows of metrics.')
   flags.DEFINE_integer('eval_every', 250, 'Steps between two evaluations.')
   flags.DEFINE_integer('checkpoint_every', 1000, 'Steps between checkpoints.')
+  flags.DEFINE_integer('compare_masks_every', 0, 'Steps between two looks at '
+                       'how far the masks have moved. 0: none.')
   flags.DEFINE_integer('model_parallel', 1, 'Over how many devices parameters, '
                        'masks and optimizer slots are split.')
   sparsity.define_flags(sparsity=target)
@@ -120,6 +123,7 @@ class TrainState(NamedTuple):
   opt_state: Any  # Holds the masks as well.
   thresholds: Any  # Of sparse operands with a period; may be empty.
   key: jax.Array  # A typed key, for dropout.
+  masks: Any  # As last compared; empty without --compare_masks_every.
   sums: Any  # Dict of float32[] since the last row: loss, metrics, weight.
 
 
@@ -132,6 +136,7 @@ class Task(NamedTuple):
   operator_options: Mapping[str, Any]
   operand_period: int
   log_every: int
+  compare_masks_every: int
 
 
 class Run(NamedTuple):
@@ -144,6 +149,8 @@ class Run(NamedTuple):
   mesh: jax.sharding.Mesh
   init: Any  # () -> TrainState, traced.
   step_fn: Any  # (TrainState, batch) -> TrainState, jitted.
+  # TrainState -> TrainState and how far the masks have moved, jitted.
+  compare_fn: Any
   first_carry: Any  # () -> carry, jitted.
   eval_fn: Any  # (TrainState, carry, batch) -> carry and sums, jitted.
   train_batches: Callable[[int], Iterator[Any]]  # Those after a step.
@@ -174,7 +181,8 @@ def make_task(problem: Problem, values: Mapping[str, Any],
   tx = sparse_jax.sparsify(optimization.make(values, train_steps), method,
                            key=values['seed'])
   return Task(problem, method, tx, sparsity.operator_options(values),
-              values['operand_period'], values['log_every'])
+              values['operand_period'], values['log_every'],
+              values['compare_masks_every'])
 
 
 def make_run(values: Mapping[str, Any], workdir: str, task: Task,
@@ -193,6 +201,8 @@ def make_run(values: Mapping[str, Any], workdir: str, task: Task,
       jax.jit(first, out_shardings=places).trace(),
       jax.jit(functools.partial(train_step, task), donate_argnums=0,
               in_shardings=(places, rows), out_shardings=places),
+      jax.jit(compare_masks, donate_argnums=0, in_shardings=(places,),
+              out_shardings=(places, whole)),
       jax.jit(task.problem.first_carry, out_shardings=carried),
       jax.jit(functools.partial(eval_step, task),
               in_shardings=(places, carried, rows),
@@ -244,8 +254,10 @@ def init_state(task: Task, seed: int) -> TrainState:
       sparse_jax.first_operator_thresholds(task.method, params, opt_state))
   sums = {name: jnp.zeros(()) for name in ('loss', *task.problem.metrics,
                                            'weight')}
+  masks = (mask_comparison.first(opt_state) if task.compare_masks_every
+           else {})
   return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state,
-                    thresholds, key, sums)
+                    thresholds, key, masks, sums)
 
 
 def with_operators(fn, task: Task, state: TrainState, thresholds, due=False):
@@ -281,7 +293,14 @@ def train_step(task: Task, state: TrainState, batch) -> TrainState:
   sums = jax.tree.map(lambda old, new: jnp.where(begins, 0., old) + new,
                       state.sums, {'loss': loss, 'weight': 1.} | metrics)
   return TrainState(state.step + 1, params, model_state, opt_state, thresholds,
-                    state.key, sums)
+                    state.key, state.masks, sums)
+
+
+def compare_masks(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+  """How the masks differ from those last noted, and a note of these."""
+  change = mask_comparison.change(state.masks, state.opt_state)
+  masks = mask_comparison.renewed(state.masks, state.opt_state)
+  return state._replace(masks=masks), change
 
 
 def eval_step(task: Task, state: TrainState, carry, batch):
@@ -319,6 +338,7 @@ def train(binary: Binary, values: Mapping[str, Any]) -> dict[str, Any]:
 def run_steps(binary: Binary, run: Run) -> dict[str, Any]:
   """The loop; returns what `report` does."""
   begin, row = time.monotonic(), {}
+  every = run.task.compare_masks_every
   shown = ('train_loss', f'test_{binary.metric(run.values)}')
   with (checkpointing.PreemptionGuard() as guard,
         open_checkpoints(run, guard) as checkpoints):
@@ -329,6 +349,9 @@ def run_steps(binary: Binary, run: Run) -> dict[str, Any]:
       for step in range(start + 1, run.train_steps + 1):
         state = run.step_fn(state, devices.put_batch(next(batches), run.mesh))
         row = measure(run, state, step)
+        if every and step % every == 0:
+          state, change = run.compare_fn(state)
+          row |= {name: float(value) for name, value in change.items()}
         if row:
           writers.write_scalars(step, row)
         progress.update(step, **{name: row[name] for name in shown

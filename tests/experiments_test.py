@@ -198,6 +198,21 @@ class RunTest(parameterized.TestCase):
     self.assertLen(os.listdir(self._path('tensorboard')), 1)
     self.assertEqual(_checkpoints(self.workdir), [10, 20])
 
+  def test_masks_are_compared_with_those_of_before(self):
+    values = self._values(method='set', sparsity=.8, update_every=5,
+                          update_end=10, compare_masks_every=10)
+    train.train(values)
+    rows = {row['step']: row for row in _rows(values)}
+    self.assertNotIn('mask_change_mean', rows[5])
+    for name in ('mask_change', 'reservoir_used'):
+      least, mean, most = (rows[10][f'{name}_{of}']
+                           for of in ('min', 'mean', 'max'))
+      self.assertTrue(0 < least <= mean <= most < .5)
+      self.assertEqual(rows[20][f'{name}_max'], 0)  # Refreshes are over.
+    # What enters A was outside before; as much leaves it.
+    self.assertAlmostEqual(2 * .8 * rows[10]['reservoir_used_max'],
+                           rows[10]['mask_change_max'], delta=.01)
+
   def test_last_step_is_evaluated_once(self):
     with mock.patch.object(
         training, 'evaluate', wraps=training.evaluate) as spy:

@@ -337,6 +337,7 @@ class EffectTest(parameterized.TestCase):
   )
   # Watched in whole runs: see experiments_test.
   ELSEWHERE = {'seed', 'data_dir', 'augment', 'workdir', 'eval_every',
+               'compare_masks_every',
                'checkpoint_every', 'model_parallel', 'powerprop_alpha',
                'operands'}
 

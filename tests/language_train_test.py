@@ -22,17 +22,22 @@ from experiments import reporting
 from experiments import training
 from experiments.language import models
 from experiments.language import sampling
-from experiments.language import train
 from tests import fast_compiler
+from tests import own_flags
+
+with own_flags.OwnFlags() as _FLAGS:  # The image binary has the same names.
+  from experiments.language import train
 
 _WORDS = 'to be or not to be that is the question whether it is nobler '
 
 
 def setUpModule():
   fast_compiler.use()
+  _FLAGS.__enter__()
 
 
 def tearDownModule():
+  _FLAGS.__exit__()
   fast_compiler.leave()
 
 

@@ -261,7 +261,7 @@ def start(run: training.Run, variables: Mapping[str, Any], step: int
   key = jax.random.fold_in(jax.random.key(run.values['seed']), step)
   state = training.TrainState(
       jnp.int32(step), params, variables.get('batch_stats', {}),
-      run.task.tx.init(params), {}, key, dict.fromkeys(
+      run.task.tx.init(params), {}, key, {}, dict.fromkeys(
           ('loss', 'accuracy', 'weight'), jnp.zeros(())))
   # Copies: what a step is given is gone.
   return jax.device_put(jax.tree.map(jnp.copy, state),
