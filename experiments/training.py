@@ -349,7 +349,7 @@ def run_steps(binary: Binary, run: Run) -> dict[str, Any]:
       for step in range(start + 1, run.train_steps + 1):
         state = run.step_fn(state, devices.put_batch(next(batches), run.mesh))
         row = measure(run, state, step)
-        if every and step % every == 0:
+        if every and (step % every == 0 or step == run.train_steps):
           state, change = run.compare_fn(state)
           row |= {name: float(value) for name, value in change.items()}
         if row:
