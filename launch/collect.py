@@ -113,7 +113,10 @@ def _measured(figure, point, largest, cells) -> Measured:
   values, places = [], []
   for cell in cells:
     try:
-      values.append(_value(point, cell))
+      value = _value(point, cell)
+      if value is None:
+        continue
+      values.append(value)
       if figure and figure.x:
         places.append(_place(figure, cell.result, largest))
     except (KeyError, TypeError) as error:
@@ -122,9 +125,14 @@ def _measured(figure, point, largest, cells) -> Measured:
   return Measured(point, tuple(values), tuple(places))
 
 
-def _value(point, cell) -> float:
+def _value(point, cell) -> float | None:
+  """The number, or None if the run did not measure it at that step."""
   if point.step is not None:  # A column of fractions.
-    return 100 * cell.metrics[point.step][point.metric]
+    steps = {step: row[point.metric] for step, row in cell.metrics.items()
+             if point.metric in row}
+    if not steps:
+      raise KeyError(point.metric)
+    return 100 * steps[point.step] if point.step in steps else None
   return table_lib.METRICS[point.metric].read(cell.result)
 
 

@@ -124,11 +124,16 @@ class CollectTest(parameterized.TestCase):
     self.leave('mean_step_5_seed0', _result(.7), [
         {'step': 5, 'mask_change_mean': .5},
         {'step': 10, 'mask_change_mean': .25}])
-    table = _TABLE._replace(points=(point,), figure=table_lib.Figure('x', 'y'))
+    later = point._replace(column='step 9', step=14)
+    table = _TABLE._replace(points=(point, later),
+                            figure=table_lib.Figure('x', 'y'))
     self.collect(table)
-    row, = self.rows()
+    row, blank = self.rows()
     self.assertEqual((row['ours'], row['x'], row['published_x']),
                      ('25.0', '5.0', '5.0'))
+    self.assertEqual((blank['ours'], blank['seeds']), ('', '0'))
+    with self.assertRaisesRegex(ValueError, 'has no churn for mean, step 5'):
+      self.collect(table._replace(points=(point._replace(metric='churn'),)))
 
   def test_what_is_missing_or_broken_is_named(self):
     with self.assertRaisesRegex(ValueError, '`sweep_dir` .*must be a folder'):
