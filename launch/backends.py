@@ -74,8 +74,8 @@ def tpu_vm(run: Run, sweep_dir: str, where: TpuVm, worker: int) -> list[str]:
       'env', 'ACCELERATOR=tpu', 'launch/run.sh', 'python', '-m', run.binary,
       *run.arguments(workdir(sweep_dir, run.name)), '--distributed'])
   lock = f'flock --nonblock --conflict-exit-code={ELSEWHERE_EXIT_CODE}'
-  remote = (f'cd {shlex.quote(where.folder)} && {lock} "$HOME/{run.name}.lock" '
-            f'{inner}')
+  held = f'{os.path.basename(sweep_dir)}_{run.name}.lock'
+  remote = (f'cd {shlex.quote(where.folder)} && {lock} "$HOME/{held}" {inner}')
   gcloud = ['gcloud', 'compute', 'tpus', 'tpu-vm']
   folder = workdir(sweep_dir, run.name)
   found = os.path.join(where.folder, folder)

@@ -6,7 +6,7 @@ prints the published numbers beside ours, with differences, and leaves
 table.md, table.csv and, for a figure, figure.png in the sweep's folder. Several
 seeds make a mean and a deviation. Cells that are not finished are blank.
 At --scale=small the published numbers are another network's, on other data:
-what can be compared is the order of the rows.
+what can be compared is the order of the rows, and the figure shows ours alone.
 """
 
 from collections.abc import Mapping
@@ -113,7 +113,10 @@ def _measured(figure, point, largest, cells) -> Measured:
   values, places = [], []
   for cell in cells:
     try:
-      values.append(_value(point, cell))
+      value = _value(point, cell)
+      if value is None:
+        continue
+      values.append(value)
       if figure and figure.x:
         places.append(_place(figure, cell.result, largest))
     except (KeyError, TypeError) as error:
@@ -122,9 +125,14 @@ def _measured(figure, point, largest, cells) -> Measured:
   return Measured(point, tuple(values), tuple(places))
 
 
-def _value(point, cell) -> float:
+def _value(point, cell) -> float | None:
+  """The number, or None if the run did not measure it at that step."""
   if point.step is not None:  # A column of fractions.
-    return 100 * cell.metrics[point.step][point.metric]
+    steps = {step: row[point.metric] for step, row in cell.metrics.items()
+             if point.metric in row}
+    if not steps:
+      raise KeyError(point.metric)
+    return 100 * steps[point.step] if point.step in steps else None
   return table_lib.METRICS[point.metric].read(cell.result)
 
 
@@ -157,10 +165,16 @@ def rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
   return [{
       'row': each.point.row, 'column': each.point.column,
       'metric': each.point.metric, 'published': each.point.published,
-      'published_deviation': each.point.deviation, 'ours': each.mean,
-      'deviation': each.deviation, 'difference': difference(each),
-      'seeds': len(each.values), 'published_x': each.point.x, 'x': each.x,
+      'published_deviation': each.point.deviation, 'ours': _short(each.mean),
+      'deviation': _short(each.deviation),
+      'difference': _short(difference(each)), 'seeds': len(each.values),
+      'published_x': each.point.x, 'x': _short(each.x),
   } for each in measured]
+
+
+def _short(value: float | None) -> float | None:
+  """Without the digits that float32 makes up."""
+  return None if value is None else float(f'{value:.6g}')
 
 
 def difference(each: Measured) -> float | None:
@@ -224,8 +238,14 @@ def _number(value, deviation, digits) -> str:
 
 
 def write(table: table_lib.Table, measured: Sequence[Measured], folder: str,
-          differ: Sequence[str] = ()) -> str:
-  """Writes table.md, table.csv and the figure; returns the Markdown."""
+          differ: Sequence[str] = (), published: bool = True) -> str:
+  """Writes table.md, table.csv and the figure; returns the Markdown.
+
+  Args:
+    table, measured, differ: as of `markdown`.
+    folder: where to.
+    published: whether the figure shows published points.
+  """
   os.makedirs(folder, exist_ok=True)
   text = markdown(table, measured, differ)
   lines = io.StringIO()
@@ -237,7 +257,7 @@ def write(table: table_lib.Table, measured: Sequence[Measured], folder: str,
       file.write(content)
   if table.figure:
     figures.draw(rows(measured), os.path.join(folder, 'figure.png'),
-                 table.title, table.figure)
+                 table.title, table.figure, published)
   return text
 
 
@@ -253,7 +273,7 @@ def collect(values: Mapping[str, Any], table: table_lib.Table) -> str:
                      'launch.run has run this table.')
   found = results(table, sweep_dir, run_lib.seeds_of(values))
   return write(table, measure(table, found), values['outdir'] or sweep_dir,
-               other_flags(table, found))
+               other_flags(table, found), values['scale'] == 'paper')
 
 
 def main(argv):

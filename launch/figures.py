@@ -15,7 +15,7 @@ _MARKERS = 'osD^vPX<>hp*'
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
-         title: str, figure: Figure) -> None:
+         title: str, figure: Figure, published: bool = True) -> None:
   """Draws one PNG, whole or not at all.
 
   Published points are hollow, on dashed lines; ours are filled, on full ones,
@@ -27,6 +27,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
     path: the PNG file.
     title: stands above it.
     figure: its axes.
+    published: whether the published points are drawn too; those of another
+      network would leave no room for ours.
   """
   from matplotlib.backends import backend_agg
   from matplotlib.figure import Figure as Canvas
@@ -34,19 +36,20 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
   backend_agg.FigureCanvasAgg(canvas)
   axes = canvas.subplots()
   if figure.logarithmic:
-    axes.set_xscale('log')
+    _scale_logarithmic(axes)
   names = list(dict.fromkeys(row['row'] for row in rows))
   for index, name in enumerate(names):
     look = {'color': _COLOURS[index % len(_COLOURS)],
             'marker': _MARKERS[index % len(_MARKERS)], 'markersize': 5}
-    _draw_line(axes, [row for row in rows if row['row'] == name], name, look)
+    _draw_line(axes, [row for row in rows if row['row'] == name], name, look,
+               published)
   axes.set_title(title, loc='left', fontsize=10, fontweight='bold')
   axes.set_xlabel(figure.xlabel)
   axes.set_ylabel(figure.ylabel)
   axes.grid(True, axis='y', color='#e6e6e6')
   axes.set_axisbelow(True)
   axes.spines[['top', 'right']].set_visible(False)
-  _add_legend(axes)
+  _add_legend(axes, published)
   _save(canvas, pathlib.Path(path))
 
 
@@ -63,8 +66,16 @@ def series(rows: Sequence[Mapping[str, Any]], x: str, y: str
                 if row.get(x) is not None and row.get(y) is not None)
 
 
-def _draw_line(axes, rows, name, look) -> None:
-  theirs = series(rows, 'published_x', 'published')
+def _scale_logarithmic(axes) -> None:
+  from matplotlib import ticker
+  axes.set_xscale('log')
+  axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  axes.xaxis.set_minor_locator(ticker.NullLocator())
+  axes.xaxis.set_major_formatter(lambda value, _: f'{value:g}')
+
+
+def _draw_line(axes, rows, name, look, published) -> None:
+  theirs = series(rows, 'published_x', 'published') if published else []
   ours = series(rows, 'x', 'ours')
   if theirs:
     x, y, _ = zip(*theirs)
@@ -77,11 +88,12 @@ def _draw_line(axes, rows, name, look) -> None:
   axes.plot([], [], linestyle='-', label=name, **look)
 
 
-def _add_legend(axes) -> None:
-  axes.plot([], [], linestyle=(0, (4, 3)), color='#666666', marker='o',
-            markerfacecolor='white', label='as published')
+def _add_legend(axes, published) -> None:
+  if published:
+    axes.plot([], [], linestyle=(0, (4, 3)), color='#666666', marker='o',
+              markersize=5, markerfacecolor='white', label='as published')
   axes.legend(loc='center left', bbox_to_anchor=(1.01, .5), frameon=False,
-              fontsize=8)
+              fontsize=8, handlelength=3)
 
 
 def _save(canvas, path) -> None:

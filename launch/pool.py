@@ -28,6 +28,8 @@ from launch import backends
 
 # What a stopped run leaves with, EX_TEMPFAIL: start it again.
 REQUEUE_EXIT_CODE = 75
+# Seconds until a host that runs a cell already is asked again.
+PAUSE = 60.
 
 
 class Job(NamedTuple):
@@ -61,7 +63,8 @@ def run(jobs: Sequence[Job], *, workers: int, retries: int,
 
   A cell that fails goes to the end of the queue, `retries` times; one that
   leaves with status 75 too, without counting. One that another process runs
-  is waited for. SIGTERM or SIGINT is handed on as SIGTERM; then no cell
+  is waited for, as is one that leaves with status 76 since its host runs it
+  already. SIGTERM or SIGINT is handed on as SIGTERM; then no cell
   starts, and this returns when all have left. A second one kills them.
 
   Args:
@@ -112,6 +115,7 @@ class _Pool:
     self._environment, self._stream = environment, stream
     self._failures = collections.Counter()
     self._requeues = collections.Counter()
+    self._due: dict[str, float] = {}  # Not to be started before.
     self._waited: set[str] = set()
     self._seconds: list[float] = []
 
@@ -129,7 +133,11 @@ class _Pool:
       idle = set(range(self._workers)) - self.running.keys()
       if self.stopping or not idle:
         return
-      self._start(self.queue.popleft(), min(idle))
+      job = self.queue.popleft()
+      if self._due.get(job.name, 0.) > time.monotonic():
+        self.queue.append(job)
+      else:
+        self._start(job, min(idle))
 
   def settle(self) -> None:
     """Notes the cells that have ended."""
@@ -173,7 +181,10 @@ class _Pool:
     if code == 0 and job.is_finished():
       self._seconds.append(time.monotonic() - child.begin)
       self._done(job, 'finished')
-    elif code in (REQUEUE_EXIT_CODE, backends.ELSEWHERE_EXIT_CODE) and (
+    elif code == backends.ELSEWHERE_EXIT_CODE:
+      self._due[job.name] = time.monotonic() + PAUSE
+      self._again(job, 'runs on its host already')
+    elif code == REQUEUE_EXIT_CODE and (
         self._requeues[job.name] < backends.MAX_REQUEUES):
       self._requeues[job.name] += 1
       self._again(job, 'stopped before its end')

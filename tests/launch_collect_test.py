@@ -79,7 +79,7 @@ class CollectTest(parameterized.TestCase):
     rigl, saved, top_kast, _ = self.rows()
     self.assertAlmostEqual(float(rigl['ours']), 74.5)
     self.assertAlmostEqual(float(rigl['difference']), -.1)
-    self.assertAlmostEqual(float(rigl['deviation']), .5**.5)
+    self.assertAlmostEqual(float(rigl['deviation']), .5**.5, places=5)
     self.assertEqual((rigl['seeds'], saved['metric']),
                      ('2', 'training_reduction'))
     self.assertEqual((top_kast['ours'], top_kast['published_deviation']),
@@ -124,11 +124,16 @@ class CollectTest(parameterized.TestCase):
     self.leave('mean_step_5_seed0', _result(.7), [
         {'step': 5, 'mask_change_mean': .5},
         {'step': 10, 'mask_change_mean': .25}])
-    table = _TABLE._replace(points=(point,), figure=table_lib.Figure('x', 'y'))
+    later = point._replace(column='step 9', step=14)
+    table = _TABLE._replace(points=(point, later),
+                            figure=table_lib.Figure('x', 'y'))
     self.collect(table)
-    row, = self.rows()
+    row, blank = self.rows()
     self.assertEqual((row['ours'], row['x'], row['published_x']),
                      ('25.0', '5.0', '5.0'))
+    self.assertEqual((blank['ours'], blank['seeds']), ('', '0'))
+    with self.assertRaisesRegex(ValueError, 'has no churn for mean, step 5'):
+      self.collect(table._replace(points=(point._replace(metric='churn'),)))
 
   def test_what_is_missing_or_broken_is_named(self):
     with self.assertRaisesRegex(ValueError, '`sweep_dir` .*must be a folder'):
@@ -165,6 +170,8 @@ class FiguresTest(absltest.TestCase):
       one, two = (pathlib.Path(each).read_bytes() for each in (path, both))
       self.assertStartsWith(one, _PNG)
       self.assertNotEqual(one, two)
+      figures.draw([row], path, 'title', table_lib.Figure('x', 'y'), False)
+      self.assertNotEqual(pathlib.Path(path).read_bytes(), one)
       self.assertLen(os.listdir(folder), 2)
 
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from unittest import mock
 
 from absl import flags
 from absl.testing import absltest
@@ -62,8 +63,8 @@ _BINARY = """
       print('it ran')
       if values['mode'] == 'fail' or (values['mode'] == 'once' and begun < 2):
         sys.exit(3)
-      if values['mode'] == 'requeue' and begun < 4:
-        sys.exit(75)
+      if values['mode'] in ('requeue', 'elsewhere') and begun < 4:
+        sys.exit(75 if values['mode'] == 'requeue' else 76)
       if values['mode'] != 'empty':
         with open('result.json', 'w') as file:
           json.dump({'flags': values}, file)
@@ -164,10 +165,11 @@ class RunTest(RunTestCase):
 
   @parameterized.parameters(
       ('once', 1, 0, 2), ('once', 0, 1, 1), ('fail', 2, 1, 3),
-      ('empty', 1, 1, 2), ('requeue', 0, 0, 4))
+      ('empty', 1, 1, 2), ('requeue', 0, 0, 4), ('elsewhere', 0, 0, 4))
   def test_what_fails_is_tried_again_and_what_stopped_goes_on(
       self, mode, retries, status, starts):
-    """Status 75 does not count as a failure."""
+    """Status 75 does not count as a failure, nor does 76."""
+    self.enterContext(mock.patch.object(pool, 'PAUSE', .05))
     self.assertEqual(self.start(_table(mode), retries=retries), status)
     self.assertEqual(self.notes(mode), ['begin', 'end'] * starts)
 
@@ -176,8 +178,7 @@ class RunTest(RunTestCase):
     self.assertEqual(self.notes('good'), ['begin', 'end'])
 
   def test_a_cell_that_is_always_stopped_fails_in_the_end(self):
-    most, backends.MAX_REQUEUES = backends.MAX_REQUEUES, 1
-    self.addCleanup(setattr, backends, 'MAX_REQUEUES', most)
+    self.enterContext(mock.patch.object(backends, 'MAX_REQUEUES', 1))
     self.assertEqual(self.start(_table('requeue'), retries=0), 1)
     self.assertEqual(self.notes('requeue'), ['begin', 'end'] * 2)
 
@@ -363,8 +364,9 @@ class DryRunTest(RunTestCase):
     self.assertEqual(words[:6], ['compute', 'tpus', 'tpu-vm', 'ssh', 'one',
                                  '--zone=us-z'])
     self.assertEqual(words[7], '--command=cd sparse_jax && flock --nonblock '
-                     '--conflict-exit-code=76 "$HOME/a_value_seed0.lock" env '
-                     'ACCELERATOR=tpu launch/run.sh python -m launched '
+                     '--conflict-exit-code=76 '
+                     '"$HOME/sweep_a_value_seed0.lock" env ACCELERATOR=tpu '
+                     'launch/run.sh python -m launched '
                      '--mode=a --seed=0 --workdir=sweep/cells/a_value_seed0 '
                      '--distributed')
 

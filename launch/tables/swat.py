@@ -221,7 +221,8 @@ def period(scale: str) -> Table:
                90: (73.81, 73.63, 72.19, 71.66, 71.54, 71.13, 70.62, 51.)}
   periods = (1, 1_000, 10_000, 20_000, 30_000, 40_000, 50_000, 60_000)
   points = [
-      Point(f'{sparsity}%', f'every {every} steps', accuracy,
+      Point(f'{sparsity}%', 'every step' if every == 1 else
+            f'every {every} steps', accuracy,
             recipes.cifar(scale, 'ResNet-18', 'cifar100') | _swat(
                 sparsity, recipes.scaled(every, scale, recipes.SWAT_STEPS),
                 **_STEM), x=every)
