@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import training
 from experiments.image import filter_pruning
 from experiments.image import models
 from experiments.image import train
@@ -143,7 +144,7 @@ class StudyTest(parameterized.TestCase):
       self.assertTrue(os.path.exists(_path(self.values, name)))
 
     # Again: the dense run is taken as it lies there.
-    with mock.patch.object(train, 'run_steps', side_effect=AssertionError):
+    with mock.patch.object(training, 'run_steps', side_effect=AssertionError):
       again = filter_pruning.study(self.values, filter_pruning.Settings(
           (.9,), epochs=.1, from_scratch=False))
     self.assertEqual(again[0], dense)
