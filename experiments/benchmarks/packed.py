@@ -7,10 +7,13 @@
 
 One process, contenders in turn, medians; every figure is a ratio to the dense
 product or step of XLA unless it says milliseconds. PyTorch's BSR takes part
-where torch is installed. Recorded results: README.md beside this file.
+where torch is installed. --clock=processor adds up the time of all cores: it
+says how much work there is, whatever else the machine is doing, and not how
+well the cores share it. Recorded results: README.md beside this file.
 """
 
 import functools
+import time
 
 from absl import app
 from absl import flags
@@ -34,6 +37,16 @@ _BATCH = flags.DEFINE_integer('batch', 512, 'Rows of the input.')
 _BLOCK = flags.DEFINE_integer('block', 128, 'Rows and columns of a block.')
 _SPARSITY = flags.DEFINE_float('sparsity', 0.9, 'Of the blocks.')
 _LAYERS = flags.DEFINE_integer('layers', 8, 'Of the transformer.')
+_CLOCK = flags.DEFINE_enum('clock', 'wall', ['wall', 'processor'],
+                           'Whose seconds: of the clock on the wall, or of '
+                           'all cores together.')
+
+
+def medians(contenders, rounds: int) -> dict[str, float]:
+  """Seconds of each contender, by --clock."""
+  clock = {'wall': time.perf_counter, 'processor': time.process_time}
+  return timing.interleaved_medians(contenders, rounds=rounds,
+                                    clock=clock[_CLOCK.value])
 
 
 def problem(size: int, block: int, sparsity: float):
@@ -59,7 +72,7 @@ def forward_and_both(product, x, dy, weight):
 
 
 def ways(x, dy, packed) -> dict[str, tuple]:
-  """Contenders as (forward, forward and both gradients or None)."""
+  """Contenders as (forward, forward and both gradients)."""
   weight, mask, _ = sparse_jax.packed_to_dense(packed)
   masked = lambda x, w: x @ sparse_jax.masked_weight(w, mask, mask)
   loop, batched = (functools.partial(sparse_jax.packed_matmul,
@@ -92,18 +105,14 @@ def other_libraries(x, packed):
 
 def ratios(contenders: dict[str, tuple]) -> list[dict]:
   """A row for each contender: milliseconds, and times faster than dense."""
-  forward = timing.interleaved_medians(
-      {name: calls[0] for name, calls in contenders.items()},
-      rounds=_ROUNDS.value)
-  both = timing.interleaved_medians(
-      {name: calls[1] for name, calls in contenders.items() if calls[1]},
-      rounds=_ROUNDS.value)
+  forward, both = (
+      medians({name: calls[which] for name, calls in contenders.items()},
+              _ROUNDS.value) for which in (0, 1))
   dense, dense_both = forward['dense (XLA)'], both['dense (XLA)']
   return [{'way': name, 'forward ms': f'{1e3 * forward[name]:.1f}',
            'forward': f'{dense / forward[name]:.2f}',
-           'all three ms': f'{1e3 * both[name]:.1f}' if name in both else '',
-           'all three': (f'{dense_both / both[name]:.2f}'
-                         if name in both else '')}
+           'all three ms': f'{1e3 * both[name]:.1f}',
+           'all three': f'{dense_both / both[name]:.2f}'}
           for name in contenders]
 
 
@@ -113,7 +122,7 @@ def products() -> list[dict]:
   rows = ratios(ways(x, dy, packed))
   dense = float(rows[0]['forward ms'])
   for name, run in other_libraries(x, packed).items():
-    spent = 1e3 * timing.interleaved_medians({name: run}, rounds=3)[name]
+    spent = 1e3 * medians({name: run}, 3)[name]
     rows.append({'way': name, 'forward ms': f'{spent:.1f}',
                  'forward': f'{dense / spent:.2f}'})
   return rows
@@ -175,7 +184,7 @@ def transformer() -> list[dict]:
   runs, stored = {}, {}
   for name, method in methods.items():
     runs[name], stored[name] = runner(loss, tx, method, params, x)
-  times = timing.interleaved_medians(runs, rounds=_ROUNDS.value)
+  times = medians(runs, _ROUNDS.value)
   bytes_ = 'bytes of weights, gradients, slots'
   return [{'step': name, 'milliseconds': f'{1e3 * times[name]:.1f}',
            'times faster': f'{times["dense"] / times[name]:.2f}',
