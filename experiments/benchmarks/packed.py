@@ -37,6 +37,8 @@ _BATCH = flags.DEFINE_integer('batch', 512, 'Rows of the input.')
 _BLOCK = flags.DEFINE_integer('block', 128, 'Rows and columns of a block.')
 _SPARSITY = flags.DEFINE_float('sparsity', 0.9, 'Of the blocks.')
 _LAYERS = flags.DEFINE_integer('layers', 8, 'Of the transformer.')
+_LARGEST = flags.DEFINE_integer('largest', 8192, 'Size at which --what=sizes '
+                                'stops; 8192 takes 3 GB.')
 _CLOCK = flags.DEFINE_enum('clock', 'wall', ['wall', 'processor'],
                            'Whose seconds: of the clock on the wall, or of '
                            'all cores together.')
@@ -143,6 +145,34 @@ def grid(cases) -> list[dict]:
   return rows
 
 
+def sizes() -> list[dict]:
+  """By density at one size, by size at one density; and straight lines."""
+  size, block, sparsity = _SIZE.value, _BLOCK.value, _SPARSITY.value
+  by_density = grid([(size, block, s) for s in (.6, .8, .9, .95)])
+  by_size = grid([(n, block, sparsity) for n in (1024, 2048, 4096, 8192)
+                  if n <= _LARGEST.value])
+  print(reporting.markdown_table(by_density + by_size))
+  return [line(name, way, kind, rows)
+          for name, rows in (('density', by_density), ('size', by_size))
+          for way in dict.fromkeys(row['way'] for row in rows)
+          for kind in ('forward', 'all three')]
+
+
+def line(name: str, way: str, kind: str, rows: list[dict]) -> dict:
+  """Milliseconds as a straight line of the number of blocks, by least squares.
+
+  Every point counts by its relative error, so that small ones are heard too.
+  """
+  points = [(row['blocks'], float(row[f'{kind} ms'])) for row in rows
+            if row['way'] == way]
+  blocks, spent = np.array(points).T
+  slope, start = np.polyfit(blocks, spent, 1, w=1 / spent)
+  off = np.abs((start + slope * blocks) / spent - 1)
+  return {'by': name, 'way': way, 'what': kind, 'ms a block': f'{slope:.3f}',
+          'ms without blocks': f'{start:.2f}',
+          'furthest from the line': f'{100 * off.max():.0f}%'}
+
+
 class Block(nn.Module):
   """A transformer layer of Flax's own parts, that knows of no packing."""
 
@@ -164,7 +194,11 @@ class Transformer(nn.Module):
 
 
 def transformer() -> list[dict]:
-  """A step of Adam, 512 tokens: dense, packed static, packed Top-KAST."""
+  """A step of Adam, 512 tokens: dense, packed static, packed Top-KAST.
+
+  The last row keeps one block of each kernel: what no sparsity saves, as in
+  Amdahl's law.
+  """
   x = jnp.asarray(np.random.RandomState(0).randn(
       _BATCH.value // 64, 64, 512), jnp.float32)
   model, tx = Transformer(), optax.adam(1e-3)
@@ -175,7 +209,8 @@ def transformer() -> list[dict]:
       'packed static': sparse_jax.packed_static(_SPARSITY.value, block=block),
       'packed top_kast': sparse_jax.packed_top_kast(
           _SPARSITY.value, backward_sparsity=2 * _SPARSITY.value - 1,
-          block=block, update_every=10**6)}
+          block=block, update_every=10**6),
+      'one block a kernel': sparse_jax.packed_static(.999, block=block)}
 
   def loss(params, x):
     with nn.intercept_methods(sparse_jax.packed_interceptor):
@@ -229,13 +264,11 @@ def runner(loss, tx, method, params, x):
 
 def main(_):
   timing.keep_freed_memory()
-  size, block, sparsity = _SIZE.value, _BLOCK.value, _SPARSITY.value
   tables = {
       'products': products,
-      'sizes': lambda: grid(
-          [(size, block, s) for s in (.6, .8, .9, .95)]
-          + [(n, block, sparsity) for n in (1024, 2048, 4096, 8192)]),
-      'blocks': lambda: grid([(size, b, s) for b in (256, 128, 64, 32, 16)
+      'sizes': sizes,
+      'blocks': lambda: grid([(_SIZE.value, b, s) for b in (256, 128, 64, 32,
+                                                            16)
                               for s in (.5, .8, .9)]),
       'transformer': transformer}
   print(reporting.markdown_table(tables[_WHAT.value]()))
