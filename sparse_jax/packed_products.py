@@ -115,7 +115,8 @@ def packed_matmul(x: jax.Array, packed: PackedBlocks, *,
       the gradient of that leaf is the score of every block of the dense
       gradient, which is made and dropped a block at a time. A weight that is
       used several times gets the sum of the scores.
-    implementation: 'loop' goes through the blocks one at a time, 'batched'
+    implementation: 'loop' goes through the blocks one at a time, on every
+      core of a CPU with its part of the batch, 'batched'
       multiplies all at once, which takes memory for the inputs of every
       block, 'pallas' runs a kernel written for GPUs. None takes the loop on a
       CPU, as measured, and 'batched' elsewhere.
