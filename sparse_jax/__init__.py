@@ -59,6 +59,7 @@ from sparse_jax.packed import partition_packed
 from sparse_jax.packed import to_bcoo
 from sparse_jax.packed import to_bcsr
 from sparse_jax.packed import unpack
+from sparse_jax.packed_params import PackedState
 from sparse_jax.packed_products import packed_conv
 from sparse_jax.packed_products import packed_matmul
 from sparse_jax.packed_training import packed_rigl
@@ -67,7 +68,6 @@ from sparse_jax.packed_training import packed_static
 from sparse_jax.packed_training import packed_step
 from sparse_jax.packed_training import packed_top_kast
 from sparse_jax.packed_training import PackedMethod
-from sparse_jax.packed_training import PackedState
 from sparse_jax.powerprop import powerprop
 from sparse_jax.products import find_products
 from sparse_jax.products import Product

@@ -16,6 +16,7 @@ import optax
 import sparse_jax
 from sparse_jax import base
 from sparse_jax import packed as packed_lib
+from sparse_jax import packed_rewiring
 from sparse_jax import packed_training
 
 BLOCK = (2, 3)
@@ -191,31 +192,6 @@ class MemoryTest(parameterized.TestCase):
         tuple(state.sparsities.items()), x).compile()
     self.check(compiled.as_text())
 
-  def test_of_a_refresh_on_the_device(self):
-    method, params, _, _ = self.setting('rigl')
-    params, state = method.pack(params)
-    tx = optax.adam(.1)
-    slots = tx.init(sparse_jax.partition_packed(params)[0])
-    for growth in {}, {'first/kernel': jnp.ones((8, 10))}:
-      refresh = functools.partial(packed_training.rewire, fraction=.3,
-                                  sparsities=state.sparsities, init=tx.init)
-      self.check(jax.jit(refresh).lower(
-          params, slots, growth, jax.random.key(0)).compile().as_text())
-
-  def test_of_an_exchange_with_the_host(self):
-    method, params, _, _ = self.setting('top_kast')
-    params, _ = method.pack(params)
-    tx = optax.adam(.1)
-    weights = sparse_jax.partition_packed(params)[0]
-    blocks = params['first']['kernel'].blocks
-    entered = {'first/kernel': jnp.ones(16, bool)}
-    for lowered in (
-        packed_training._swap.lower(blocks, np.zeros(2, np.int32), blocks[:2]),
-        packed_training._tile_worth.lower(blocks, 'sum'),
-        packed_training._jitted_reset(tx.init).lower(
-            tx.init(weights), weights, entered)):
-      self.check(lowered.compile().as_text())
-
   def check(self, text):
     found = re.findall(r'\b(?:f|bf|s|u|pred)\d*\[([\d,]*)\]', text)
     sizes = [np.prod([int(n) for n in shape.split(',') if n])
@@ -248,8 +224,8 @@ class MemoryTest(parameterized.TestCase):
     counts = []
     for _ in range(8):
       params, slots, state, _ = step(params, slots, state, x)
-      counts.append((packed_training._swap._cache_size(),
-                     packed_training._tile_worth._cache_size()))
+      counts.append((packed_rewiring._swap._cache_size(),
+                     packed_rewiring._tile_worth._cache_size()))
     self.assertEqual(counts[3], counts[-1])
 
 
@@ -280,44 +256,6 @@ class CheckpointTest(parameterized.TestCase):
     jax.tree.map(np.testing.assert_array_equal, tuple(again), tuple(run))
 
 
-class ReservoirTest(parameterized.TestCase):
-
-  def test_blocks_that_leave_come_back_as_they_were(self):
-    """C is bit-identical however long it waits."""
-    method = sparse_jax.packed_top_kast(.75, backward_sparsity=.5,
-                                        block=(1, 1), update_every=1)
-    params, state = method.pack({'kernel': np.arange(
-        1., 9.).reshape(2, 4).astype(np.float32)})
-    start = state.reservoir['kernel'].copy()
-    kernel = params['kernel']
-    self.assertEqual(sorted(kernel.ids.tolist()), [4, 5, 6, 7])
-    # What is small leaves; what was not in B enters as it was.
-    shrunk = {'kernel': kernel.replace(blocks=kernel.blocks / 128)}
-    params, _, state = method.refresh(shrunk, (), state, init=lambda w: ())
-    self.assertEqual(sorted(params['kernel'].ids.tolist()), [0, 1, 2, 3])
-    np.testing.assert_array_equal(
-        params['kernel'].blocks[np.argsort(params['kernel'].ids)], start[:4])
-    np.testing.assert_array_equal(state.reservoir['kernel'][4:],
-                                  start[4:] / 128)
-
-  def test_half_precision_blocks_with_wide_slots(self):
-    method = sparse_jax.packed_top_kast(.75, backward_sparsity=.5,
-                                        block=(2, 2), update_every=1)
-    params, state = method.pack(
-        {'kernel': jnp.arange(32.).reshape(4, 8).astype(jnp.bfloat16)})
-    tx = optax.adam(.1, mu_dtype=jnp.float32)
-    loss = lambda p, x: jnp.sum(sparse_jax.packed_matmul(x, p['kernel'])**2)
-    slots = tx.init(sparse_jax.partition_packed(params)[0])
-    step = sparse_jax.packed_step(loss, tx, method=method)
-    x = jnp.ones((1, 4), jnp.bfloat16)
-    kinds = [leaf.dtype for leaf in jax.tree.leaves((params, slots))]
-    for _ in range(2):
-      params, slots, state, _ = step(params, slots, state, x)
-    self.assertEqual(kinds,
-                     [leaf.dtype for leaf in jax.tree.leaves((params, slots))])
-    self.assertEqual(slots[0].mu['kernel'].blocks.dtype, jnp.float32)
-
-
 class BadInputTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
@@ -337,24 +275,28 @@ class BadInputTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, f'`{message}`'):
       PACKED[name](**options)
 
-  def test_of_a_block_that_does_not_divide(self):
-    method = sparse_jax.packed_static(.5, block=(5, 5))
-    with self.assertRaisesRegex(ValueError, 'first/kernel.*`block`'):
-      method.pack(dense_params())
-
   def test_of_a_refresh_without_scores(self):
     method = sparse_jax.packed_rigl(.5, block=(2, 2), update_every=1)
     params, state = method.pack({'kernel': np.ones((4, 4), np.float32)})
     with self.assertRaisesRegex(ValueError, '`growth`'):
       method.refresh(params, (), state, init=lambda w: ())
 
-  def test_of_slots_of_another_tree(self):
-    method = sparse_jax.packed_set(.5, block=(2, 2), update_every=1)
-    params, state = method.pack({'kernel': np.ones((4, 4), np.float32)})
-    tx = optax.sgd(.1, momentum=.9)
-    with self.assertRaisesRegex(ValueError, '`slots`'):
-      method.refresh(params, tx.init({'other': jnp.ones(3)}), state,
-                     init=tx.init)
+  def test_of_slots_or_a_state_of_other_weights(self):
+    """Before anything is computed."""
+    method = sparse_jax.packed_static(.5, block=(2, 2))
+    more = sparse_jax.packed_static(.25, block=(2, 2))
+    kernel, tx = {'kernel': np.ones((4, 4), np.float32)}, optax.adam(.1)
+    params, state = method.pack(kernel)
+    slots = tx.init(sparse_jax.partition_packed(params)[0])
+    other, other_state = more.pack({'else': kernel})
+    other_slots = tx.init(sparse_jax.partition_packed(more.pack(kernel)[0])[0])
+    step = sparse_jax.packed_step(lambda p: 0., tx, method=method)
+    for given, message in (
+        ((params, tx.init(other), state), '`slots`'),
+        ((params, other_slots, state), r'`slots`.*\(3, 2, 2\)'),
+        ((params, slots, other_state), '`state`.*else/kernel')):
+      with self.assertRaisesRegex(ValueError, message):
+        step(*given)
 
   def test_of_a_method_for_masks(self):
     with self.assertRaisesRegex(ValueError, '`method`'):

@@ -7,10 +7,13 @@
 
 One process, contenders in turn, medians; every figure is a ratio to the dense
 product or step of XLA unless it says milliseconds. PyTorch's BSR takes part
-where torch is installed. Recorded results: README.md beside this file.
+where torch is installed. --clock=processor adds up the time of all cores: it
+says how much work there is, whatever else the machine is doing, and not how
+well the cores share it. Recorded results: README.md beside this file.
 """
 
 import functools
+import time
 
 from absl import app
 from absl import flags
@@ -34,6 +37,18 @@ _BATCH = flags.DEFINE_integer('batch', 512, 'Rows of the input.')
 _BLOCK = flags.DEFINE_integer('block', 128, 'Rows and columns of a block.')
 _SPARSITY = flags.DEFINE_float('sparsity', 0.9, 'Of the blocks.')
 _LAYERS = flags.DEFINE_integer('layers', 8, 'Of the transformer.')
+_LARGEST = flags.DEFINE_integer('largest', 8192, 'Size at which --what=sizes '
+                                'stops; 8192 takes 3 GB.')
+_CLOCK = flags.DEFINE_enum('clock', 'wall', ['wall', 'processor'],
+                           'Whose seconds: of the clock on the wall, or of '
+                           'all cores together.')
+
+
+def medians(contenders, rounds: int) -> dict[str, float]:
+  """Seconds of each contender, by --clock."""
+  clock = {'wall': time.perf_counter, 'processor': time.process_time}
+  return timing.interleaved_medians(contenders, rounds=rounds,
+                                    clock=clock[_CLOCK.value])
 
 
 def problem(size: int, block: int, sparsity: float):
@@ -59,7 +74,7 @@ def forward_and_both(product, x, dy, weight):
 
 
 def ways(x, dy, packed) -> dict[str, tuple]:
-  """Contenders as (forward, forward and both gradients or None)."""
+  """Contenders as (forward, forward and both gradients)."""
   weight, mask, _ = sparse_jax.packed_to_dense(packed)
   masked = lambda x, w: x @ sparse_jax.masked_weight(w, mask, mask)
   loop, batched = (functools.partial(sparse_jax.packed_matmul,
@@ -92,18 +107,14 @@ def other_libraries(x, packed):
 
 def ratios(contenders: dict[str, tuple]) -> list[dict]:
   """A row for each contender: milliseconds, and times faster than dense."""
-  forward = timing.interleaved_medians(
-      {name: calls[0] for name, calls in contenders.items()},
-      rounds=_ROUNDS.value)
-  both = timing.interleaved_medians(
-      {name: calls[1] for name, calls in contenders.items() if calls[1]},
-      rounds=_ROUNDS.value)
+  forward, both = (
+      medians({name: calls[which] for name, calls in contenders.items()},
+              _ROUNDS.value) for which in (0, 1))
   dense, dense_both = forward['dense (XLA)'], both['dense (XLA)']
   return [{'way': name, 'forward ms': f'{1e3 * forward[name]:.1f}',
            'forward': f'{dense / forward[name]:.2f}',
-           'all three ms': f'{1e3 * both[name]:.1f}' if name in both else '',
-           'all three': (f'{dense_both / both[name]:.2f}'
-                         if name in both else '')}
+           'all three ms': f'{1e3 * both[name]:.1f}',
+           'all three': f'{dense_both / both[name]:.2f}'}
           for name in contenders]
 
 
@@ -113,7 +124,7 @@ def products() -> list[dict]:
   rows = ratios(ways(x, dy, packed))
   dense = float(rows[0]['forward ms'])
   for name, run in other_libraries(x, packed).items():
-    spent = 1e3 * timing.interleaved_medians({name: run}, rounds=3)[name]
+    spent = 1e3 * medians({name: run}, 3)[name]
     rows.append({'way': name, 'forward ms': f'{spent:.1f}',
                  'forward': f'{dense / spent:.2f}'})
   return rows
@@ -132,6 +143,34 @@ def grid(cases) -> list[dict]:
                    'blocks': packed.blocks.shape[0],
                    'dense ms': dense['forward ms'], **row})
   return rows
+
+
+def sizes() -> list[dict]:
+  """By density at one size, by size at one density; and straight lines."""
+  size, block, sparsity = _SIZE.value, _BLOCK.value, _SPARSITY.value
+  by_density = grid([(size, block, s) for s in (.6, .8, .9, .95)])
+  by_size = grid([(n, block, sparsity) for n in (1024, 2048, 4096, 8192)
+                  if n <= _LARGEST.value])
+  print(reporting.markdown_table(by_density + by_size))
+  return [line(name, way, kind, rows)
+          for name, rows in (('density', by_density), ('size', by_size))
+          for way in dict.fromkeys(row['way'] for row in rows)
+          for kind in ('forward', 'all three')]
+
+
+def line(name: str, way: str, kind: str, rows: list[dict]) -> dict:
+  """Milliseconds as a straight line of the number of blocks, by least squares.
+
+  Every point counts by its relative error, so that small ones are heard too.
+  """
+  points = [(row['blocks'], float(row[f'{kind} ms'])) for row in rows
+            if row['way'] == way]
+  blocks, spent = np.array(points).T
+  slope, start = np.polyfit(blocks, spent, 1, w=1 / spent)
+  off = np.abs((start + slope * blocks) / spent - 1)
+  return {'by': name, 'way': way, 'what': kind, 'ms a block': f'{slope:.3f}',
+          'ms without blocks': f'{start:.2f}',
+          'furthest from the line': f'{100 * off.max():.0f}%'}
 
 
 class Block(nn.Module):
@@ -155,7 +194,11 @@ class Transformer(nn.Module):
 
 
 def transformer() -> list[dict]:
-  """A step of Adam, 512 tokens: dense, packed static, packed Top-KAST."""
+  """A step of Adam, 512 tokens: dense, packed static, packed Top-KAST.
+
+  The last row keeps one block of each kernel: what no sparsity saves, as in
+  Amdahl's law.
+  """
   x = jnp.asarray(np.random.RandomState(0).randn(
       _BATCH.value // 64, 64, 512), jnp.float32)
   model, tx = Transformer(), optax.adam(1e-3)
@@ -166,7 +209,8 @@ def transformer() -> list[dict]:
       'packed static': sparse_jax.packed_static(_SPARSITY.value, block=block),
       'packed top_kast': sparse_jax.packed_top_kast(
           _SPARSITY.value, backward_sparsity=2 * _SPARSITY.value - 1,
-          block=block, update_every=10**6)}
+          block=block, update_every=10**6),
+      'one block a kernel': sparse_jax.packed_static(.999, block=block)}
 
   def loss(params, x):
     with nn.intercept_methods(sparse_jax.packed_interceptor):
@@ -175,7 +219,7 @@ def transformer() -> list[dict]:
   runs, stored = {}, {}
   for name, method in methods.items():
     runs[name], stored[name] = runner(loss, tx, method, params, x)
-  times = timing.interleaved_medians(runs, rounds=_ROUNDS.value)
+  times = medians(runs, _ROUNDS.value)
   bytes_ = 'bytes of weights, gradients, slots'
   return [{'step': name, 'milliseconds': f'{1e3 * times[name]:.1f}',
            'times faster': f'{times["dense"] / times[name]:.2f}',
@@ -220,13 +264,11 @@ def runner(loss, tx, method, params, x):
 
 def main(_):
   timing.keep_freed_memory()
-  size, block, sparsity = _SIZE.value, _BLOCK.value, _SPARSITY.value
   tables = {
       'products': products,
-      'sizes': lambda: grid(
-          [(size, block, s) for s in (.6, .8, .9, .95)]
-          + [(n, block, sparsity) for n in (1024, 2048, 4096, 8192)]),
-      'blocks': lambda: grid([(size, b, s) for b in (256, 128, 64, 32, 16)
+      'sizes': sizes,
+      'blocks': lambda: grid([(_SIZE.value, b, s) for b in (256, 128, 64, 32,
+                                                            16)
                               for s in (.5, .8, .9)]),
       'transformer': transformer}
   print(reporting.markdown_table(tables[_WHAT.value]()))
