@@ -12,13 +12,18 @@ from sparse_jax import backward
 
 def problem(dtype=jnp.float32, lead=()):
   """A weight, masks A inside B, inputs and a cotangent."""
-  keys = jax.random.split(jax.random.key(0), 5)
-  weight = jax.random.normal(keys[0], (*lead, 6, 4)).astype(dtype)
-  outer = jax.random.bernoulli(keys[1], .7, weight.shape)
-  inner = outer & jax.random.bernoulli(keys[2], .5, weight.shape)
-  x = jax.random.normal(keys[3], (*lead, 3, 6)).astype(dtype)
-  dy = jax.random.normal(keys[4], (*lead, 3, 4)).astype(dtype)
+  rng = np.random.default_rng(0)
+  weight, x, dy = (
+      jnp.asarray(rng.normal(size=(*lead, *shape)), dtype)
+      for shape in ((6, 4), (3, 6), (3, 4)))
+  inner, outer = random_masks(rng, weight.shape)
   return weight, inner, outer, x, dy
+
+
+def random_masks(rng, shape):
+  """A inside B, in NumPy."""
+  outer = rng.random(shape) < .7
+  return outer & (rng.random(shape) < .6), outer
 
 
 def layer(weight, x):
@@ -43,8 +48,9 @@ def dense_vjp(weight, x, dy):
 
 def expected(weight, inner, outer, x, dy):
   """TK-a: all of it at alpha = theta on A; dW besides is masked to B."""
-  y, dw, dx = dense_vjp(jnp.where(inner, weight, 0), x, dy)
-  return y, jnp.where(outer, dw, 0), dx
+  seen = np.where(inner, weight, np.zeros_like(weight))
+  y, dw, dx = dense_vjp(seen, x, dy)
+  return y, np.where(outer, dw, np.zeros_like(dw)), dx
 
 
 class MaskedWeightTest(parameterized.TestCase):
@@ -63,54 +69,53 @@ class MaskedWeightTest(parameterized.TestCase):
 
   def test_gradient_is_zero_outside_b_and_not_zero_between_a_and_b(self):
     weight, inner, outer, x, dy = problem()
-    grad = vjp(weight, inner, outer, x, dy)[1]
+    grad = np.asarray(vjp(weight, inner, outer, x, dy)[1])
     self.assertTrue(np.all(grad[~outer] == 0))
     self.assertTrue(np.all(grad[outer & ~inner] != 0))
 
   def test_weights_outside_a_are_not_seen(self):
     """TK-e, and that NaN outside A does no harm."""
     weight, inner, outer, x, dy = problem()
-    hidden = jnp.where(inner, weight, jnp.nan)
+    hidden = np.where(inner, weight, np.float32(np.nan))
     for a, b in zip(vjp(hidden, inner, outer, x, dy),
                     vjp(weight, inner, outer, x, dy)):
       np.testing.assert_array_equal(a, b)
 
   def test_full_masks_are_the_identity(self):
     weight, _, _, x, dy = problem()
-    full = jnp.ones(weight.shape, bool)
+    full = np.ones(weight.shape, bool)
     for a, b in zip(vjp(weight, full, full, x, dy), dense_vjp(weight, x, dy)):
       np.testing.assert_array_equal(a, b)
 
   def test_masks_broadcast(self):
     weight, inner, _, x, dy = problem()
-    row, full = inner[:1], jnp.ones((1, 1), bool)
-    wide = jnp.broadcast_to(row, weight.shape)
+    row, full = inner[:1], np.ones((1, 1), bool)
+    wide = np.broadcast_to(row, weight.shape)
     for a, b in zip(vjp(weight, row, full, x, dy),
-                    vjp(weight, wide, jnp.ones(weight.shape, bool), x, dy)):
+                    vjp(weight, wide, np.ones(weight.shape, bool), x, dy)):
       np.testing.assert_array_equal(a, b)
 
   def test_vmap_equals_each_layer(self):
     args = problem(lead=(3,))
-    stacked = jax.vmap(vjp)(*args)
+    stacked = [np.asarray(each) for each in jax.jit(jax.vmap(vjp))(*args)]
     for i in range(3):
-      for a, b in zip(stacked, vjp(*(arg[i] for arg in args))):
+      for a, b in zip(stacked, vjp(*(np.asarray(arg)[i] for arg in args))):
         np.testing.assert_allclose(a[i], b, rtol=1e-6)  # Batched products.
 
   def test_vmap_over_inputs_alone_sums_the_gradients(self):
     weight, inner, outer, x, dy = problem()
     loss = lambda w, x, dy: jnp.vdot(sparse_layer(w, inner, outer, x[None]),
                                      dy)
-    grads = jax.vmap(jax.grad(loss), (None, 0, 0))(weight, x, dy)
+    grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(weight, x, dy)
     # Another order of summation.
-    np.testing.assert_allclose(grads.sum(0),
+    np.testing.assert_allclose(np.sum(grads, 0),
                                vjp(weight, inner, outer, x, dy)[1], atol=1e-6)
 
   def test_scan_with_remat_equals_the_unrolled_layers(self):
-    keys = jax.random.split(jax.random.key(1), 4)
-    weights = jax.random.normal(keys[0], (3, 4, 4)) / 2
-    outer = jax.random.bernoulli(keys[1], .7, weights.shape)
-    inner = outer & jax.random.bernoulli(keys[2], .6, weights.shape)
-    x = jax.random.normal(keys[3], (2, 4))
+    rng = np.random.default_rng(1)
+    weights = rng.normal(size=(3, 4, 4)).astype(np.float32) / 2
+    inner, outer = random_masks(rng, weights.shape)
+    x = rng.normal(size=(2, 4)).astype(np.float32)
     block = jax.checkpoint(sparse_layer)
 
     def scanned(weights, x):
@@ -127,21 +132,21 @@ class MaskedWeightTest(parameterized.TestCase):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         got, want)  # Compiled apart.
-    self.assertTrue(np.all(got[1][0][~outer] == 0))
+    self.assertTrue(np.all(np.asarray(got[1][0])[~outer] == 0))
 
   def test_finite_differences_where_forward_and_backward_agree(self):
     """On A the gradient is that of the function; A = B makes it so for all."""
     weight, inner, _, x, dy = problem()
     with jax.enable_x64(True):
-      loss = jax.jit(lambda w: jnp.vdot(sparse_layer(
-          w, inner, inner, x.astype(w.dtype)), dy))
-      wide = weight.astype(jnp.float64)
-      grad = jax.grad(loss)(wide)
-      direction = jax.random.normal(jax.random.key(2), wide.shape, jnp.float64)
-      slope = (loss(wide + 1e-6 * direction)
-               - loss(wide - 1e-6 * direction)) / 2e-6
+      loss = jax.jit(jax.value_and_grad(lambda w: jnp.vdot(sparse_layer(
+          w, inner, inner, x.astype(w.dtype)), dy)))
+      wide = np.asarray(weight, np.float64)
+      grad = loss(wide)[1]
+      direction = np.random.default_rng(2).normal(size=wide.shape)
+      slope = (loss(wide + 1e-6 * direction)[0]
+               - loss(wide - 1e-6 * direction)[0]) / 2e-6
       # Central differences in float64: 1e-12 of curvature, 1e-10 of rounding.
-      self.assertAlmostEqual(float(slope), float(jnp.vdot(grad, direction)),
+      self.assertAlmostEqual(float(slope), np.vdot(grad, direction),
                              delta=1e-7)
 
   def test_second_derivatives_by_two_reverse_passes(self):

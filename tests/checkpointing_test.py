@@ -45,11 +45,19 @@ class State(NamedTuple):
   extra: Any = None
 
 
+def _normal(seed, shape):
+  """float32; what JAX draws itself takes long to compile."""
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape),
+                     jnp.float32)
+
+
 def _make_state(seed=0):
   key = jax.random.key(seed)
-  weight = jax.random.normal(key, (16, 24))
-  weight = weight.at[0, :3].set(jnp.array([-0., jnp.nan, 1e-45]))
-  bits = jax.random.bits(key, (16, 24), jnp.uint32)
+  rng = np.random.default_rng(seed)
+  weight = rng.normal(size=(16, 24)).astype(np.float32)
+  weight[0, :3] = -0., np.nan, 1e-45
+  weight = jnp.asarray(weight)
+  bits = jnp.asarray(rng.integers(2**32, size=(16, 24), dtype=np.uint32))
   return State(
       step=jnp.asarray(seed),  # Weakly typed.
       params={'dense': {'kernel': weight,
@@ -145,7 +153,7 @@ class RestoreTest(CheckpointingTestCase):
       ('same_mesh', (4, 2), ('x', 'y')), ('transposed', (4, 2), ('y', 'x')),
       ('fewer_devices', (2,), ('x',)), ('replicated', (8,), ()))
   def test_restores_onto_another_mesh(self, shape, spec):
-    state = {'weight': jax.random.normal(jax.random.key(5), (8, 16)),
+    state = {'weight': _normal(5, (8, 16)),
              'keys': jax.random.split(jax.random.key(6), 8)}
     saved = jax.device_put(state, NamedSharding(
         _mesh(4, 2), PartitionSpec('x')))
@@ -254,8 +262,8 @@ class DamageTest(CheckpointingTestCase):
 
   def test_damage_to_any_file_is_never_restored_as_something_else(self):
     """Each file of a checkpoint in turn is cut, altered, deleted."""
-    make = lambda step: {'key': jax.random.key(step), 'weight': (
-        jax.random.normal(jax.random.key(step), (64, 64)))}
+    make = lambda step: {'key': jax.random.key(step),
+                         'weight': _normal(step, (64, 64))}
     self.save_steps(1, 2, make=make)
     backup = self.directory.with_name('backup')
     shutil.copytree(self.directory / '2', backup)
@@ -283,8 +291,7 @@ class DamageTest(CheckpointingTestCase):
 
   def test_write_error_is_raised_and_the_previous_checkpoint_stays(self):
     """A limit on file size stands in for a full disk."""
-    make = lambda step: {'weight': jax.random.normal(
-        jax.random.key(step), (1 << 20,))}
+    make = lambda step: {'weight': _normal(step, (1 << 20,))}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for raising in ('wait', 'close', 'save'):
       with self.subTest(raising):

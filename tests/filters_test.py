@@ -1,5 +1,7 @@
 """Filter pruning removes filters and what follows them."""
 
+import functools
+
 from absl.testing import absltest
 from absl.testing import parameterized
 from flax import linen as nn
@@ -34,13 +36,15 @@ class Net(nn.Module):
     return nn.Dense(3, name='head')(x)
 
 
+@functools.cache
 def start():
-  x = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
-  variables = Net().init(jax.random.key(0), x)
-  noise = lambda leaf: leaf + .3 * jax.random.normal(jax.random.key(2),
-                                                     leaf.shape)
-  return x, jax.tree.map(lambda leaf: jnp.abs(noise(leaf)) if (
-      leaf.ndim == 1) else leaf, variables)
+  rng = np.random.default_rng(1)
+  x = jnp.asarray(rng.normal(size=(2, 4, 4, 3)), jnp.float32)
+  variables = jax.jit(Net().init)(jax.random.key(0), x)
+  noise = lambda leaf: leaf + .3 * rng.normal(size=leaf.shape)
+  return x, jax.tree.map(lambda leaf: jnp.asarray(
+      np.abs(noise(np.asarray(leaf))), jnp.float32) if (
+          leaf.ndim == 1) else leaf, variables)
 
 
 class PruneFiltersTest(parameterized.TestCase):
@@ -59,9 +63,9 @@ class PruneFiltersTest(parameterized.TestCase):
     for name in ('kernel', 'bias'):
       leaf = silent['params']['conv_2'][name]
       silent['params']['conv_2'][name] = leaf.at[..., two].set(0)
-    ours = Net((3, 6)).apply(small, x)
-    np.testing.assert_allclose(ours, Net().apply(silent, x), rtol=1e-4,
-                               atol=1e-5)
+    ours = jax.jit(Net((3, 6)).apply)(small, x)
+    np.testing.assert_allclose(ours, jax.jit(Net().apply)(silent, x),
+                               rtol=1e-4, atol=1e-5)
 
   def test_keeps_the_filters_of_largest_norm(self):
     _, variables = start()

@@ -1,5 +1,7 @@
 """Tests of the operators of a method inside models that nobody edited."""
 
+import functools
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import chex
@@ -17,8 +19,7 @@ from sparse_jax import Operands
 
 def top(x, sparsity):
   """The largest entries, the others 0; by sorting, ties to the earlier."""
-  x = np.asarray(x)
-  order = np.argsort(-np.abs(x).ravel(), kind='stable')
+  order = jnp.argsort(-jnp.abs(x).ravel(), stable=True)
   kept = order[:sparse_jax.topk.keep_count(x.size, sparsity)]
   return jnp.zeros(x.size).at[kept].set(x.ravel()[kept]).reshape(x.shape)
 
@@ -34,10 +35,16 @@ class Conv(nn.Module):
     return nn.Dense(3, name='head')(x.reshape(x.shape[0], -1))
 
 
+def normal(*shapes):
+  """float32 arrays of these shapes, the same at every call."""
+  rng = np.random.default_rng(0)
+  return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+@functools.cache
 def setup():
-  model = Conv()
-  images = jax.random.normal(jax.random.key(1), (4, 6, 6, 2))
-  params = model.init(jax.random.key(0), images)['params']
+  model, (images,) = Conv(), normal((4, 6, 6, 2))
+  params = jax.jit(model.init)(jax.random.key(0), images)['params']
   return model, params, images
 
 
@@ -46,21 +53,27 @@ def plain():
   def apply(params, x):
     return nn.relu(x @ params['mix']['kernel']) @ params['head']['kernel']
 
-  keys = jax.random.split(jax.random.key(0), 3)
-  params = {'mix': {'kernel': jax.random.normal(keys[0], (6, 8))},
-            'head': {'kernel': jax.random.normal(keys[1], (8, 3))}}
-  return apply, params, jax.random.normal(keys[2], (5, 6))
+  mix, head, x = normal((6, 8), (8, 3), (5, 6))
+  return apply, {'mix': {'kernel': mix}, 'head': {'kernel': head}}, x
+
+
+def conv(x, w, stride):
+  return lax.conv_general_dilated(x, w, (stride, stride), 'SAME',
+                                  dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+
+def along_last(bias, ndim):
+  return bias.reshape((1,) * (ndim - 1) + bias.shape)
 
 
 def grads_of(method, apply, params, *args, **options):
   """Gradients of sum(outputs**2) with the method's operators."""
-  state = method.init(params)
-
-  def loss_fn(params):
+  def loss_fn(params, state, *args):
     run = sparse_jax.with_operators(apply, method, state, **options)
     return jnp.sum(run(method.read(params, state), *args)**2)
 
-  return jax.jit(jax.grad(loss_fn))(params)
+  return jax.jit(lambda params, *args: jax.grad(loss_fn)(
+      params, method.init(params), *args))(params, *args)
 
 
 class WithOperatorsTest(parameterized.TestCase):
@@ -77,49 +90,53 @@ class WithOperatorsTest(parameterized.TestCase):
     found = grads_of(method, lambda p, x: model.apply({'params': p}, x), params,
                      images)
 
-    def conv(x, w, stride):
-      return lax.conv_general_dilated(x, w, (stride, stride), 'SAME',
-                                      dimension_numbers=('NHWC', 'HWIO',
-                                                         'NHWC'))
+    @jax.jit
+    def by_hand(params, images):
+      w = {name: top(params[name]['kernel'], forward)
+           for name in ('stem', 'mix', 'head')}
+      stem = conv(images, w['stem'], 2) + along_last(params['stem']['bias'], 4)
+      normed, norm_pull = jax.vjp(
+          lambda x: nn.LayerNorm().apply({'params': params['norm']}, x),
+          nn.relu(stem))
+      mix = conv(normed, w['mix'], 1) + along_last(params['mix']['bias'], 4)
+      flat = nn.relu(mix).reshape(4, -1)
+      out = flat @ w['head'] + along_last(params['head']['bias'], 2)
+      dflat, dhead = pull(jnp.matmul, flat, w['head'], 2 * out)
+      dmix = dflat.reshape(mix.shape) * (mix > 0)
+      dnormed, dmix_kernel = pull(lambda x, w: conv(x, w, 1), normed, w['mix'],
+                                  dmix)
+      dstem = norm_pull(dnormed)[0] * (stem > 0)
+      _, dstem_kernel = pull(lambda x, w: conv(x, w, 2), images, w['stem'],
+                             dstem)
+      return {'head': dhead, 'mix': dmix_kernel, 'stem': dstem_kernel}, (
+          dmix.sum((0, 1, 2)))
 
     def pull(product, x, w, dy):
       """dX at the backward weight, dW at the backward activation."""
       dy = top(dy, error)
-      dx, = jax.vjp(lambda x: product(x, w), x)[1](dy)
       return jax.vjp(lambda x: product(x, top(w, back)), x)[1](dy)[0], (
           jax.vjp(lambda w: product(top(x, saved), w), w)[1](dy)[0])
 
-    w = {name: top(params[name]['kernel'], forward)
-         for name in ('stem', 'mix', 'head')}
-    stem = conv(images, w['stem'], 2) + params['stem']['bias'][None, None, None]
-    normed, norm_pull = jax.vjp(
-        lambda x: nn.LayerNorm().apply({'params': params['norm']}, x),
-        nn.relu(stem))
-    mix = conv(normed, w['mix'], 1) + params['mix']['bias'][None, None, None]
-    flat = nn.relu(mix).reshape(4, -1)
-    out = flat @ w['head'] + params['head']['bias'][None]
-    dflat, dhead = pull(jnp.matmul, flat, w['head'], 2 * out)
-    dmix = dflat.reshape(mix.shape) * (mix > 0)
-    dnormed, dmix_kernel = pull(lambda x, w: conv(x, w, 1), normed, w['mix'],
-                                dmix)
-    dstem = norm_pull(dnormed)[0] * (stem > 0)
-    _, dstem_kernel = pull(lambda x, w: conv(x, w, 2), images, w['stem'], dstem)
-    expected = {'head': dhead, 'mix': dmix_kernel, 'stem': dstem_kernel}
+    expected, mix_bias = by_hand(params, images)
     for name, kernel in expected.items():
       np.testing.assert_allclose(found[name]['kernel'], kernel, rtol=2e-4,
                                  atol=1e-5, err_msg=name)
-    np.testing.assert_allclose(found['mix']['bias'], dmix.sum((0, 1, 2)),
-                               rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found['mix']['bias'], mix_bias, rtol=1e-4,
+                               atol=1e-5)
 
   def test_values_do_not_depend_on_backward_operands(self):
     model, params, images = setup()
     method = sparse_jax.swat(.5)
-    state = method.init(params)
     apply = lambda p, x: model.apply({'params': p}, x)
-    weights = method.read(params, state)
-    np.testing.assert_array_equal(
-        sparse_jax.with_operators(apply, method, state)(weights, images),
-        apply(weights, images))
+
+    @jax.jit
+    def both(params, images):
+      state = method.init(params)
+      weights = method.read(params, state)
+      run = sparse_jax.with_operators(apply, method, state)
+      return run(weights, images), apply(weights, images)
+
+    np.testing.assert_array_equal(*both(params, images))
 
   def test_a_method_without_operators_leaves_the_function_alone(self):
     fn = lambda params, x: x @ params
@@ -138,8 +155,8 @@ class WithOperatorsTest(parameterized.TestCase):
 
   def test_nnx_model_has_the_gradients_of_the_linen_one(self):
     linen = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)])
-    x = jax.random.normal(jax.random.key(1), (5, 6))
-    params = linen.init(jax.random.key(0), x)['params']
+    x, = normal((5, 6))
+    params = jax.jit(linen.init)(jax.random.key(0), x)['params']
     model = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.relu,
                            nnx.Linear(8, 3, rngs=nnx.Rngs(0)))
     for layer, name in ((0, 'layers_0'), (2, 'layers_2')):
@@ -158,8 +175,7 @@ class WithOperatorsTest(parameterized.TestCase):
       layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
       return jax.vmap(lambda x: lax.scan(layer, x[None], params)[0])(x)
 
-    params = jax.random.normal(jax.random.key(0), (3, 4, 4))
-    x = jax.random.normal(jax.random.key(1), (5, 4))
+    params, x = normal((3, 4, 4), (5, 4))
     dense = grads_of(sparse_jax.dense(), apply, params, x)
     method = sparse_jax.add_operands(
         sparse_jax.dense(), Operands(backward_activation=.5),
@@ -175,15 +191,15 @@ class WithOperatorsTest(parameterized.TestCase):
     free = grads_of(sparse_jax.swat(.5), apply, params, images)
     method = sparse_jax.swat(.5, masked_update=True)
     bound = grads_of(method, apply, params, images)
-    masks = method.init(params).forward_masks
+    masks = jax.jit(method.init)(params).forward_masks
     for name in ('mix', 'head'):
       np.testing.assert_array_equal(
           bound[name]['kernel'],
-          jnp.where(masks[name]['kernel'], free[name]['kernel'], 0))
+          np.where(masks[name]['kernel'], free[name]['kernel'], 0))
 
   def test_a_sharded_batch_has_the_same_gradients(self):
     apply, params, _ = plain()
-    x = jax.random.normal(jax.random.key(7), (16, 6))
+    x, = normal((16, 6))
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ('batch',))
     spread = jax.device_put(x, jax.NamedSharding(
         mesh, jax.sharding.PartitionSpec('batch')))
@@ -203,10 +219,10 @@ class WithOperatorsTest(parameterized.TestCase):
 class ThresholdsTest(parameterized.TestCase):
 
   def run_steps(self, method, period, steps=5):
-    """Losses of a small training run with stored thresholds."""
+    """Losses and stored thresholds of a small run, step by step."""
     model, params, images = plain()
     tx = sparse_jax.sparsify(optax.sgd(.01), method)
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     thresholds = sparse_jax.first_operator_thresholds(method, params, state)
 
     def loss_fn(params, thresholds, state, due):
@@ -222,12 +238,13 @@ class ThresholdsTest(parameterized.TestCase):
       updates, state = tx.update(grads, state, params)
       return optax.apply_updates(params, updates), state, thresholds, loss
 
-    losses = []
+    losses, seen = [], []
     for i in range(steps):
       params, state, thresholds, loss = step(params, state, thresholds,
                                              i % max(period, 1) == 0)
       losses.append(loss)
-    return np.array(losses), thresholds
+      seen.append(thresholds)
+    return np.array(losses), seen
 
   def test_measured_every_step_they_are_the_exact_top_k(self):
     method = sparse_jax.swat(.5, activation_sparsity=.8)
@@ -236,7 +253,7 @@ class ThresholdsTest(parameterized.TestCase):
 
   def test_between_measurements_they_stay(self):
     method = sparse_jax.swat(.5, activation_sparsity=.8)
-    after = [self.run_steps(method, 3, steps)[1] for steps in (1, 2, 3, 4)]
+    after = self.run_steps(method, 3, steps=4)[1]
     chex.assert_trees_all_equal(after[0], after[1])
     chex.assert_trees_all_equal(after[0], after[2])
     self.assertNotEqual(after[0]['head/kernel'].backward_activation,

@@ -25,7 +25,7 @@ def backward(method, params, cotangent, state=None):
     weights = method.read(params, state)['w']
     return jnp.sum(weights * cotangent), weights
 
-  grads, weights = jax.grad(loss, has_aux=True)(params)
+  grads, weights = jax.jit(jax.grad(loss, has_aux=True))(params)
   return weights, grads
 
 
@@ -52,8 +52,8 @@ class StrTest(parameterized.TestCase):
     params = method.parametrize({'w': jnp.array(W6)})
     optimizer = optax.chain(optax.add_decayed_weights(.1), optax.sgd(.5))
     tx = sparse_jax.sparsify(optimizer, method)
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params),
-                           tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params),
+                                    tx.init(params), params)
     after = optax.apply_updates(params, updates)['thresholds']['w']
     np.testing.assert_allclose(after, [[-3200 * .95]], rtol=1e-6)
 
@@ -66,8 +66,8 @@ class StrTest(parameterized.TestCase):
     method = sparse_jax.str_(initial=-math.log(3))
     params = method.parametrize({'w': jnp.array(W0)})
     tx = sparse_jax.sparsify(optax.sgd(1.), method)
-    updates, state = tx.update({'w': G0, 'thresholds': {'w': -jnp.ones(
-        (1, 1))}}, tx.init(params), params)
+    updates, state = jax.jit(tx.update)({'w': G0, 'thresholds': {
+        'w': -jnp.ones((1, 1))}}, tx.init(params), params)
     params = optax.apply_updates(params, updates)
     threshold = 1 / (1 + math.exp(-float(params['thresholds']['w'][0, 0])))
     np.testing.assert_array_equal(
@@ -120,7 +120,7 @@ class DstTest(parameterized.TestCase):
     np.testing.assert_allclose(grads['w'], column(
         [.15, -.126, .308, .066, -.216, .024]), rtol=1e-5)
     np.testing.assert_allclose(grads['thresholds']['w'], [[-.076]], rtol=1e-5)
-    decay = jax.grad(method.penalty)(params, method.init(params))
+    decay = jax.jit(jax.grad(method.penalty))(params, method.init(params))
     np.testing.assert_allclose(decay['thresholds']['w'], [[-math.exp(-.25)]],
                                rtol=1e-6)
 
@@ -141,7 +141,7 @@ class DstTest(parameterized.TestCase):
     params = method.parametrize({'w': jnp.array(weights)})
     params['thresholds']['w'] += .4
     tx = sparse_jax.sparsify(optax.sgd(0.), method)
-    updates, _ = tx.update(params, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
     after = optax.apply_updates(params, updates)['thresholds']['w']
     np.testing.assert_allclose(after, [[threshold]])
 
@@ -196,8 +196,9 @@ class CsTest(parameterized.TestCase):
     params['gates']['w'] = jnp.array([self.S])
     tx = sparse_jax.sparsify(optax.sgd(0.), method)
     state, densities = tx.init(params), []
+    update = jax.jit(tx.update)
     for _ in range(2):
-      _, state = tx.update(params, state, params)
+      _, state = update(params, state, params)
       densities.append(int(state.sparse.forward_masks['w'].sum()))
     self.assertEqual(densities, [6, 3])
 

@@ -86,7 +86,8 @@ class SummarizeTest(parameterized.TestCase):
   def test_churn_and_coverage_of_a_run(self):
     """Random growth: the union of the masks is what was ever active."""
     method = sparse_jax.set_(.75, update_every=1, drop_fraction=.5)
-    params = {'w': jax.random.normal(jax.random.key(0), (8, 8))}
+    params = {'w': jnp.asarray(
+        np.random.default_rng(0).normal(size=(8, 8)), jnp.float32)}
     state = method.init(params)
     refresh = jax.jit(method.refresh)
     old = ever = np.asarray(state.forward_masks['w'])

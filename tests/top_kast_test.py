@@ -30,11 +30,11 @@ STEPS, EVERY = 10, 3
 
 
 def start_params(seed=0):
-  keys = jax.random.split(jax.random.key(seed), 3)
-  kernel = np.array(jax.random.normal(keys[0], (6, 8)))
+  rng = np.random.default_rng(seed)
+  kernel = rng.normal(size=(6, 8)).astype(np.float32)
   kernel[0, :4], kernel[1, :2] = -0., 0.  # Signed zeros, in C.
   return {'a': jnp.array(kernel), 'bias': jnp.linspace(-1., 1., 8),
-          'b': jax.random.normal(keys[1], (8, 5))}
+          'b': jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)}
 
 
 def model(weights, x):
@@ -474,9 +474,9 @@ class SelectionTest(parameterized.TestCase):
         ({'a': 24, 'b': 4, 'bias': None}, {'a': 36, 'b': 22, 'bias': None}))
 
   def test_each_stacked_layer_has_its_own_sets(self):
-    scale = jnp.array([1., 100.])[:, None, None]
-    params = {'blocks': scale * jax.random.normal(jax.random.key(3),
-                                                  (2, 5, 8))}
+    scale = np.array([1., 100.], np.float32)[:, None, None]
+    params = {'blocks': jnp.asarray(scale * np.random.default_rng(3).normal(
+        size=(2, 5, 8)), jnp.float32)}
     state = sparse_jax.top_kast(.8, backward_sparsity=.5,
                                 batch_axes=(0,)).init(params)
     np.testing.assert_array_equal(
@@ -490,11 +490,13 @@ class SelectionTest(parameterized.TestCase):
     method = sparse_jax.top_kast(.75, backward_sparsity=.5,
                                  structure=NM(1, 4),
                                  backward_selection=selection)
-    params = {'w': jax.random.normal(jax.random.key(4), (6, 20))}
+    params = {'w': jnp.asarray(
+        np.random.default_rng(4).normal(size=(6, 20)), jnp.float32)}
     state = method.init(params)
     for masks, n in ((state.forward_masks, 1), (state.backward_masks, 2)):
-      np.testing.assert_array_equal(masks['w'][:4].sum(0), n)
-      np.testing.assert_array_equal(masks['w'][4:].sum(0), n)
+      mask = np.asarray(masks['w'])
+      np.testing.assert_array_equal(mask[:4].sum(0), n)
+      np.testing.assert_array_equal(mask[4:].sum(0), n)
 
 
 if __name__ == '__main__':
