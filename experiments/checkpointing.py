@@ -210,7 +210,7 @@ class Checkpoints:
       newest checkpoint already.
 
     Raises:
-      RuntimeError: if writing failed, naming the directory.
+      OSError: if writing failed, naming the directory.
       ValueError: if a checkpoint newer than `step` exists, which means that
         the caller did not start from it; if a leaf cannot be saved.
     """
@@ -233,8 +233,8 @@ class Checkpoints:
     """Waits until what was saved is on disk.
 
     Raises:
-      RuntimeError: if writing failed, naming the directory. The checkpoints
-        before it are untouched.
+      OSError: if writing failed, naming the directory. The checkpoints before
+        it are untouched.
     """
     step, self._pending = self._pending, None
     if step is not None:
@@ -301,8 +301,10 @@ class Checkpoints:
   def _named_failure(self, step):
     try:
       yield
+    except jax.errors.JaxRuntimeError:  # Of a device, or of another process.
+      raise
     except Exception as error:
-      raise RuntimeError(
+      raise OSError(
           f'directory (={self.directory}): writing the checkpoint of step '
           f'{step} failed: {error}') from error
 

@@ -24,6 +24,9 @@ def define_flags() -> None:
   flags.DEFINE_string('coordinator', None, 'HOST:PORT of the first process.')
   flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
   flags.DEFINE_integer('process_id', None, 'Which of them this one is, from 0.')
+  flags.DEFINE_integer('heartbeat_timeout', 100, 'Seconds without a sign of '
+                       'life after which a process counts as dead and the '
+                       'others end.')
 
 
 def join(values: dict[str, Any]) -> None:
@@ -37,8 +40,12 @@ def join(values: dict[str, Any]) -> None:
   if given and (len(given) < len(names) or not values['distributed']):
     raise ValueError(f'`{given[0]}` (={values[given[0]]!r}) needs '
                      '--distributed and all of --' + ', --'.join(names) + '.')
+  seconds = values['heartbeat_timeout']
+  if seconds < 1:
+    raise ValueError(f'`heartbeat_timeout` (={seconds}) must be at least 1.')
   if values['distributed']:
-    jax.distributed.initialize(*(values[name] for name in names))
+    jax.distributed.initialize(*(values[name] for name in names),
+                               heartbeat_timeout_seconds=seconds)
 
 
 def mesh(model_parallel: int = 1) -> Mesh:
@@ -70,8 +77,21 @@ def place(mesh_: Mesh, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
   return NamedSharding(mesh_, PartitionSpec(*[None] * longest, 'model'))
 
 
+def part(model_parallel: int = 1) -> tuple[int, int]:
+  """Which part of each batch this process brings, and of how many.
+
+  Processes that hold one copy of the state together bring the same part.
+  """
+  rows = {}
+  for row, group in enumerate(mesh(model_parallel).devices):
+    for device in group:
+      rows.setdefault(device.process_index, set()).add(row)
+  parts = sorted({tuple(sorted(own)) for own in rows.values()})
+  return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
+
+
 def put_batch(batch: Any, mesh_: Mesh) -> Any:
-  """Makes one global array of the rows that each process brings."""
+  """Makes one global array of the rows that each process brings: its `part`."""
   return jax.tree.map(
       lambda rows: jax.make_array_from_process_local_data(split(mesh_), rows),
       batch)

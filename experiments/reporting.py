@@ -13,6 +13,7 @@ checkpoint N therefore starts at step N + 1 and drops the rows from there on:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import io
 import json
 import math
@@ -71,7 +72,8 @@ class JsonlWriter:
     row = {'step': int(step), 'time': round(time.time(), 3)}
     for name, value in scalars.items():
       row[name] = _as_number(name, value)
-    self._file.write(json.dumps(row, allow_nan=False) + '\n')
+    with self._named_failure():
+      self._file.write(json.dumps(row, allow_nan=False) + '\n')
 
   def write_image(self, step: int, name: str, image: Any):
     del step, name, image
@@ -80,10 +82,19 @@ class JsonlWriter:
     del step, name, values
 
   def flush(self):
-    self._file.flush()
+    with self._named_failure():
+      self._file.flush()
 
   def close(self):
-    self._file.close()
+    with self._named_failure():
+      self._file.close()
+
+  @contextlib.contextmanager
+  def _named_failure(self):
+    try:
+      yield
+    except OSError as error:
+      raise OSError(error.errno, error.strerror, self._file.name) from error
 
 
 class TensorBoardWriter:

@@ -458,15 +458,24 @@ def mean_metrics(run: Run, state: TrainState) -> dict[str, float]:
   """Means of the steps since the last row.
 
   Raises:
-    FloatingPointError: if the loss is not finite, before that can be saved.
+    FloatingPointError: if the loss or a parameter is not finite, before that
+      can be saved.
   """
   means = _means(state.sums)
-  if not math.isfinite(means['loss']):
+  if not (math.isfinite(means['loss']) and all_finite(state.params)):
     raise FloatingPointError(
-        f'the training loss is {means["loss"]} by step {int(state.step)}; what '
-        f'is in {run.workdir} is from before. A smaller --learning_rate (='
-        f'{run.values["learning_rate"]}) may help.')
+        f'the training loss is {means["loss"]} by step {int(state.step)}, or '
+        f'a parameter is not finite; what is in {run.workdir} is from before. '
+        f'A smaller --learning_rate (={run.values["learning_rate"]}) may help, '
+        'in another --workdir.')
   return _named('train', run.task.problem.results(means))
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+  """Whether no entry is infinite or NaN: the last update's loss is to come."""
+  return jnp.array([jnp.isfinite(leaf).all()
+                    for leaf in jax.tree.leaves(tree)]).all()
 
 
 def _means(sums: Mapping[str, jax.Array]) -> dict[str, float]:
@@ -610,7 +619,11 @@ def run_config(module: str) -> dict[str, Any]:
 
 
 def main(binary: Binary, values: Callable[[], Mapping[str, Any]], argv) -> None:
-  """What a program does: bad flags, absent data, a lost loss are status 2."""
+  """What a program does.
+
+  Status 2 is for what somebody must mend: bad flags, absent data, a full disk,
+  a lost loss; status 1 for one of several processes that lost another.
+  """
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   if not flags.FLAGS['verbosity'].present:
@@ -622,3 +635,10 @@ def main(binary: Binary, values: Callable[[], Mapping[str, Any]], argv) -> None:
     logging.error('%s', error)
     logging.debug('It came from here:', exc_info=True)
     sys.exit(2)
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    logging.error('Process %d stops, since another one has probably died (%s); '
+                  'start all of them again with the same flags to continue.',
+                  jax.process_index(), error)
+    sys.exit(1)

@@ -302,7 +302,7 @@ class DamageTest(CheckpointingTestCase):
         try:
           checkpoints.save(2, make(2))
           with self.assertRaisesRegex(
-              RuntimeError, f'{self.directory}.*step 2 failed.*too large'):
+              OSError, f'{self.directory}.*step 2 failed.*too large'):
             _finish(checkpoints, raising, make)
         finally:
           resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -318,8 +318,7 @@ class DamageTest(CheckpointingTestCase):
       checkpoints.save(1, _small_state(1))
       checkpoints.wait()
       with mock.patch.object(os, 'mkdir', side_effect=full):
-        with self.assertRaisesRegex(
-            RuntimeError, f'{self.directory}.*No space'):
+        with self.assertRaisesRegex(OSError, f'{self.directory}.*No space'):
           checkpoints.save(2, _small_state(2))
           checkpoints.wait()
       checkpoints.save(2, _small_state(2))

@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments import batching
+from experiments import devices
 from experiments import training
 from experiments.image import input_pipeline
 from experiments.image import models
@@ -236,17 +237,18 @@ def _load(dataset: str, split: str, data_dir: str | None):
 def train_batches(values: Mapping[str, Any], data: input_pipeline.Split,
                   start: int):
   """This process's part of each batch after step `start`."""
+  index, count = devices.part(values['model_parallel'])
   return batching.prefetch(input_pipeline.train_batches(
       data, batch_size=values['batch_size'], seed=values['seed'], step=start,
-      augment=values['augment'], process_index=jax.process_index(),
-      process_count=jax.process_count()))
+      augment=values['augment'], process_index=index, process_count=count))
 
 
 def eval_batches(values: Mapping[str, Any], test: input_pipeline.Split):
   """This process's part of the test split."""
+  index, count = devices.part(values['model_parallel'])
   return input_pipeline.eval_batches(
-      test, batch_size=values['batch_size'],
-      process_index=jax.process_index(), process_count=jax.process_count())
+      test, batch_size=values['batch_size'], process_index=index,
+      process_count=count)
 
 
 def inference(values: Mapping[str, Any]):

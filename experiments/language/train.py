@@ -160,11 +160,12 @@ def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
   text, test = (load(values, split) for split in ('train',
                                                   values['eval_split']))
   task = make_task(values, len(text.vocabulary))
-  problem = task.problem
+  problem, part = task.problem, devices.part(values['model_parallel'])
   return training.make_run(
       values, workdir, task, values['train_steps'],
-      train_batches=functools.partial(train_batches, problem, text.tokens),
-      eval_batches=functools.partial(eval_batches, problem, test.tokens),
+      train_batches=functools.partial(train_batches, problem, text.tokens,
+                                      part),
+      eval_batches=functools.partial(eval_batches, problem, test.tokens, part),
       units=('tokens', problem.batch_size * problem.segment_length),
       apply=functools.partial(inference, problem), data=text.fingerprint)
 
@@ -209,7 +210,7 @@ def check(values: Mapping[str, Any]) -> None:
   check_values(values)
   text = load(values, 'train')
   task = make_task(values, len(text.vocabulary))
-  next(train_batches(task.problem, text.tokens, 0))
+  next(train_batches(task.problem, text.tokens, (0, 1), 0))
 
 
 def check_values(values: Mapping[str, Any]) -> None:
@@ -265,20 +266,21 @@ def make_task(values: Mapping[str, Any], vocab_size: int) -> training.Task:
                             values['train_steps'])
 
 
-def train_batches(problem: Prediction, tokens, start: int):
+def train_batches(problem: Prediction, tokens, part: tuple[int, int],
+                  start: int):
   """This process's streams, segment by segment, after step `start`."""
+  index, count = part
   return input_pipeline.train_batches(
       tokens, batch_size=problem.batch_size, length=problem.segment_length,
-      step=start, process_index=jax.process_index(),
-      process_count=jax.process_count())
+      step=start, process_index=index, process_count=count)
 
 
-def eval_batches(problem: Prediction, tokens):
+def eval_batches(problem: Prediction, tokens, part: tuple[int, int]):
   """This process's streams of an evaluation."""
+  index, count = part
   return input_pipeline.eval_batches(
       tokens, batch_size=problem.eval_batch_size,
-      length=problem.segment_length, process_index=jax.process_index(),
-      process_count=jax.process_count())
+      length=problem.segment_length, process_index=index, process_count=count)
 
 
 def inference(problem: Prediction, state: training.TrainState):
