@@ -329,16 +329,17 @@ def write(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any],
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """A Markdown table: a line a share, accuracies in percent."""
-  dense = rows[0]
+  kinds = [kind for kind in ('trained', 'pruned', 'fine_tuned', 'from_scratch')
+           if any(kind in row for row in rows)]
   lines = [{
-      'filters removed': f'{row["filter_sparsity"]:.0%}',
-      'parameters': f'{row["parameters"]:,}',
-      'multiply-adds': f'{row["flops"]:,}',
-      'of dense': f'{row["flops"] / dense["flops"]:.1%}',
-      **{kind.replace('_', ' '): f'{100 * row[kind]:.2f}'
-         for kind in ('trained', 'pruned', 'fine_tuned', 'from_scratch')
-         if kind in row}} for row in rows]
-  return reporting.markdown_table(lines)
+      'filters removed': row['filter_sparsity'],
+      'parameters': row['parameters'], 'multiply-adds': row['flops'],
+      'of dense': row['flops'] / rows[0]['flops'],
+      **{kind.replace('_', ' '): 100 * row[kind]
+         for kind in kinds if kind in row}} for row in rows]
+  return reporting.markdown_table(lines, formats={
+      'filters removed': '.0%', 'parameters': ',', 'multiply-adds': ',',
+      'of dense': '.1%', **{kind.replace('_', ' '): '.2f' for kind in kinds}})
 
 
 def _pairs(name: str, params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
