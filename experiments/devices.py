@@ -3,7 +3,7 @@
 With --model_parallel=N every N devices hold one copy of the state together:
 each array of two axes or more is split along its longest axis that N divides.
 The rule looks at the shape alone, so a weight, its masks and its optimizer
-slots lie alike, and nothing of a weight's size moves between devices.
+slots lie alike, and no weight is gathered.
 """
 
 from typing import Any

@@ -4,9 +4,12 @@ A 784-1024-1024-1024-10 network, batch 128, Adam, refreshes every 100 steps,
 all methods at 90% in one process, steps interleaved.
 
   python -m experiments.benchmarks.step_cost
+  python -m experiments.benchmarks.step_cost --network=transformer_xl
 
-Prints two ratios of each method: an ordinary step (median), and the mean over
-a whole period with its refresh. Recorded results: README.md beside this file.
+The second is the `small` Transformer-XL on bytes: 16 streams of 128 with as
+long a memory. Prints two ratios of each method: an ordinary step (median), and
+the mean over a whole period with its refresh. Recorded results: README.md
+beside this file.
 """
 
 import statistics
@@ -22,10 +25,15 @@ import optax
 import sparse_jax
 from experiments import reporting
 from experiments.benchmarks import timing
+from experiments.language import models
 
 PERIOD = 100
 
-_ROUNDS = flags.DEFINE_integer('rounds', 120, 'Steps timed of each method.')
+_ROUNDS = flags.DEFINE_integer('rounds', 120, 'Steps timed of each method; at '
+                               'least 100, of which one refreshes.',
+                               lower_bound=PERIOD)
+_NETWORK = flags.DEFINE_enum('network', 'mlp', ['mlp', 'transformer_xl'],
+                             'What is trained.')
 _METHODS = flags.DEFINE_list('methods', [], 'Only these; all if empty.')
 
 
@@ -51,18 +59,45 @@ def methods() -> dict[str, sparse_jax.SparseMethod]:
   }
 
 
-def runner(method: sparse_jax.SparseMethod):
-  """A function that does one step and keeps its own state between calls."""
-  network, tx = Network(), sparse_jax.sparsify(optax.adam(1e-3), method)
+def mlp():
+  """Parameters, the loss of weights, and the examples of a step."""
+  network = Network()
   images = jax.random.normal(jax.random.key(0), (128, 784))
   labels = jnp.arange(128) % 10
-  params = network.init(jax.random.key(1), images)['params']
 
-  def loss_fn(params, opt_state):
-    weights = method.read(params, opt_state)
+  def loss(weights):
     logits = network.apply({'params': weights}, images)
     return optax.softmax_cross_entropy_with_integer_labels(
         logits, labels).mean()
+
+  return network.init(jax.random.key(1), images)['params'], loss, 128
+
+
+def transformer_xl():
+  """Likewise, of tokens; the memory is full and stays as it is."""
+  network = models.create('small', vocab_size=256)
+  tokens = jax.random.randint(jax.random.key(0), (16, 129), 0, 256)
+  inputs, targets = tokens[:, :-1], tokens[:, 1:]
+  memory = models.init_memory(network, 16, 128)
+  params = network.init(jax.random.key(1), inputs, targets, memory,
+                        train=False)['params']
+  _, memory = network.apply({'params': params}, inputs, targets, memory,
+                            train=False)
+
+  def loss(weights):
+    return network.apply({'params': weights}, inputs, targets, memory,
+                         train=True)[0].mean()
+
+  return params, loss, inputs.size
+
+
+def runner(method: sparse_jax.SparseMethod, params, loss):
+  """A function that does one step and keeps its own state between calls."""
+  tx = sparse_jax.sparsify(optax.adam(1e-3), method)
+  params = jax.tree.map(jnp.copy, params)  # A step takes its own.
+
+  def loss_fn(params, opt_state):
+    return loss(method.read(params, opt_state))
 
   def step(params, opt_state):
     grads = jax.grad(loss_fn)(params, opt_state)
@@ -84,7 +119,10 @@ def main(_):
   timing.keep_freed_memory()
   chosen = {name: method for name, method in methods().items()
             if name == 'dense' or not _METHODS.value or name in _METHODS.value}
-  runs = {name: runner(method) for name, method in chosen.items()}
+  params, loss, examples = {'mlp': mlp, 'transformer_xl': transformer_xl}[
+      _NETWORK.value]()
+  runs = {name: runner(method, params, loss)
+          for name, method in chosen.items()}
   times = {name: [] for name in runs}
   for _ in range(_ROUNDS.value):
     for name, run in runs.items():
@@ -101,9 +139,11 @@ def main(_):
     rows.append({'method': name, 'ordinary step': ordinary / dense,
                  'with refreshes': whole / dense,
                  'refresh': statistics.mean(refresh) / dense,
-                 'milliseconds': ordinary * 1e3})
+                 'milliseconds': ordinary * 1e3,
+                 'examples or tokens a second': examples / ordinary})
   print(reporting.markdown_table(rows, formats={
-      'milliseconds': '.1f', **dict.fromkeys(
+      'milliseconds': '.1f', 'examples or tokens a second': ',.0f',
+      **dict.fromkeys(
           ('ordinary step', 'with refreshes', 'refresh'), '.2f')}))
 
 
