@@ -1,0 +1,49 @@
+"""Every method beside the others on one language model.
+
+Top-KAST's table 5 has itself and pruning; here its other baselines stand
+beside them on the same network, text and schedule.
+"""
+
+from launch.table import Point
+from launch.table import Table
+from launch.tables import recipes
+
+_BINARY = 'experiments.language.train'
+# Widths at which experiments.language.models.matching_width finds 20% and 10%
+# of the matrices' entries, by scale and sparsity.
+_NARROW = {'paper': {80: .4529, 90: .3279}, 'small': {80: .40625, 90: .28125}}
+# Bits per character in Top-KAST's table 5, by row and sparsity.
+_PUBLISHED = {
+    ('dense', 0): 1.00, ('pruning', 80): 1.02, ('pruning', 90): 1.06,
+    ('Top-KAST, backward 0%', 80): 1.03, ('Top-KAST, backward 60%', 80): 1.05,
+    ('Top-KAST, backward 0%', 90): 1.08, ('Top-KAST, backward 80%', 90): 1.10,
+    ('Top-KAST, backward 90%', 95): 1.17}
+_BACKWARD = {80: (0, 60, 80), 90: (0, 60, 80), 95: (90,)}
+
+
+def methods(scale: str) -> Table:
+  """Top-KAST by backward sparsity, pruning, RigL, SET, static, small-dense."""
+  base = recipes.enwik8(scale, 'enwik8_small')
+  dense = {'method': 'dense', 'sparsity': 0.}
+  points = [_point('dense', 0, base | dense)]
+  for sparsity in (80, 90):
+    points.append(_point('small and dense', sparsity, base | dense | {
+        'width': _NARROW[scale][sparsity]}))
+    points += [_point(row, sparsity, base | {
+        'method': method, 'sparsity': sparsity / 100})
+               for row, method in (('static', 'static'), ('SET', 'set'),
+                                   ('RigL', 'rigl'), ('pruning', 'gmp'))]
+  points += [_point(f'Top-KAST, backward {backward}%', sparsity, base | {
+      'method': 'top_kast', 'sparsity': sparsity / 100,
+      'backward_sparsity': backward / 100, 'update_every': 1})
+             for sparsity, chosen in _BACKWARD.items() for backward in chosen]
+  return Table('language_methods', 'Transformer-XL on bytes, every method',
+               tuple(points), _BINARY)
+
+
+def _point(row, sparsity, flags):
+  return Point(row, f'{sparsity}%', _PUBLISHED.get((row, sparsity)), flags,
+               'bits_per_character')
+
+
+TABLES = {'language_methods': methods}
