@@ -35,6 +35,8 @@ _BINARY = """
     def run_config():
       return {name: flags.FLAGS[name].value for name in (
           'mode', 'dense', 'rate', 'seed', 'workdir', 'data_dir')}
+    def without_data(values):
+      pass
     def describe(values):
       return dict(parameters=1000, train_steps=7, batch_size=4,
                   learning_rate=values['rate'], training_flops=5e6,
