@@ -230,19 +230,21 @@ class Progress:
     total_steps: steps of the whole run.
     steps_done: steps done before this session.
     log_every: steps between lines where there is no terminal; at least 1.
-    batch_size: examples in a step over all processes; None shows no examples/s.
+    batch_size: units in a step over all processes; None shows no such rate.
+    unit: what they are called, in the plural.
     stream: where to show it; standard error if None.
     clock: seconds now.
   """
 
   def __init__(self, total_steps: int, steps_done: int = 0,
                log_every: int = 100, batch_size: int | None = None,
+               unit: str = 'examples',
                stream: TextIO | None = None,
                clock: Callable[[], float] = time.monotonic):
     if log_every < 1:
       raise ValueError(f'log_every (={log_every}) must be at least 1')
     self._total, self._log_every = total_steps, log_every
-    self._batch_size, self._clock = batch_size, clock
+    self._batch_size, self._unit, self._clock = batch_size, unit, clock
     self._stream = stream or sys.stderr
     self._step, self._time = steps_done, clock()
     self._first = self._step, self._time
@@ -280,7 +282,7 @@ class Progress:
              f'{self._step / max(1, self._total):4.0%}',
              f'{_short(rate)} steps/s']
     if self._batch_size is not None:
-      parts.append(f'{_short(rate * self._batch_size)} examples/s')
+      parts.append(f'{_short(rate * self._batch_size)} {self._unit}/s')
     left = (self._total - self._step) / rate if rate else math.nan
     parts += [f'eta {_clock_text(left)}', _values_text(values or {})]
     return '  '.join(part for part in parts if part)

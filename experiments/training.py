@@ -436,8 +436,9 @@ def _naming_workdir(workdir: str):
 
 
 def open_progress(run: Run, start: int) -> reporting.Progress:
+  unit, per_step = run.units
   return reporting.Progress(run.train_steps, start, run.values['log_every'],
-                            run.units[1])
+                            per_step, unit)
 
 
 def measure(run: Run, state: TrainState, step: int) -> dict[str, float]:
