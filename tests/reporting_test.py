@@ -334,8 +334,8 @@ class PlotsTest(ReportingTestCase):
     plots.against_sparsity(rows, path, 'Ten methods')
     self.assert_png(path)
 
-  @parameterized.parameters(plots.accuracy_vs_sparsity,
-                            plots.accuracy_vs_flops)
+  @parameterized.parameters(plots.against_sparsity,
+                            plots.against_flops)
   def test_one_point_on_a_power_of_ten(self, draw):
     path = self.directory / 'point.png'
     draw([{'method': 'a', 'sparsity': .9, 'accuracy': .5,
