@@ -13,6 +13,7 @@ import time
 from unittest import mock
 
 from absl import app
+from absl import flags
 from absl import logging
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -48,6 +49,13 @@ _WITH_SMALL_NETWORK = ('-c', f'from tests import {pathlib.Path(__file__).stem}'
                        ' as test; test.run_with_small_network()')
 
 
+# Likewise, what is trained on two hosts of four devices, one after the other;
+# parameters are whole, split within each host, and over both.
+_TRAIN_ON_HOSTS = ('-c', f'from tests import {pathlib.Path(__file__).stem}'
+                   ' as test; test.train_on_hosts()')
+_PARTS_ON_HOSTS = {'swat': 1, 'rigl': 4, 'top_kast': 8}
+
+
 class SmallNetwork(nn.Module):
   """Stands in for a wide ResNet, with one block of it."""
 
@@ -67,6 +75,18 @@ class SmallNetwork(nn.Module):
 def run_with_small_network():
   models.MODELS['wrn_16_8'] = SmallNetwork
   app.run(train.main)
+
+
+def train_on_hosts():
+  def main(_):
+    devices.join(flags.FLAGS.flag_values_dict())
+    values = train.run_config()
+    with mock.patch.object(training, 'draw'):
+      for method, parts in _PARTS_ON_HOSTS.items():
+        train.train(values | {
+            'method': method, 'model_parallel': parts,
+            'workdir': os.path.join(values['workdir'], method)})
+  app.run(main)
 
 
 def setUpModule():
@@ -393,19 +413,25 @@ class DevicesTest(parameterized.TestCase):
     self.assertEqual(process.returncode, 0, output)
     self._assert_agree(self.eight, one)
 
-  def test_two_processes_make_the_masks_and_losses_of_one(self):
+  def test_two_hosts_make_the_masks_and_losses_of_one(self):
     two = self._values('two')
     with socket.socket() as free:
       free.bind(('localhost', 0))
       address = f'localhost:{free.getsockname()[1]}'
-    processes = [_start(two, 4, distributed=True, coordinator=address,
-                        num_processes=2, process_id=i) for i in range(2)]
+    processes = [_start(two, 4, _TRAIN_ON_HOSTS, distributed=True,
+                        coordinator=address, num_processes=2, process_id=i)
+                 for i in range(2)]
     outputs = [process.communicate()[0] for process in processes]
     self.assertEqual([process.returncode for process in processes], [0, 0],
                      '\n'.join(outputs))
     self.assertIn('test accuracy', outputs[0])
     self.assertNotIn('test accuracy', outputs[1])
-    self._assert_agree(self.eight, two)
+    for method, parts in _PARTS_ON_HOSTS.items():
+      with self.subTest(method):
+        one = self._values(f'{method}1', method=method)
+        train.train(one)
+        self._assert_agree(one, self._values(
+            os.path.join('two', method), method=method, model_parallel=parts))
 
   @parameterized.parameters('rigl', 'top_kast', 'swat')
   def test_split_parameters_make_the_masks_and_losses_of_whole_ones(
