@@ -16,8 +16,11 @@ import tensorflow_datasets as tfds
 
 from experiments.language import corpora
 from experiments.language import input_pipeline
-from experiments.language import prepare
 from experiments.language import vocabulary
+from tests import own_flags
+
+with own_flags.OwnFlags():  # The image program has flags of the same names.
+  from experiments.language import prepare
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _SPLITS = ('train', 'valid', 'test')
