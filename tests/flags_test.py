@@ -29,15 +29,6 @@ _STRUCTURES = ('element', 'block', 'nm', 'channel', 'filter')
 _LAYERS = {'stem': (8, 16), 'head': (16, 6)}
 
 
-def setUpModule():
-  # Nothing here runs for long: most of the time goes to the compiler.
-  jax.config.update('jax_disable_most_optimizations', True)
-
-
-def tearDownModule():
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _values(**changes):
   values = train.run_config()
   assert changes.keys() <= values.keys(), changes

@@ -1,5 +1,6 @@
 """Tests of packed arrays, masks of bits, and the memory that they save."""
 
+import os
 from unittest import mock
 
 from absl.testing import absltest
@@ -12,6 +13,12 @@ import numpy as np
 from sparse_jax import operands
 from sparse_jax import operators
 from sparse_jax import residuals
+
+# As users' programs are compiled, whatever conftest does to be quick.
+USUAL = {'xla_backend_optimization_level': 3,
+         'xla_llvm_disable_expensive_passes': False}
+if 'xla_cpu_use_fusion_emitters' in os.environ.get('XLA_FLAGS', ''):
+  USUAL['xla_cpu_use_fusion_emitters'] = True
 
 
 def problem(shape, density, seed=0):
@@ -130,7 +137,7 @@ class MemoryTest(absltest.TestCase):
     x = jax.ShapeDtypeStruct((512, 128), jnp.float32)
     # On several CPU devices XLA counts with two temporaries more.
     with mock.patch.object(jax, 'device_count', lambda: 1):
-      compiled = jax.jit(jax.grad(loss)).lower(weights, x).compile()
+      compiled = jax.jit(jax.grad(loss)).lower(weights, x).compile(USUAL)
     return compiled.memory_analysis().temp_size_in_bytes
 
   def test_twelve_layers_at_ninety_percent_need_at_most_three_fifths(self):
