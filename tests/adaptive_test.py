@@ -19,14 +19,6 @@ _CASES = (
     ('equal_lengths', 12, (7, 15), 1))
 
 
-def setUpModule():
-  jax.config.update('jax_disable_most_optimizations', True)
-
-
-def tearDownModule():
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def create(d_embed, cutoffs, div_val, **kwargs):
   return adaptive.AdaptiveEmbedding(
       _VOCAB, _D_MODEL, d_embed, cutoffs, div_val, **kwargs)

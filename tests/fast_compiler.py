@@ -1,4 +1,4 @@
-"""A compiler for tests that run nothing for long: fast, and it remembers."""
+"""A compiler that remembers, for tests that start programs."""
 
 import tempfile
 
@@ -10,8 +10,7 @@ SETTINGS = {'jax_disable_most_optimizations': True,
             'jax_compilation_cache_dir': _CACHE.name,
             'jax_persistent_cache_min_compile_time_secs': 0.,
             'jax_persistent_cache_min_entry_size_bytes': -1}
-_USUAL = {'jax_disable_most_optimizations': False,
-          'jax_compilation_cache_dir': None,
+_USUAL = {'jax_compilation_cache_dir': None,
           'jax_persistent_cache_min_compile_time_secs': 1.,
           'jax_persistent_cache_min_entry_size_bytes': 0}
 

@@ -23,14 +23,6 @@ if not flags.FLAGS.is_parsed():
   flags.FLAGS(['filter_pruning_test'])
 
 
-def setUpModule():
-  jax.config.update('jax_disable_most_optimizations', True)
-
-
-def tearDownModule():
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def _model(name, width=.2):
   if name == 'resnet20':  # One block a stage will do.
     return models.ResNetCifar(num_classes=10, depth=8, width=width)

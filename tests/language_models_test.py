@@ -17,14 +17,6 @@ from sparse_jax import base
 _VOCAB = 11
 
 
-def setUpModule():
-  jax.config.update('jax_disable_most_optimizations', True)
-
-
-def tearDownModule():
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def create(**changes):
   settings = dict(vocab_size=_VOCAB, num_layers=2, d_model=8, d_ff=12,
                   d_embed=8, num_heads=2, memory_length=4)
