@@ -13,8 +13,9 @@ prints every command, builds each model, method and optimizer from shapes, and
 prints what the cells cost in arithmetic and memory; nothing runs. A flag that
 the cells' binary does not have is an error before anything starts.
 
-Status: 0 if every cell is finished or submitted, 1 if one failed, 2 for bad
-flags, 75 if stopped by SIGTERM or Ctrl-C with work left.
+Status: 0 if every cell is finished or submitted, 1 if one failed or a flag
+cannot be read, 2 for flags that make no run, 75 if stopped by SIGTERM or Ctrl-C
+with work left.
 """
 
 from collections.abc import Mapping
@@ -45,6 +46,8 @@ OPTIONS = {'local': ('workers', 'gpus_per_worker', 'python'),
            'xpk': ('cluster', 'tpu_type', 'docker_image', 'num_slices')}
 NEEDED = {'local': (), 'slurm': (), 'tpu_vm': ('tpu_names', 'zone'),
           'xpk': ('cluster', 'tpu_type', 'docker_image')}
+# Flags of a cell that say which one it is, and where.
+OWN_CELL_FLAGS = ('seed', 'workdir')
 AT_LEAST_ONE = ('workers', 'tasks', 'num_slices', 'devices')
 
 
@@ -152,10 +155,13 @@ def seeds_of(values: Mapping[str, Any]) -> list[int] | None:
   if values['seeds'] is None:
     return None
   try:
-    return [int(seed) for seed in values['seeds']]
+    seeds = [int(seed) for seed in values['seeds']]
   except ValueError:
+    seeds = []
+  if not seeds or len(set(seeds)) < len(seeds):
     raise ValueError(f'`seeds` (={",".join(values["seeds"])!r}) must be '
-                     'integers separated by commas.') from None
+                     'different integers separated by commas.')
+  return seeds
 
 
 def sweep_dir_of(values: Mapping[str, Any]) -> str:
@@ -165,14 +171,27 @@ def sweep_dir_of(values: Mapping[str, Any]) -> str:
 
 
 def check_table(values: Mapping[str, Any]) -> None:
-  """Raises ValueError if no table is named."""
+  """Raises ValueError if no table is named, or its folder is none."""
   if values['table'] is None:
     raise ValueError('`table` (=None) must be one of '
                      f'{", ".join(tables.TABLES)}.')
+  if os.path.isfile(sweep_dir_of(values)):
+    raise ValueError(f'`sweep_dir` (={sweep_dir_of(values)!r}) must be a '
+                     'folder; it is a file.')
+
+
+def check_cell_flags(given: Sequence[str]) -> None:
+  """Raises ValueError for one that would make a cell another."""
+  for flag in given:
+    if flag.lstrip('-').partition('=')[0] in OWN_CELL_FLAGS:
+      raise ValueError(f'`cell_flag` (={flag!r}) must not be one of '
+                       f'{", ".join(OWN_CELL_FLAGS)}: --seeds and --sweep_dir '
+                       'set them.')
 
 
 def check(values: Mapping[str, Any]) -> None:
   """Raises ValueError for flags that do not go with the backend."""
+  check_cell_flags(values['cell_flag'])
   backend, defaults = values['backend'], flags.FlagValues()
   define_flags(defaults)
   for other, names in OPTIONS.items():
@@ -290,7 +309,7 @@ def costs(found: Sequence[Cell], devices: int) -> str:
       'multiply-adds': '.3g', 'weights (MB)': ',.1f', 'optimizer (MB)': ',.1f',
       'activations (MB)': ',.1f'}) + (
           f'\n{total:.3g} multiply-adds in all {len(found)} cells. Memory is '
-          f'that of each of {devices} devices.\n')
+          f'that of one device of {devices}.\n')
 
 
 def _cost(figures, devices) -> dict[str, Any]:

@@ -253,6 +253,10 @@ class ErrorTest(RunTestCase):
       ({'backend': 'tpu_vm', 'zone': 'here'}, r'`tpu_names` \(=\[\]\) must be'),
       ({'backend': 'xpk', 'cluster': 'c', 'tpu_type': 't'}, '`docker_image`'),
       ({'seeds': ['0', 'x']}, "`seeds` .='0,x'"),
+      ({'seeds': []}, "`seeds` .=''. must be different integers"),
+      ({'seeds': ['0', '0']}, "`seeds` .='0,0'. must be different integers"),
+      ({'cell_flag': ['--seed=3']}, "`cell_flag` .='--seed=3'.*--seeds and"),
+      ({'cell_flag': ['-workdir', 'x']}, "`cell_flag` .='-workdir'"),
       ({'cell_flag': ['--colour=red']}, "(?s)mode=good.*'colour'"),
       ({'cell_flag': ['--rate=fast']}, '(?s)--rate=fast.*rate'),
       ({'cell_flag': ['word']}, r"(?s)unknown arguments: \['word'\]"))
@@ -266,6 +270,11 @@ class ErrorTest(RunTestCase):
                             ('launch.pool', 'cannot be asked')):
       with self.assertRaisesRegex(ValueError, f'{binary}.*{message}'):
         self.start(_table('good')._replace(binary=binary))
+
+  def test_a_folder_that_is_a_file_is_named(self):
+    values = _values(table='swat_fig1', sweep_dir=__file__)
+    with self.assertRaisesRegex(ValueError, '`sweep_dir` .*it is a file'):
+      run.check_table(values)
 
   def test_no_table_is_status_2(self):
     done = subprocess.run([sys.executable, '-m', 'launch.run'], cwd=_ROOT,
@@ -392,7 +401,7 @@ class DryRunTest(RunTestCase):
     text = self.plan(_table('a'), seeds=['0', '1', '2'], devices=4)
     self.assertIn(_COSTS, text)
     self.assertEndsWith(text, '1.5e+07 multiply-adds in all 3 cells. Memory is '
-                        'that of each of 4 devices.\n')
+                        'that of one device of 4.\n')
 
   def test_what_is_finished_is_not_printed(self):
     self.start(_table('good'))
