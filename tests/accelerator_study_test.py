@@ -19,6 +19,10 @@ def setUpModule():
   fast_compiler.use()
 
 
+def tearDownModule():
+  fast_compiler.leave()
+
+
 def _values(**given):
   """Flags of a small network, by name."""
   with _FLAGS:
