@@ -19,6 +19,10 @@ def setUpModule():
   fast_compiler.use()
 
 
+def tearDownModule():
+  fast_compiler.leave()
+
+
 def _values(**given):
   """Flags of a small network, by name."""
   with _FLAGS:
@@ -98,8 +102,8 @@ class AcceleratorStudyTest(parameterized.TestCase):
       ({'sparsity': 1.}, r'`sparsity` \(=1.0\) must be in \[0, 1\)'),
       ({'rows': 3}, r'`rows` \(=3\) must divide 256'),
       ({'lookaside': 16}, r'`lookaside` \(=16\) must be below'),
-      ({'workdir': 'x', 'rows': 1}, "`workdir` .='x'.*`sparsity` .=None"),
-      ({'workdir': 'x', 'sparsity': .5}, "`workdir` .='x'.*one of rows, look"))
+      ({'workdir': 'x', 'rows': 1}, "`sparsity` .=None.*`workdir` .='x'"),
+      ({'workdir': 'x', 'sparsity': .5}, "one of rows, look.* for a `workdir`"))
   def test_bad_flags_are_named(self, given, message):
     with self.assertRaisesRegex(ValueError, message):
       accelerator.study_all(_values(**given), lambda text: None)

@@ -279,16 +279,17 @@ def check(values: Mapping[str, Any]) -> None:
   for sparsity in sparsities(values):
     if not 0 <= sparsity < 1:
       raise ValueError(f'`sparsity` (={sparsity}) must be in [0, 1).')
-  if values['workdir'] is not None:
-    _check_one(values, len(machines(values)))
   machines(values)
+  if values['workdir'] is not None:
+    _check_one(values)
 
 
-def _check_one(values, arrays) -> None:
-  if values['sparsity'] is None or arrays > 1:
+def _check_one(values) -> None:
+  """Raises ValueError unless there is one sparsity and one array."""
+  if values['sparsity'] is None or len(machines(values)) > 1:
     raise ValueError(
-        f'`workdir` (={values["workdir"]!r}) must be left out, or `sparsity` '
-        f'(={values["sparsity"]}) and one of {", ".join(ARRAY)} given: a '
+        f'`sparsity` (={values["sparsity"]}) must be given, and one of '
+        f'{", ".join(ARRAY)}, for a `workdir` (={values["workdir"]!r}): a '
         'result is of one sparsity and one array.')
 
 
@@ -299,7 +300,7 @@ def without_data(values: Mapping[str, Any]) -> Study:
     ValueError: naming the flag and its value.
   """
   check(values)
-  _check_one(values, len(machines(values)))
+  _check_one(values)
   return make_study(values, values['sparsity'])
 
 
