@@ -130,6 +130,8 @@ def _present(masks) -> dict[str, np.ndarray]:
 def main(argv):
   if len(argv) != 3:
     raise app.UsageError('give the folder of a run and the file to write')
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every file at INFO.
   try:
     found = from_run(argv[1], _FORM.value)
     np.savez(argv[2], **found)
