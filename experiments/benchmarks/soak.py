@@ -80,9 +80,9 @@ def soak(values: Mapping[str, Any], cycles: int,
                       for name in ('unbroken', 'killed'))
   settings = cached(folder) | dict(settings or {})
   finish(start(unbroken, settings))
-  kills, patience = [], [5.]
+  kills, startup = [], 5.
   for _ in range(cycles):
-    kill = live(killed, settings, chance, patience)
+    kill, startup = live(killed, settings, chance, startup)
     if kill is None:
       break
     kills.append(kill)
@@ -138,34 +138,38 @@ def finish(life: Life) -> None:
   _check(life, (0,))
 
 
-def live(values, settings, chance, patience) -> Kill | None:
-  """One life up to its kill; None if it comes to its own end before.
+def live(values: Mapping[str, Any], settings: Mapping[str, Any],
+         chance: random.Random, startup: float) -> tuple[Kill | None, float]:
+  """One life up to its kill, at a random moment of one of three phases.
 
   Args:
     values: flag values of the run.
     settings: of JAX.
-    chance: a `random.Random`.
-    patience: a list of one number, about the seconds to the first checkpoint
-      of a life; changed.
+    chance: where random numbers come from.
+    startup: seconds from the start of a life to its first save, about.
+
+  Returns:
+    The kill, None if the run came to its own end before; and `startup` as
+    this life has shown it.
   """
   how = 'terminate' if chance.random() < _TERM_SHARE else 'kill'
   aim = chance.choice(('starting', 'saving', 'training'))
   delay, begin = chance.random(), time.monotonic()
   life = start(values, settings)
   if aim == 'starting':
-    delay *= patience[0]
+    delay *= startup
   elif wait(life, {'saving': lambda: unfinished(values['workdir'])
                    - life.unfinished, 'training': lambda: newest(
                        values['workdir']) > life.newest}[aim]):
-    patience[0] = time.monotonic() - begin
+    startup = time.monotonic() - begin
     delay *= .03 if aim == 'saving' else .5
   life.process.join(delay)
   getattr(life.process, how)()
   life.process.join(_PATIENCE)
   if life.process.exitcode == 0:
-    return None
+    return None, startup
   _check(life, _ENDS[how])
-  return Kill(how, doing(life))
+  return Kill(how, doing(life)), startup
 
 
 def wait(life: Life, condition: Callable[[], Any]) -> bool:
