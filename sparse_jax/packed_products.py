@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 from typing import NamedTuple
 
 import jax
@@ -16,17 +15,9 @@ from sparse_jax.packed import PackedBlocks
 
 _PLAIN = (None, 'loop', 'batched')
 _IMPLEMENTATIONS = (*_PLAIN, 'pallas')
-# Of the loop on CPUs: fewest rows of a part, as measured, and most parts, for
-# each holds a gradient of the blocks.
-_PART_ROWS = 64
-_MOST_PARTS = 8
-
-
-class _Part(NamedTuple):
-  """Consecutive examples of a batch."""
-
-  start: int
-  count: int
+# Blocks in one turn of the loop, as measured on two cores: XLA runs what does
+# not depend on another block's result side by side.
+_UNROLL = 4
 
 
 class _Columns(NamedTuple):
@@ -37,10 +28,8 @@ class _Columns(NamedTuple):
   def height(self, count: int) -> int:
     return count
 
-  def take(self, x: jax.Array, index: jax.Array,
-           part: _Part | None = None) -> jax.Array:
-    start, count = part or (0, x.shape[0])
-    return lax.dynamic_slice(x, (start, index * self.size), (count, self.size))
+  def take(self, x: jax.Array, index: jax.Array) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, index * self.size, self.size, 1)
 
   def add(self, x: jax.Array, part: jax.Array, index: jax.Array) -> jax.Array:
     total = self.take(x, index) + part
@@ -64,28 +53,27 @@ class _Windows(NamedTuple):
   def height(self, count: int) -> int:
     return count * math.prod(self.outputs)
 
-  def take(self, x: jax.Array, index: jax.Array,
-           part: _Part | None = None) -> jax.Array:
-    start, span = self._place(index, part or _Part(0, x.shape[0]))
+  def take(self, x: jax.Array, index: jax.Array) -> jax.Array:
+    start, span = self._place(index, x.shape[0])
     seen = lax.dynamic_slice(x, start, span)
     steps = (1, *self.strides, 1)
     return lax.slice(seen, (0,) * x.ndim, span, steps).reshape(-1, self.size)
 
   def add(self, x: jax.Array, part: jax.Array, index: jax.Array) -> jax.Array:
-    start, span = self._place(index, _Part(0, x.shape[0]))
+    start, span = self._place(index, x.shape[0])
     part = part.reshape(x.shape[0], *self.outputs, self.size)
     apart = [(0, 0, 0), *((0, 0, n - 1) for n in self.strides), (0, 0, 0)]
     spread = lax.pad(part, jnp.zeros((), part.dtype), apart)
     total = lax.dynamic_slice(x, start, span) + spread
     return lax.dynamic_update_slice(x, total, start)
 
-  def _place(self, index, part):
+  def _place(self, index, count):
     position, tile = index // self.tiles, index % self.tiles
     starts = jnp.unravel_index(position, self.kernel)
     span = [(n - 1) * step + 1 for n, step in zip(self.outputs, self.strides)]
     start = [at * step for at, step in zip(starts, self.dilation)]
-    return ([jnp.full_like(index, part.start), *start, tile * self.size],
-            (part.count, *span, self.size))
+    return ([jnp.zeros_like(index), *start, tile * self.size],
+            (count, *span, self.size))
 
 
 class _Plan(NamedTuple):
@@ -115,8 +103,7 @@ def packed_matmul(x: jax.Array, packed: PackedBlocks, *,
       the gradient of that leaf is the score of every block of the dense
       gradient, which is made and dropped a block at a time. A weight that is
       used several times gets the sum of the scores.
-    implementation: 'loop' goes through the blocks one at a time, on every
-      core of a CPU with its part of the batch, 'batched'
+    implementation: 'loop' goes through the blocks, a few at a time, 'batched'
       multiplies all at once, which takes memory for the inputs of every
       block, 'pallas' runs a kernel written for GPUs. None takes the loop on a
       CPU, as measured, and 'batched' elsewhere.
@@ -283,113 +270,57 @@ def _choose(plan, *ways):
 
 
 def _multiply_loop(plan, x, blocks, rows, columns):
-  def one(part):
-    def step(y, tile):
-      row, column, block = tile
-      product = _dot(plan.inputs.take(x, row, part), block, (1, 0))
-      return plan.outputs.add(y, product, column), None
+  def step(y, tile):
+    row, column, block = tile
+    product = _dot(plan.inputs.take(x, row), block, (1, 0))
+    return plan.outputs.add(y, product, column), None
 
-    shape = (plan.inputs.height(part.count), plan.width)
-    empty = _own_zeros(shape, _wide(x), rows, 3 * part.start)
-    return lax.scan(step, empty, (rows, columns, blocks))[0]
-
-  return _joined([one(part) for part in _parts(plan, x)])
+  empty = jnp.zeros((plan.inputs.height(x.shape[0]), plan.width), _wide(x))
+  return _scan(step, empty, (rows, columns, blocks))
 
 
 def _both_loop(plan, x, cotangent, blocks, rows, columns):
-  def one(part):
-    def step(grads, tile):
-      (grad_x, grad), (k, row, column, block) = grads, tile
-      slope = _slope(plan, cotangent, column, part)
-      product = _dot(slope, block, (1, 1))
-      own = _dot(plan.inputs.take(x, row, part), slope, (0, 0))
-      return (plan.inputs.add(grad_x, product, row),
-              lax.dynamic_update_index_in_dim(grad, own, k, 0)), None
+  def step(grads, tile):
+    (grad_x, grad), (k, row, column, block) = grads, tile
+    slope = plan.outputs.take(cotangent, column)
+    product = _dot(slope, block, (1, 1))
+    own = _dot(plan.inputs.take(x, row), slope, (0, 0))
+    return (plan.inputs.add(grad_x, product, row),
+            lax.dynamic_update_index_in_dim(grad, own, k, 0)), None
 
-    empty = (_empty_input(x, cotangent, rows, part),
-             _empty_weight(plan, cotangent, rows, part))
-    tiles = (jnp.arange(rows.size), rows, columns, blocks)
-    return lax.scan(step, empty, tiles)[0]
-
-  grads_x, grads = zip(*(one(part) for part in _parts(plan, x)))
-  return _joined(grads_x), sum(grads[1:], grads[0])
+  empty = (jnp.zeros(x.shape, _wide(cotangent)),
+           _empty_weight(plan, cotangent, rows))
+  return _scan(step, empty, (jnp.arange(rows.size), rows, columns, blocks))
 
 
 def _input_loop(plan, x, cotangent, blocks, rows, columns):
-  def one(part):
-    def step(grad_x, tile):
-      row, column, block = tile
-      product = _dot(_slope(plan, cotangent, column, part), block, (1, 1))
-      return plan.inputs.add(grad_x, product, row), None
+  def step(grad_x, tile):
+    row, column, block = tile
+    product = _dot(plan.outputs.take(cotangent, column), block, (1, 1))
+    return plan.inputs.add(grad_x, product, row), None
 
-    return lax.scan(step, _empty_input(x, cotangent, rows, part),
-                    (rows, columns, blocks))[0]
-
-  return _joined([one(part) for part in _parts(plan, x)])
+  return _scan(step, jnp.zeros(x.shape, _wide(cotangent)),
+               (rows, columns, blocks))
 
 
 def _weight_loop(plan, x, cotangent, rows, columns):
-  def one(part):
-    def step(grad, tile):
-      k, row, column = tile
-      own = _dot(plan.inputs.take(x, row, part),
-                 _slope(plan, cotangent, column, part), (0, 0))
-      return lax.dynamic_update_index_in_dim(grad, own, k, 0), None
+  def step(grad, tile):
+    k, row, column = tile
+    own = _dot(plan.inputs.take(x, row), plan.outputs.take(cotangent, column),
+               (0, 0))
+    return lax.dynamic_update_index_in_dim(grad, own, k, 0), None
 
-    return lax.scan(step, _empty_weight(plan, cotangent, rows, part),
-                    (jnp.arange(rows.size), rows, columns))[0]
-
-  first, *others = (one(part) for part in _parts(plan, x))
-  return sum(others, first)
+  return _scan(step, _empty_weight(plan, cotangent, rows),
+               (jnp.arange(rows.size), rows, columns))
 
 
-def _empty_input(x, cotangent, rows, part):
-  return _own_zeros((part.count, *x.shape[1:]), _wide(cotangent), rows,
-                    3 * part.start + 1)
-
-
-def _empty_weight(plan, cotangent, rows, part):
+def _empty_weight(plan, cotangent, rows):
   shape = (rows.size, plan.inputs.size, plan.outputs.size)
-  return _own_zeros(shape, _wide(cotangent), rows, 3 * part.start + 2)
+  return jnp.zeros(shape, _wide(cotangent))
 
 
-def _own_zeros(shape, dtype, rows, number):
-  """Zeros for one loop alone, by a number of its own.
-
-  XLA makes equal constants one, which it then copies for each loop: a sixth
-  of the time of a product. So they must look like data, and different.
-  """
-  zero = jnp.minimum(rows[0] + number, number) - number
-  return jnp.full(shape, zero, dtype)
-
-
-def _slope(plan, cotangent, column, part):
-  """Of the rows of the output that belong to a part of the batch."""
-  rows = _Part(*(plan.inputs.height(count) for count in part))
-  return plan.outputs.take(cotangent, column, rows)
-
-
-def _parts(plan, x) -> list[_Part]:
-  """The batch in parts, whose loops XLA runs side by side, one on each core.
-
-  A loop by itself keeps one core busy, and a part's slices stay in its cache.
-  """
-  most = min(_cores(), _MOST_PARTS, x.shape[0],
-             plan.inputs.height(x.shape[0]) // _PART_ROWS)
-  edges = [x.shape[0] * i // max(most, 1) for i in range(max(most, 1) + 1)]
-  return [_Part(start, stop - start) for start, stop in
-          zip(edges[:-1], edges[1:])]
-
-
-def _cores() -> int:
-  """The cores of this process for each of its CPU devices."""
-  known = getattr(os, 'sched_getaffinity', None)
-  count = len(known(0)) if known else os.cpu_count() or 1
-  return count // jax.local_device_count('cpu')
-
-
-def _joined(parts):
-  return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+def _scan(step, empty, tiles):
+  return lax.scan(step, empty, tiles, unroll=_UNROLL)[0]
 
 
 def _multiply_batched(plan, x, blocks, rows, columns):

@@ -1,9 +1,7 @@
 """Tests of packed weights and of the products with them."""
 
-import contextlib
 import functools
 import re
-from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -14,7 +12,6 @@ import optax
 
 import sparse_jax
 from sparse_jax import packed as packed_lib
-from sparse_jax import packed_products
 
 WAYS = ('loop', 'batched')
 # Twelve tiles, two of them in each of three columns.
@@ -82,14 +79,6 @@ def product_and_gradients(packed, x, dy, implementation=None):
   y, vjp = jax.vjp(fn, x, packed)
   grad_x, grad = vjp(dy)
   return y, grad_x, grad.blocks, grad.growth
-
-
-@contextlib.contextmanager
-def side_by_side(cores):
-  """As on a machine with so many cores, however small the batch is."""
-  with mock.patch.multiple(packed_products, _cores=lambda: cores,
-                           _PART_ROWS=1):
-    yield
 
 
 class PackTest(parameterized.TestCase):
@@ -247,19 +236,6 @@ class MatmulTest(parameterized.TestCase):
       np.testing.assert_allclose(a, b, atol=1e-4)
     self.assertFalse(np.any(got[0][:, 4:8]))
 
-  @parameterized.parameters((None,), ([0, 2, 3],))
-  def test_parts_of_the_batch_make_the_whole(self, forward):
-    """Three loops side by side, of 3, 3 and 4 rows."""
-    packed, x, dy = problem(forward=forward)
-    want = product_and_gradients(packed, x, dy, implementation='loop')
-    with side_by_side(3):
-      got = jax.jit(functools.partial(product_and_gradients.__wrapped__,
-                                      implementation='loop'))
-      text = got.lower(packed, x, dy).as_text()
-      self.assertGreaterEqual(text.count('stablehlo.while'), 6)
-      for a, b in zip(got(packed, x, dy)[:3], want[:3]):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-
   def test_blocks_outside_a_are_not_seen(self):
     packed, x, dy = problem(forward=[0, 2, 3])
     hidden = packed.replace(blocks=packed.blocks.at[jnp.array([1, 4])].set(
@@ -373,7 +349,7 @@ class ConvTest(parameterized.TestCase):
       ('strides', 'loop', (3, 3), dict(strides=(2, 3)), (8, 7)),
       ('dilation', 'batched', (2, 3), dict(dilation=2, strides=2), (9, 8)),
       ('pads', 'loop', (3,), dict(padding=((2, 0),)), (6,)),
-      ('parts', 'loop', (3, 2), dict(strides=2, cores=2), (5, 4)),
+      ('uneven', 'loop', (3, 2), dict(strides=2), (5, 4)),
       ('one_by_one', 'loop', (1, 1), {}, (4, 5)),
       ('one_by_one_strided', 'loop', (1, 1), dict(strides=2), (4, 5)))
   def test_is_the_convolution_and_its_gradients_on_a_and_b(
@@ -382,7 +358,7 @@ class ConvTest(parameterized.TestCase):
     weight, x = draw((*kernel, 5, 6), (2, *size, 5), seed=5)
     packed = sparse_jax.pack(weight, block=(2, 3), sparsity=.6, pad=True,
                              backward_sparsity=.4)
-    count, cores = len(kernel), options.pop('cores', 1)
+    count = len(kernel)
     every = lambda v: (v,) * count if isinstance(v, int) else v
 
     def dense(x, weight):
@@ -402,9 +378,8 @@ class ConvTest(parameterized.TestCase):
 
     shape = jax.eval_shape(dense, x, weight)
     dy, = draw(shape.shape, seed=6)
-    with side_by_side(cores):
-      want, got, (dense_x, dense_w), (grad_x, grad) = both(
-          x, sparse_jax.unpack(packed), packed, dy)
+    want, got, (dense_x, dense_w), (grad_x, grad) = both(
+        x, sparse_jax.unpack(packed), packed, dy)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4)
     close(got, want)
     close(grad_x, dense_x)
