@@ -12,6 +12,7 @@ from sparse_jax import backward
 from sparse_jax import base
 from sparse_jax import budget
 from sparse_jax import masking
+from sparse_jax import placing
 from sparse_jax import schedules
 from sparse_jax import sites as sites_lib
 from sparse_jax import state as state_lib
@@ -44,7 +45,7 @@ def make_method(start, *, read, renew=None, extra=None, zeros=False,
   """
   def init(params, key=None):
     data = state_lib.key_data(key)
-    marks = start(params, jax.random.wrap_key_data(data))
+    marks = _first_marks(start, params, data)
     own = () if extra is None else extra(params)
     return state_lib.SparseState(jnp.zeros((), jnp.int32), data, marks,
                                  jnp.zeros((), bool), own)
@@ -62,7 +63,7 @@ def make_method(start, *, read, renew=None, extra=None, zeros=False,
     if not zeros:
       stepped = jax.tree.map(sites_lib.apply_update, params, updates)
       seen = sites_lib.Step(stepped, None, grads, extra_args)
-    new = state if renew is None else renew(seen, state)
+    new = state if renew is None else _renewed(renew, seen, state)
     if zeros:
       updates = _zero_outside(updates, params, state.marks, new.marks)
     if adjust is not None:
@@ -72,6 +73,30 @@ def make_method(start, *, read, renew=None, extra=None, zeros=False,
   return SparseMethod(parametrize or (lambda params: params), init,
                       read_weights, total_penalty, refresh_by(settle), settle,
                       skips, resets, work)
+
+
+def _first_marks(start, params, data):
+  """The marks of `start`, each laid like its weight."""
+  def first(params, data):
+    return start(params, jax.random.wrap_key_data(data))
+
+  if not placing.is_explicit(params):
+    return first(params, data)
+  like = base.map_leaves(lambda path, marks, weight: weight,
+                         placing.shapes_of(first, params, data), params)
+  return placing.automatic(first, like, params, data)
+
+
+def _renewed(renew, seen, state):
+  """What `renew` makes of a state, laid like that state."""
+  given = {name: placing.explicit(value, seen.params) if callable(value)
+           else value for name, value in seen.extra_args.items()}
+
+  def renewed(params, updates, grads, state):
+    return renew(sites_lib.Step(params, updates, grads, given), state)
+
+  return placing.automatic(renewed, state, seen.params, seen.updates,
+                           seen.grads, state)
 
 
 def refresh_by(settle):

@@ -177,9 +177,7 @@ class ShardedWeightsTest(parameterized.TestCase):
     jax.tree.map(np.testing.assert_array_equal, state.sparse.marks,
                  METHODS[name].init(fake_params()).marks)
 
-  @parameterized.parameters(
-      *((name, axes) for name in SHARDED for axes in AXES),
-      *((name, 'auto') for name in TOGETHER))
+  @parameterized.product(name=SHARDED + TOGETHER, axes=tuple(AXES))
   def test_step_with_refresh_gathers_no_weight(self, name, axes):
     """Nor a shard of one: nothing of the size of a shard moves at all."""
     mesh = make_mesh(AXES[axes])
@@ -209,9 +207,31 @@ class ShardedWeightsTest(parameterized.TestCase):
     jax.tree.map(np.testing.assert_array_equal, state.sparse.marks,
                  one_device_run(name).marks)
 
-  @parameterized.parameters('block', 'n_of_m', 'channel', 'filter')
-  def test_structured_refresh_gathers_no_weight(self, structure):
-    mesh = make_mesh()
+  @parameterized.parameters(*(name for name in MAIN
+                              if name not in SHARDED + TOGETHER))
+  def test_meshes_with_explicit_axes(self, name):
+    """The user compiles `init`; then the run is that of one device."""
+    mesh = make_mesh(AxisType.Explicit)
+    tx = sparse_jax.sparsify(optax.adam(.1), METHODS[name])
+    plain = METHODS[name].parametrize(fake_params())
+    with jax.set_mesh(mesh):
+      params = jax.tree.map(jax.device_put, plain, shardings_like(
+          plain, fake_params(), mesh))
+      state = jax.jit(tx.init, compiler_options=methods_test.QUICK)(params)
+      self.check_places((params, state), mesh)
+      step = jax.jit(methods_test.make_step(METHODS[name], tx),
+                     compiler_options=methods_test.QUICK)
+      for t in range(1, 5):
+        batch = placed(methods_test.fake_batch(fake_params(), t), mesh)
+        params, state, _ = step(params, state, batch)
+      self.check_places((params, state), mesh)
+    jax.tree.map(np.testing.assert_array_equal, state.sparse.marks,
+                 one_device_run(name).marks)
+
+  @parameterized.product(
+      structure=('block', 'n_of_m', 'channel', 'filter'), axes=tuple(AXES))
+  def test_structured_refresh_gathers_no_weight(self, structure, axes):
+    mesh = make_mesh(AXES[axes])
     method = sparse_jax.top_kast(
         .5, backward_sparsity=.5, update_every=2,
         structure=methods_test.STRUCTURES[structure])

@@ -1,0 +1,62 @@
+"""Meshes with explicit axes: masks are chosen on automatic ones.
+
+`jax.make_mesh` gives axes whose use is part of an array's type. Selecting
+among the entries of a sharded array says nothing of its own about where they
+lie, so here it runs as on a mesh with automatic axes, where nothing is
+gathered either, and what comes out is laid like what it belongs to.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType
+
+from sparse_jax import base
+
+
+def automatic(fn: Callable[..., base.PyTree], like: base.PyTree, *args: Any
+              ) -> base.PyTree:
+  """fn(*args), each array of the result laid like its namesake in `like`.
+
+  Args:
+    fn: a function of trees of arrays.
+    like: a tree of arrays (or a prefix), of the structure of the result.
+    *args: trees of arrays.
+
+  Returns:
+    What fn returns. Without a mesh that has explicit axes, nothing else is
+    done.
+
+  Example:
+    >>> automatic(lambda x: x.reshape(2, 2), jnp.ones((2, 2)), jnp.arange(4))
+    Array([[0, 1],
+           [2, 3]], dtype=int32)
+  """
+  if not is_explicit(args):
+    return fn(*args)
+  places = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, like)
+  return jax.jit(jax.sharding.auto_axes(fn, out_sharding=places))(*args)
+
+
+def explicit(fn: Callable[[base.PyTree], base.PyTree], like: base.PyTree
+             ) -> Callable[[base.PyTree], base.PyTree]:
+  """fn for use inside `automatic`: it sees its argument laid like `like`."""
+  if not is_explicit(like):
+    return fn
+  places = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, like)
+  return jax.sharding.explicit_axes(fn, in_sharding=(places,))
+
+
+def shapes_of(fn: Callable[..., base.PyTree], *args: Any) -> base.PyTree:
+  """What jax.eval_shape gives where nothing is sharded."""
+  bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+                      args)
+  return jax.eval_shape(fn, *bare)
+
+
+def is_explicit(tree) -> bool:
+  """Whether the type of an array says how it is sharded."""
+  return any(AxisType.Explicit in jax.typeof(leaf).sharding.mesh.axis_types
+             for leaf in jax.tree.leaves(tree)
+             if isinstance(leaf, jax.Array))
