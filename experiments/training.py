@@ -26,6 +26,7 @@ from typing import Protocol
 from absl import app
 from absl import flags
 from absl import logging
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -135,6 +136,7 @@ class Task(NamedTuple):
   tx: optax.GradientTransformation
   operator_options: Mapping[str, Any]
   operand_period: int
+  packed: bool  # Whether products are those of the blocks that are kept.
   log_every: int
   compare_masks_every: int
 
@@ -181,8 +183,8 @@ def make_task(problem: Problem, values: Mapping[str, Any],
   tx = sparse_jax.sparsify(optimization.make(values, train_steps), method,
                            key=values['seed'])
   return Task(problem, method, tx, sparsity.operator_options(values),
-              values['operand_period'], values['log_every'],
-              values['compare_masks_every'])
+              values['operand_period'], values['packed'],
+              values['log_every'], values['compare_masks_every'])
 
 
 def make_run(values: Mapping[str, Any], workdir: str, task: Task,
@@ -260,21 +262,25 @@ def init_state(task: Task, seed: int) -> TrainState:
                     thresholds, key, masks, sums)
 
 
-def with_operators(fn, task: Task, state: TrainState, thresholds, due=False):
-  """`fn` of weights and more, its products those of the task's method."""
-  return sparse_jax.with_operators(
+def apply_method(fn, task: Task, state: TrainState, params, thresholds,
+                 due=False):
+  """fn(weights), weights and products being those of the task's method."""
+  if task.packed:
+    with nn.intercept_methods(sparse_jax.packed_interceptor):
+      return fn(sparse_jax.read_packed(task.method, params, state.opt_state))
+  computed = sparse_jax.with_operators(
       fn, task.method, state.opt_state, thresholds=thresholds or None,
       due=due & (state.step % task.operand_period == 0),
       **task.operator_options)
+  return computed(task.method.read(params, state.opt_state))
 
 
 def loss_fn(params, thresholds, task: Task, state: TrainState, batch):
   """The problem's loss as the method lets it be computed."""
   key = jax.random.fold_in(state.key, state.step)
-  loss = with_operators(
+  return apply_method(
       lambda weights: task.problem.loss(weights, state.model_state, batch, key),
-      task, state, thresholds, due=True)
-  return loss(task.method.read(params, state.opt_state))
+      task, state, params, thresholds, due=True)
 
 
 def train_step(task: Task, state: TrainState, batch) -> TrainState:
@@ -305,11 +311,10 @@ def compare_masks(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
 
 def eval_step(task: Task, state: TrainState, carry, batch):
   """The next carry, and the sums of one batch."""
-  score = with_operators(
+  return apply_method(
       lambda weights: task.problem.score(weights, state.model_state, carry,
                                          batch),
-      task, state, state.thresholds)
-  return score(task.method.read(state.params, state.opt_state))
+      task, state, state.params, state.thresholds)
 
 
 def train(binary: Binary, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,6 +62,7 @@ from sparse_jax.packed import unpack
 from sparse_jax.packed_params import PackedState
 from sparse_jax.packed_products import packed_conv
 from sparse_jax.packed_products import packed_matmul
+from sparse_jax.packed_reading import read_packed
 from sparse_jax.packed_training import packed_rigl
 from sparse_jax.packed_training import packed_set
 from sparse_jax.packed_training import packed_static

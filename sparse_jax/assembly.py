@@ -27,7 +27,7 @@ UNSTRUCTURED = structures.Unstructured()
 
 def make_method(start, *, read, renew=None, extra=None, zeros=False,
                 adjust=None, penalty=None, skips=None, resets=None,
-                parametrize=None, work=None) -> SparseMethod:
+                parametrize=None, work=None, kept=None) -> SparseMethod:
   """Makes a method of its parts.
 
   Args:
@@ -41,7 +41,7 @@ def make_method(start, *, read, renew=None, extra=None, zeros=False,
     penalty: (params, SparseState) -> float32[], or None for 0.
     skips, resets: SparseState -> bool[], or None.
     parametrize: params -> params, or None for the identity.
-    work: as in SparseMethod.
+    work, kept: as in SparseMethod.
   """
   def init(params, key=None):
     data = state_lib.key_data(key)
@@ -72,7 +72,7 @@ def make_method(start, *, read, renew=None, extra=None, zeros=False,
 
   return SparseMethod(parametrize or (lambda params: params), init,
                       read_weights, total_penalty, refresh_by(settle), settle,
-                      skips, resets, work)
+                      skips, resets, work, None, kept)
 
 
 def _first_marks(start, params, data):
@@ -118,6 +118,24 @@ def shared_work(sites, share):
             for path, leaf in sites.leaves(params).items()}
 
   return work
+
+
+def constant_counts(sites, wider=None):
+  """A method's `kept`: A of `sites`, a gradient on A, `wider` sites, or 'all'.
+  """
+  def kept(params):
+    leaves = sites.leaves(params)
+    if wider == 'all':
+      outer = {path: math.prod(leaf.layout.group_shape)
+               for path, leaf in leaves.items()}
+    else:
+      outer = {path: leaf.count
+               for path, leaf in (wider or sites).leaves(params).items()}
+    return {path: sites_lib.Kept(leaf, leaf.count,
+                                 max(outer[path], leaf.count))
+            for path, leaf in leaves.items()}
+
+  return kept
 
 
 def read_forward(params, state):

@@ -67,4 +67,5 @@ def static(sparsity: float, *, allocation=UNIFORM, structure=UNSTRUCTURED,
   return assembly.make_method(assembly.random_start(sites),
                               read=assembly.read_forward, zeros=True,
                               work=assembly.shared_work(sites, lambda d: (
-                                  d, d, d)))
+                                  d, d, d)),
+                              kept=assembly.constant_counts(sites))

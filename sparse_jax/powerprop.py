@@ -91,7 +91,8 @@ def powerprop(method: SparseMethod, alpha: float = 2., *,
         state.marks), new
 
   return method._replace(parametrize=parametrize, init=init, read=read,
-                         refresh=assembly.refresh_by(settle), settle=settle)
+                         refresh=assembly.refresh_by(settle), settle=settle,
+                         kept=None)
 
 
 def _combine(alpha, path, theta, update, weight, move, marks):

@@ -60,7 +60,7 @@ def set_(sparsity: float, *, drop_fraction: float = 0.3,
                      '\'sign\'.')
   drop = assembly.drop_schedule(drop_fraction, update_end)
   return _rewiring(sites, window, drop, skip_step, _random_growth,
-                   assembly.read_forward, lambda d: (d, d, d),
+                   assembly.read_forward, lambda d: (d, d, d), sites,
                    by_sign=drop_by == 'sign')
 
 
@@ -107,7 +107,7 @@ def rigl(sparsity: float, *, drop_fraction: float = 0.3,
     return d, d, (update_every * d + 1) / (update_every + 1)
 
   return _rewiring(sites, window, drop, skip_step, _gradient_growth,
-                   assembly.read_dense_gradient, share)
+                   assembly.read_dense_gradient, share, 'all')
 
 
 def itop(sparsity: float, *, growth: str = 'gradient',
@@ -154,9 +154,11 @@ def itop(sparsity: float, *, growth: str = 'gradient',
               update_begin=update_begin, update_end=update_end)
 
 
-def _rewiring(sites, window, drop, skip_step, growth, read, share,
+def _rewiring(sites, window, drop, skip_step, growth, read, share, wider,
               by_sign=False) -> SparseMethod:
   """Drop by magnitude, grow by `growth(leaf, grad, key)`, zeros outside.
+
+  `wider`: where a gradient goes, as in `assembly.constant_counts`.
 
   `by_sign`: groups whose weights sum to less than 0 are dropped apart.
   """
@@ -182,7 +184,8 @@ def _rewiring(sites, window, drop, skip_step, growth, read, share,
   return assembly.make_method(
       assembly.random_start(sites), renew=renew, read=read, zeros=True,
       skips=skips if skip_step else None,
-      work=assembly.shared_work(sites, share))
+      work=assembly.shared_work(sites, share),
+      kept=assembly.constant_counts(sites, wider))
 
 
 def _random_growth(leaf, grad, key):

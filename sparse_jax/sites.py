@@ -45,6 +45,14 @@ class Leaf(NamedTuple):
     return self.layout.group(jnp.abs(weight))
 
 
+class Kept(NamedTuple):
+  """How many groups of a leaf every step of a run reads and trains."""
+
+  leaf: Leaf
+  forward: int  # In A.
+  backward: int  # That get a gradient.
+
+
 class Sites(NamedTuple):
   """The common keywords of every method, checked."""
 

@@ -78,6 +78,9 @@ class SparseMethod(NamedTuple):
   # (params, state) -> {path: Operands} of the products of the sparse leaves,
   # besides what `read` does to their weights. Or None.
   operators: Callable[[base.PyTree, Any], dict[base.Path, Any]] | None = None
+  # params -> {path: Kept} of the sparse leaves: how many groups every step
+  # reads, and how many get a gradient. None if that changes during a run.
+  kept: Callable[[base.PyTree], dict[base.Path, Any]] | None = None
 
 
 def get_state(opt_state: Any) -> SparseState:

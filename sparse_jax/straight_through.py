@@ -226,9 +226,11 @@ def top_kast(sparsity: float, *, backward_sparsity: float,
                                  1 - outer[path].sparsity)
             for path, leaf in leaves.items()}
 
+  kept = None if stop_exploration_at is not None else (
+      assembly.constant_counts(sites, wider))
   return assembly.make_method(start, renew=renew, read=assembly.read_both,
                               penalty=penalty if penalty_weight else None,
-                              work=work)
+                              work=work, kept=kept)
 
 
 def _finite(scores):

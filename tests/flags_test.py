@@ -315,6 +315,7 @@ class EffectTest(parameterized.TestCase):
       ('dropout', 0., .5, {'model': 'wrn_16_8'}),
       ('bfloat16', False, True, {}),
       ('label_smoothing', 0., .1, {}),
+      ('packed', False, True, {'structure': 'block'}),
       ('log_every', 50, 60, {}),
       ('activation_scope', 'tensor', 'example', {'method': 'swat'}),
       ('gradient_scope', 'tensor', 'unified', {'method': 'swat'}),
@@ -440,6 +441,17 @@ class RefusalTest(parameterized.TestCase):
       ('block_reduce_without_blocks', {
           'structure': 'filter', 'block_reduce': 'max'},
        'block_reduce.*max.*structure=block.*filter'),
+      ('packed_without_blocks', {'packed': True},
+       'packed.*structure=block.*element'),
+      ('packed_pruning', {
+          'packed': True, 'structure': 'block', 'method': 'gmp'},
+       'packed.*method=gmp'),
+      ('packed_operands', {
+          'packed': True, 'structure': 'block', 'method': 'swat'},
+       'packed.*method=swat'),
+      ('packed_and_split', {
+          'packed': True, 'structure': 'block', 'model_parallel': 2},
+       'packed.*model_parallel.*2'),
       ('nm_reversed', {'structure': 'nm', 'nm': ['4', '2'], 'sparsity': .5},
        'nm.*4,2'),
       ('nm_without_nm', {'nm': ['1', '4']}, 'nm.*1.*structure=nm'),

@@ -21,7 +21,7 @@ LAYERS = (
     {'assembly', 'packed_rewiring'},
     {'fixed', 'at_init', 'rewiring', 'redistribution', 'pruning',
      'alternating', 'straight_through', 'learned', 'powerprop', 'swat',
-     'packed_training'},
+     'packed_training', 'packed_reading'},
     {'__init__'},
 )
 # Only these files may know these packages.

@@ -66,7 +66,8 @@ class PublicApiTest(parameterized.TestCase):
         'magnitude': 3, 'gradient_magnitude': 3, 'saliency': 3, 'random': 3,
         'is_kernel': 3, 'prune_filters': 3, 'layer_cycles': 3,
         'packed_from_dense': 3, 'packed_interceptor': 4,
-        'with_operators': 3, 'first_operator_thresholds': 3}
+        'with_operators': 3, 'first_operator_thresholds': 3,
+        'read_packed': 3}
     for name in NAMES:
       value = getattr(sparse_jax, name)
       if inspect.isclass(value):

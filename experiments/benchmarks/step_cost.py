@@ -8,10 +8,12 @@ all methods at 90% in one process, steps interleaved.
 
 The second is the `small` Transformer-XL on bytes: 16 streams of 128 with as
 long a memory. Prints two ratios of each method: an ordinary step (median), and
-the mean over a whole period with its refresh. Recorded results: README.md
-beside this file.
+the mean over a whole period with its refresh. Rows with 'packed' multiply by
+blocks of --block (`sparse_jax.read_packed`). Recorded results: README.md beside
+this file.
 """
 
+import functools
 import statistics
 import time
 
@@ -35,6 +37,8 @@ _ROUNDS = flags.DEFINE_integer('rounds', 120, 'Steps timed of each method; at '
 _NETWORK = flags.DEFINE_enum('network', 'mlp', ['mlp', 'transformer_xl'],
                              'What is trained.')
 _METHODS = flags.DEFINE_list('methods', [], 'Only these; all if empty.')
+_BLOCK = flags.DEFINE_integer('block', 64, 'Rows and columns of a block, in '
+                              'the rows that multiply by blocks.')
 
 
 class Network(nn.Module):
@@ -48,6 +52,7 @@ class Network(nn.Module):
 
 def methods() -> dict[str, sparse_jax.SparseMethod]:
   every = dict(update_every=PERIOD)
+  blocks = dict(structure=sparse_jax.Block((_BLOCK.value,) * 2))
   return {
       'dense': sparse_jax.dense(),
       'static': sparse_jax.static(0.9),
@@ -56,6 +61,10 @@ def methods() -> dict[str, sparse_jax.SparseMethod]:
       'set': sparse_jax.set_(0.9, **every),
       'rigl': sparse_jax.rigl(0.9, **every),
       'rigl, skip_step': sparse_jax.rigl(0.9, skip_step=True, **every),
+      'static, packed': sparse_jax.static(0.9, **blocks),
+      'set, packed': sparse_jax.set_(0.9, **blocks, **every),
+      'top_kast, packed': sparse_jax.top_kast(
+          0.9, backward_sparsity=0.8, **blocks, **every),
   }
 
 
@@ -91,13 +100,16 @@ def transformer_xl():
   return params, loss, inputs.size
 
 
-def runner(method: sparse_jax.SparseMethod, params, loss):
+def runner(method: sparse_jax.SparseMethod, params, loss, packed: bool):
   """A function that does one step and keeps its own state between calls."""
+  read = functools.partial(sparse_jax.read_packed, method) if packed else (
+      method.read)
   tx = sparse_jax.sparsify(optax.adam(1e-3), method)
   params = jax.tree.map(jnp.copy, params)  # A step takes its own.
 
   def loss_fn(params, opt_state):
-    return loss(method.read(params, opt_state))
+    with nn.intercept_methods(sparse_jax.packed_interceptor):
+      return loss(read(params, opt_state))
 
   def step(params, opt_state):
     grads = jax.grad(loss_fn)(params, opt_state)
@@ -121,7 +133,7 @@ def main(_):
             if name == 'dense' or not _METHODS.value or name in _METHODS.value}
   params, loss, examples = {'mlp': mlp, 'transformer_xl': transformer_xl}[
       _NETWORK.value]()
-  runs = {name: runner(method, params, loss)
+  runs = {name: runner(method, params, loss, name.endswith(', packed'))
           for name, method in chosen.items()}
   times = {name: [] for name in runs}
   for _ in range(_ROUNDS.value):
