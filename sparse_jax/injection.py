@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sparse_jax import allocation
 from sparse_jax import base
@@ -57,7 +58,8 @@ def with_operators(fn: Callable[..., Any], method: SparseMethod,
 
   Raises:
     ValueError: if an argument is out of range, or, with thresholds, if a
-      parameter has more than one product (as in a scan). From the result.
+      parameter has more than one product or thresholds for another number of
+      runs of it. From the result.
 
   Example:
     >>> import jax.numpy as jnp, sparse_jax
@@ -89,7 +91,8 @@ def with_operators(fn: Callable[..., Any], method: SparseMethod,
           functools.partial(fn, **kwargs), *args, params_argnum=params_argnum))
 
     def rule(path, product, lhs, rhs):
-      own = options | {'thresholds': thresholds and thresholds[path]}
+      own = options | {'thresholds': thresholds and _of_run(
+          thresholds[path], product)}
       return product.apply(
           lhs, rhs,
           dot_general=operators.sparse_dot_general(wanted[path], **own),
@@ -103,12 +106,20 @@ def with_operators(fn: Callable[..., Any], method: SparseMethod,
 
 
 def first_operator_thresholds(method: SparseMethod, params: base.PyTree,
-                              opt_state: Any) -> dict[base.Path, Operands]:
+                              opt_state: Any, *,
+                              times: Mapping[base.Path, int] | None = None
+                              ) -> dict[base.Path, Operands]:
   """Thresholds for `with_operators` to start from; the first step must be due.
 
+  Args:
+    method, params, opt_state: as of `with_operators` and `method.read`.
+    times: how often the product of a parameter runs, by path, where a scan
+      runs it: `{p.path: p.times for p in find_products(fn, params, ...)}`.
+      Each layer of the scan then has thresholds of its own. None for once.
+
   Returns:
-    `{path: Operands}` of float32[], for each parameter with operands; empty
-    of a method without operators.
+    `{path: Operands}` of float32[], for each parameter with operands, or
+    float32[times]; empty of a method without operators.
 
   Example:
     >>> import jax.numpy as jnp, sparse_jax
@@ -118,9 +129,11 @@ def first_operator_thresholds(method: SparseMethod, params: base.PyTree,
   """
   if method.operators is None:
     return {}
-  return {path: operators.first_thresholds() for path, operands
-          in method.operators(params, opt_state).items()
-          if not _is_dense(operands)}
+  wanted = [path for path, operands
+            in method.operators(params, opt_state).items()
+            if not _is_dense(operands)]
+  return {path: _for_runs(operators.first_thresholds(),
+                          (times or {}).get(path, 1)) for path in wanted}
 
 
 def add_operands(method: SparseMethod, operands: Operands, *,
@@ -182,6 +195,20 @@ def _scaled(work: Work, operands: Operands) -> Work:
               work.weight_gradient * saved * gradient)
 
 
+def _for_runs(thresholds: Operands, times: int) -> Operands:
+  base.check_count('times', times, least=1)
+  if times == 1:
+    return thresholds
+  return Operands(*(jnp.full(times, t) for t in thresholds))
+
+
+def _of_run(thresholds: Operands, product) -> Operands:
+  """Those of the run of a scan that is being replaced."""
+  if product.times == 1:
+    return thresholds
+  return Operands(*(t[product.run] for t in thresholds))
+
+
 def _check_thresholds(thresholds, wanted, found) -> None:
   """Raises ValueError unless each set of thresholds serves one product."""
   missing = sorted(set(wanted) - set(thresholds))
@@ -189,7 +216,9 @@ def _check_thresholds(thresholds, wanted, found) -> None:
     raise ValueError(f'`thresholds` (of {sorted(thresholds)}) has none for '
                      f'{missing}.')
   for path in wanted:
-    times = sum(p.times for p in found if p.path == path)
-    if times != 1:
-      raise ValueError(f'`thresholds` has one set for {path!r}, whose products '
-                       f'run {times} times; each would need its own.')
+    runs = [p.times for p in found if p.path == path]
+    given = thresholds[path].forward_weight.shape
+    if given != (() if runs == [1] else tuple(runs)):
+      raise ValueError(
+          f'`thresholds` of {path!r} (of shape {given}) must be one for each '
+          f'run of a single product; its products run {runs} times.')

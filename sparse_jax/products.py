@@ -43,6 +43,9 @@ class Product(NamedTuple):
   params: dict[str, Any]  # The primitive's: dimension numbers, strides, ...
   times: int = 1  # How often it runs, scans multiplied out.
   in_while: bool = False  # Whether a `while` runs it; counted as if once.
+  # Which of its `times` runs this is, where it is being replaced: an int, or
+  # a traced int32[] in a scan.
+  run: Any = 0
 
   @property
   def weight(self) -> str | None:

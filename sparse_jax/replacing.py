@@ -76,11 +76,19 @@ class _Swap(NamedTuple):
 
   rule: Rule
   wanted: frozenset[base.Path]
+  times: int = 1  # Runs of the scans around.
+  run: Any = 0  # Which of them this is.
+
+  def inside(self, step: jax.Array, length: int) -> '_Swap':
+    """The same in the body of a scan."""
+    return self._replace(times=self.times * length,
+                         run=self.run * length + step)
 
   def wants(self, product: Product) -> bool:
     return product.path in self.wanted
 
   def __call__(self, product: Product, lhs, rhs) -> jax.Array:
+    product = product._replace(times=self.times, run=self.run)
     out = self.rule(product.path, product, lhs, rhs)
     if jnp.shape(out) != product.shape or out.dtype != product.dtype:
       raise ValueError(f'`rule` gave {jax.typeof(out)} for {product.path!r}, '
@@ -152,15 +160,18 @@ def _run_scan(eqn, args, origins, swap):
   consts, carry = products.scan_parts(eqn)
   origins = products.scan_origins(eqn, origins)
 
-  def body(carried, xs):
+  length = eqn.params['length']
+
+  def body(carried, step_and_xs):
+    step, xs = step_and_xs
     outs = _run(eqn.params['jaxpr'], [*args[:consts], *carried, *xs], origins,
-                swap)
+                swap.inside(step, length))
     return outs[:carry], outs[carry:]
 
   carried, ys = lax.scan(
-      body, args[consts:consts + carry], args[consts + carry:],
-      length=eqn.params['length'], reverse=eqn.params['reverse'],
-      unroll=eqn.params['unroll'])
+      body, args[consts:consts + carry],
+      (jnp.arange(length), args[consts + carry:]), length=length,
+      reverse=eqn.params['reverse'], unroll=eqn.params['unroll'])
   return [*carried, *ys]
 
 

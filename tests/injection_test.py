@@ -267,12 +267,63 @@ class ThresholdsTest(parameterized.TestCase):
     twice = sparse_jax.with_operators(
         lambda p, x: x @ p['kernel'] @ p['kernel'], method, state,
         thresholds=thresholds)
-    with self.assertRaisesRegex(ValueError, "'kernel'.* 2 times"):
+    with self.assertRaisesRegex(ValueError, r"'kernel'.*\[1, 1\] times"):
       twice(params, jnp.ones((2, 4)))
     lacking = sparse_jax.with_operators(
         lambda p, x: x @ p['kernel'], method, state, thresholds={})
     with self.assertRaisesRegex(ValueError, "`thresholds`.*'kernel'"):
       lacking(params, jnp.ones((2, 4)))
+
+  @parameterized.parameters(False, True)
+  def test_each_layer_of_a_scan_has_its_own(self, reverse):
+    """Gradients and thresholds are those of the layers one by one."""
+    layer = jax.checkpoint(lambda x, w: (jax.nn.relu(x @ w), None))
+    stacked, x = normal((3, 6, 6), (8, 6))
+    scanned = lambda p, x: lax.scan(layer, x, p['kernel'], reverse=reverse)[0]
+    order = range(3)[::-1] if reverse else range(3)
+    method = sparse_jax.add_operands(
+        sparse_jax.dense(), Operands(backward_activation=.5),
+        is_sparse=lambda path, leaf: True)
+
+    def one_by_one(params, x):
+      for i in order:
+        x, _ = layer(x, params[str(i)])
+      return x
+
+    def run(fn, params):
+      state, times = method.init(params), {
+          p.path: p.times for p in sparse_jax.find_products(fn, params, x)}
+      thresholds = sparse_jax.first_operator_thresholds(
+          method, params, state, times=times)
+
+      @jax.jit
+      def grads(params, thresholds, x, due):
+        apply = lambda p, t: jnp.sum(jnp.sin(sparse_jax.with_operators(
+            fn, method, state, thresholds=t, due=due)(p, x)))
+        return jax.grad(apply, (0, 1))(params, thresholds)
+
+      _, thresholds = grads(params, thresholds, x, True)
+      return grads(params, thresholds, x + .1, False)
+
+    got, thresholds = run(scanned, {'kernel': stacked})
+    want, others = run(one_by_one, {str(i): stacked[i] for i in range(3)})
+    for i in range(3):
+      np.testing.assert_allclose(got['kernel'][i], want[str(i)], atol=1e-5)
+      chex.assert_trees_all_close(
+          jax.tree.map(lambda t, i=i: t[i], thresholds['kernel']),
+          others[str(i)], atol=1e-6)
+    self.assertLen(set(map(float, thresholds['kernel'].backward_activation)), 3)
+
+  def test_a_scan_needs_one_for_each_layer(self):
+    stacked, x = normal((3, 4, 4), (5, 4))
+    method, params = sparse_jax.swat(.5), {'kernel': stacked}
+    state = method.init(params)
+    apply = sparse_jax.with_operators(
+        lambda p, x: lax.scan(lambda x, w: (x @ w, None), x, p['kernel'])[0],
+        method, state, thresholds=sparse_jax.first_operator_thresholds(
+            method, params, state))
+    with self.assertRaisesRegex(ValueError, r"'kernel'.*shape \(\).*\[3\]"):
+      apply(params, x)
 
 
 class AddOperandsTest(parameterized.TestCase):
