@@ -7,6 +7,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import sparse_jax
@@ -36,15 +37,22 @@ class DocsTest(parameterized.TestCase):
     self.assertEqual(int(sparse_jax.get_state(optimizer).step), 3)
 
   def test_readme_trains_packed(self):
-    *_, packed = python_blocks('README.md')
+    *_, packed, _ = python_blocks('README.md')
     names = run(packed)
     self.assertEqual(names['state'].step, 3)
     weights, _ = sparse_jax.partition_packed(names['params'])
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     self.assertLess(count(weights), .25 * count(names['dense']))
 
+  def test_readme_reads_masks_as_packed_weights(self):
+    names = run(python_blocks('README.md')[-1])
+    weights = names['method'].read(names['params'], names['opt_state'])
+    outputs = names['model'].apply({'params': weights}, names['inputs'])
+    np.testing.assert_allclose(
+        names['loss'], jnp.mean((outputs - names['targets'])**2), rtol=1e-5)
+
   def test_readme_trains_with_sparse_activations(self):
-    _, _, swat, _ = python_blocks('README.md')
+    _, _, swat, *_ = python_blocks('README.md')
     names = run(swat)
     self.assertEqual(int(sparse_jax.get_state(names['opt_state']).step), 3)
     self.assertTrue(bool(jnp.isfinite(names['loss'])))
