@@ -29,6 +29,7 @@ def automatic(fn: Callable[..., base.PyTree], like: base.PyTree, *args: Any
     done.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> automatic(lambda x: x.reshape(2, 2), jnp.ones((2, 2)), jnp.arange(4))
     Array([[0, 1],
            [2, 3]], dtype=int32)
