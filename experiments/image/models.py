@@ -27,12 +27,11 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments import widths
+
 _HE_FAN_IN = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
 _HE_FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 _SMALL_NORMAL = nn.initializers.normal(0.01)
-
-# Bisection stops when the bracket is this share of its upper end.
-_WIDTH_TOLERANCE = 2.0 ** -10
 
 
 def _channels(width: float, channels: int) -> int:
@@ -783,20 +782,4 @@ def matching_width(
     return kernel_count(
         create(name, num_classes=num_classes, width=width), image_shape)
 
-  low, high = 2.0 ** -20, 1.0
-  low_count, high_count = count(low), count(high)
-  if parameters < low_count:
-    raise ValueError(
-        f'parameters must be at least {low_count} for {name!r}, '
-        f'got {parameters}')
-  while high_count < parameters:
-    low, low_count = high, high_count
-    high, high_count = 2 * high, count(2 * high)
-  while high - low > _WIDTH_TOLERANCE * high:
-    middle = (low + high) / 2
-    middle_count = count(middle)
-    if middle_count < parameters:
-      low, low_count = middle, middle_count
-    else:
-      high, high_count = middle, middle_count
-  return low if parameters - low_count <= high_count - parameters else high
+  return widths.matching(count, parameters, name)

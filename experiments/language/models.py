@@ -28,12 +28,10 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments import widths
 from experiments.language import adaptive
 
 _INIT = nn.initializers.normal(0.02)
-
-# Bisection stops when the bracket is this share of its upper end.
-_WIDTH_TOLERANCE = 2.0 ** -10
 
 
 class Memory(NamedTuple):
@@ -590,19 +588,4 @@ def matching_width(
     return kernel_count(create(name, vocab_size=vocab_size, width=width,
                                cutoffs=cutoffs, num_layers=num_layers))
 
-  low, high = 2.0 ** -20, 1.0
-  low_count, high_count = count(low), count(high)
-  if parameters < low_count:
-    raise ValueError(f'`parameters` (={parameters!r}) must be at least '
-                     f'{low_count} for {name!r}.')
-  while high_count < parameters:
-    low, low_count = high, high_count
-    high, high_count = 2 * high, count(2 * high)
-  while high - low > _WIDTH_TOLERANCE * high:
-    middle = (low + high) / 2
-    middle_count = count(middle)
-    if middle_count < parameters:
-      low, low_count = middle, middle_count
-    else:
-      high, high_count = middle, middle_count
-  return low if parameters - low_count <= high_count - parameters else high
+  return widths.matching(count, parameters, name)
