@@ -124,7 +124,7 @@ def against_sparsity(rows: Sequence[Mapping[str, Any]],
     axes.set_ylabel(f'test {_label(metric)}')
     _scale_sparsity(axes, lines)
     _label_ends(axes, list(lines), ends, references, metric)
-  _save(path, (6.8, 4.2), draw)
+  _save(path, (6.8, _height(rows)), draw)
 
 
 def against_flops(rows: Sequence[Mapping[str, Any]],
@@ -169,7 +169,7 @@ def against_flops(rows: Sequence[Mapping[str, Any]],
     axes.xaxis.set_major_formatter(_format_percent)
     if lines:
       axes.legend(loc='center left', bbox_to_anchor=(1.01, .5))
-  _save(path, (6.8, 4.2), draw)
+  _save(path, (6.8, _height(rows)), draw)
 
 
 def layer_density(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
@@ -251,6 +251,11 @@ def _draw_churn(axes, rows):
               borderaxespad=0.1, borderpad=0)
 
 
+def _height(rows):
+  """Inches of a picture beside whose axes every method is named."""
+  return max(4.2, .7 + .22 * len({row['method'] for row in rows}))
+
+
 def _leave_out_failures(axes, rows, metric):
   """Ends the axis before runs that are far worse than others, and says so."""
   up = 1 if METRICS[metric].higher_is_better else -1
@@ -318,12 +323,13 @@ def _label_ends(axes, names, ends, references, metric):
   place = {'transform': axes.transAxes, 'clip_on': False, 'zorder': 1}
   starts = [(x, max(y, 0.)) for x, y in starts]
   inside = [i for i, (x, _) in enumerate(starts) if x < .9]
-  for i, height in _beside(inside, starts):
+  gap = .22 / axes.figure.get_figheight()
+  for i, height in _beside(inside, starts, .85 * gap):
     # A line that ends early is named where it ends.
-    axes.text(starts[i][0], height, f' {names[i]}', color=looks[i][0],
-              va='bottom', transform=axes.transAxes)
+    axes.text(starts[i][0], min(height, 1 - gap), f' {names[i]}',
+              color=looks[i][0], va='bottom', transform=axes.transAxes)
   kept = [i for i in range(len(names)) if i not in inside]
-  heights = _spread([starts[i][1] for i in kept], gap=0.052)
+  heights = _spread([starts[i][1] for i in kept], gap)
   for i, height in zip(kept, heights):
     name, (colour, marker), (x, y) = names[i], looks[i], starts[i]
     axes.plot([x, 1.025], [y, height], color=colour, linewidth=0.8, **place)
@@ -332,7 +338,7 @@ def _label_ends(axes, names, ends, references, metric):
               va='center', transform=axes.transAxes)
 
 
-def _beside(indices, starts, near=0.1):
+def _beside(indices, starts, gap, near=0.1):
   """(index, height of its name): names that are near stand above each other."""
   order = sorted(indices, key=lambda i: starts[i][0])
   groups = []
@@ -342,7 +348,7 @@ def _beside(indices, starts, near=0.1):
     else:
       groups.append([i])
   for group in groups:
-    yield from zip(group, _spread([starts[i][1] for i in group], gap=0.045))
+    yield from zip(group, _spread([starts[i][1] for i in group], gap))
 
 
 def _draw_bars(axes, rows, fontsize):

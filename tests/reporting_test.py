@@ -347,7 +347,7 @@ class PlotsTest(ReportingTestCase):
 
   def test_names_of_lines_that_end_near_each_other_stand_apart(self):
     starts = [(.5, .8), (.05, .8), (.1, .8)]
-    heights = dict(plots._beside(range(3), starts))
+    heights = dict(plots._beside(range(3), starts, .045))
     self.assertEqual(heights[0], .8)
     self.assertGreater(abs(heights[1] - heights[2]), .04)
 
