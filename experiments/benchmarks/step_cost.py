@@ -60,10 +60,10 @@ def methods() -> dict[str, sparse_jax.SparseMethod]:
       'top_kast': sparse_jax.top_kast(0.9, backward_sparsity=0.8, **every),
       'set': sparse_jax.set_(0.9, **every),
       'rigl': sparse_jax.rigl(0.9, **every),
-      'rigl, skip_step': sparse_jax.rigl(0.9, skip_step=True, **every),
-      'static, packed': sparse_jax.static(0.9, **blocks),
-      'set, packed': sparse_jax.set_(0.9, **blocks, **every),
-      'top_kast, packed': sparse_jax.top_kast(
+      'rigl_skip_step': sparse_jax.rigl(0.9, skip_step=True, **every),
+      'static_packed': sparse_jax.static(0.9, **blocks),
+      'set_packed': sparse_jax.set_(0.9, **blocks, **every),
+      'top_kast_packed': sparse_jax.top_kast(
           0.9, backward_sparsity=0.8, **blocks, **every),
   }
 
@@ -133,7 +133,7 @@ def main(_):
             if name == 'dense' or not _METHODS.value or name in _METHODS.value}
   params, loss, examples = {'mlp': mlp, 'transformer_xl': transformer_xl}[
       _NETWORK.value]()
-  runs = {name: runner(method, params, loss, name.endswith(', packed'))
+  runs = {name: runner(method, params, loss, name.endswith('_packed'))
           for name, method in chosen.items()}
   times = {name: [] for name in runs}
   for _ in range(_ROUNDS.value):
