@@ -17,6 +17,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from sparse_jax import operands as operands_lib
+from sparse_jax import ordering
 from sparse_jax import residuals
 from sparse_jax import structures
 from sparse_jax import topk
@@ -268,34 +269,55 @@ def _product(rule, x, w, traced):
 
 def _forward(rule, x, w, traced):
   """The output, the masks that it saw, and the thresholds."""
+  masks, used = _forward_masks(rule, x, w, traced)
+  return _masked_product(rule, x, w, masks), masks, used
+
+
+def _forward_masks(rule, x, w, traced):
   w_mask, w_threshold = _keep(rule, 'forward_weight', w, traced)
   x_mask, x_threshold = _keep(rule, 'forward_activation', x, traced)
-  y = rule.product(_where(x_mask, x), _where(w_mask, w))
   used = Operands(w_threshold, x_threshold, None, None, None)
-  return y, Operands(w_mask, x_mask), used
+  return Operands(w_mask, x_mask), used
+
+
+def _masked_product(rule, x, w, masks):
+  return rule.product(_where(masks.forward_activation, x),
+                      _where(masks.forward_weight, w))
 
 
 def _product_forward(rule, x, w, traced):
-  y, masks, used = _forward(rule, x, w, traced)
+  """Packs before the product, after which the activation can be freed."""
+  masks, used = _forward_masks(rule, x, w, traced)
   w_mask, w_threshold = _keep_again(rule, 'weight', w, traced, masks)
   x_mask, x_threshold = _keep_again(rule, 'activation', x, traced, masks)
   used = used._replace(backward_weight=w_threshold,
                        backward_activation=x_threshold)
   bits = None if w_mask is None else residuals.mask_bits(w_mask)
-  return y, _Saved(_save(rule, x, x_mask, traced), w, bits, traced, used)
+  packed = _save(rule, x, x_mask, traced)
+  y = _masked_product(rule, x, _after(w, packed, packed.values), masks)
+  return y, _Saved(packed, w, bits, traced, used)
 
 
 def _product_backward(rule, saved, dy):
+  """Unpacks after dy has come; the product with what was unpacked is first."""
   mask, threshold = _keep(rule, 'output_gradient', dy, saved.traced)
-  dy = _where(mask, dy)
-  x = residuals.unpack(saved.activation, rule.activation)
+  dy, packed = _where(mask, dy), saved.activation
+  x = residuals.unpack(
+      packed._replace(places=_after(packed.places, packed, dy)),
+      rule.activation)
+  dw, = jax.linear_transpose(lambda w: rule.product(x, w), rule.weight)(dy)
   w = saved.weight
   if saved.weight_bits is not None:
     w = _where(residuals.bits_mask(saved.weight_bits, w.shape), w)
+  w = _after(w, packed, dw)
   dx, = jax.linear_transpose(lambda x: rule.product(x, w), rule.activation)(dy)
-  dw, = jax.linear_transpose(lambda w: rule.product(x, w), rule.weight)(dy)
   used = saved.thresholds._replace(output_gradient=threshold)
   return dx, dw, _stored(saved.traced, used)
+
+
+def _after(x, packed, first):
+  """Orders the passes where it frees memory: where something is packed."""
+  return x if packed.places is None else ordering.after(x, first)
 
 
 _product.defvjp(_product_forward, _product_backward)

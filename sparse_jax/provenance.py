@@ -94,6 +94,8 @@ def _of_primitive(eqn, origins, out):
     return _picked(*origins)
   if name == 'dynamic_slice':
     return origins[0]
+  if name == 'optimization_barrier':
+    return origins[list(eqn.outvars).index(out)]
   if name in _PUT_TOGETHER:
     return of_either([o for o, var in zip(origins, eqn.invars)
                       if var.aval.dtype == out.aval.dtype])

@@ -72,7 +72,7 @@ def unpack(packed: Packed, like: jax.Array) -> jax.Array:
     places = _each_part(lambda words: _positions(words, count, size), places)
 
   def spread(values, places):
-    return jnp.zeros(size, values.dtype).at[places].set(
+    return _zeros(size, values.dtype, places).at[places].set(
         values, mode='drop', unique_indices=True, indices_are_sorted=True)
 
   return join(_each_part(spread, values, places), like.shape)
@@ -124,12 +124,21 @@ def _positions(words: jax.Array, count: int, size: int) -> jax.Array:
   ends = jnp.cumsum(lax.population_count(words), dtype=jnp.int32)
   starts = jnp.pad(ends, (1, 0))
   # How many words end at or before each slot is the word that it lies in.
-  turns = jnp.zeros(count + 1, jnp.int32).at[ends].add(1, mode='drop')
+  turns = _zeros(count + 1, jnp.int32, ends).at[ends].add(1, mode='drop')
   word = jnp.cumsum(turns, dtype=jnp.int32)[:count]
   slot = jnp.arange(count, dtype=jnp.int32)
   bit = _select_bit(words.at[word].get(mode='clip'),
                     slot - starts.at[word].get(mode='clip'))
   return jnp.where(slot < ends[-1], word * _WORD + bit, size + slot)
+
+
+def _zeros(size: int, dtype, places: jax.Array) -> jax.Array:
+  """Zeros that XLA cannot make before it has made the places.
+
+  Otherwise it makes those of all layers at the start. No place is below 0,
+  but that it does not know.
+  """
+  return jnp.full(size, jnp.any(places[:1] < 0), dtype)
 
 
 def _select_bit(word: jax.Array, rank: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ LIBRARY = pathlib.Path(__file__).parents[1] / 'sparse_jax'
 LAYERS = (
     {'base'},
     {'topk', 'structures', 'selection', 'scoring', 'schedules', 'backward',
-     'residuals', 'provenance', 'placing', 'packed_kernels'},
+     'residuals', 'ordering', 'provenance', 'placing', 'packed_kernels'},
     {'allocation', 'masking', 'losses', 'filters', 'products', 'packed'},
     {'state', 'operands', 'packed_products'},
     {'sites', 'summary', 'transforms', 'getters', 'operators', 'layers',
