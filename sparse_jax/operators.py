@@ -286,7 +286,7 @@ def _masked_product(rule, x, w, masks):
 
 
 def _product_forward(rule, x, w, traced):
-  """Packs before the product, after which the activation can be freed."""
+  """Packs beside the product, after both of which the activation is free."""
   masks, used = _forward_masks(rule, x, w, traced)
   w_mask, w_threshold = _keep_again(rule, 'weight', w, traced, masks)
   x_mask, x_threshold = _keep_again(rule, 'activation', x, traced, masks)
@@ -294,12 +294,12 @@ def _product_forward(rule, x, w, traced):
                        backward_activation=x_threshold)
   bits = None if w_mask is None else residuals.mask_bits(w_mask)
   packed = _save(rule, x, x_mask, traced)
-  y = _masked_product(rule, x, _after(w, packed, packed.values), masks)
-  return y, _Saved(packed, w, bits, traced, used)
+  y = _masked_product(rule, x, w, masks)
+  return _after(y, packed, packed.values), _Saved(packed, w, bits, traced, used)
 
 
 def _product_backward(rule, saved, dy):
-  """Unpacks after dy has come; the product with what was unpacked is first."""
+  """Unpacks when dy has come, which is free after both products."""
   mask, threshold = _keep(rule, 'output_gradient', dy, saved.traced)
   dy, packed = _where(mask, dy), saved.activation
   x = residuals.unpack(
@@ -309,8 +309,8 @@ def _product_backward(rule, saved, dy):
   w = saved.weight
   if saved.weight_bits is not None:
     w = _where(residuals.bits_mask(saved.weight_bits, w.shape), w)
-  w = _after(w, packed, dw)
   dx, = jax.linear_transpose(lambda x: rule.product(x, w), rule.activation)(dy)
+  dx = _after(dx, packed, dw)
   used = saved.thresholds._replace(output_gradient=threshold)
   return dx, dw, _stored(saved.traced, used)
 

@@ -5,11 +5,13 @@ from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
+from flax import linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_jax import memory
 from sparse_jax import operands
 from sparse_jax import operators
 from sparse_jax import residuals
@@ -161,6 +163,33 @@ class MemoryTest(absltest.TestCase):
     self.assertLessEqual(self.ratio(scanned=False), .4)
     with mock.patch.object(operators.ordering, 'after', lambda x, first: x):
       self.assertGreater(self.ratio(scanned=False), .8)
+
+  def test_a_network_with_batch_norm_saves_what_the_account_predicts(self):
+    def costs(conv):
+      class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+          for _ in range(6):
+            x = nn.Conv(8, (3, 3), conv_general_dilated=conv)(x)
+            x = nn.BatchNorm(use_running_average=False)(x)
+            x = residuals.relu(x)  # Else one byte an entry is asked for.
+          return x
+
+      def loss(params, x):
+        y, _ = Net().apply({'params': params}, x, mutable=['batch_stats'])
+        return jnp.sum(jnp.square(y))
+
+      x = jax.ShapeDtypeStruct((32, 16, 16, 8), jnp.float32)
+      params = jax.eval_shape(Net().init, jax.random.key(0), x)['params']
+      with mock.patch.object(jax, 'device_count', lambda: 1):
+        compiled = jax.jit(jax.grad(loss)).lower(params, x).compile(USUAL)
+        asked = memory.memory_cost(loss, params, x).saved_activations
+      return np.array([asked, compiled.memory_analysis().temp_size_in_bytes])
+
+    sparse = operators.sparse_conv_general_dilated(
+        operands.Operands(backward_activation=.9))
+    asked, allotted = costs(lax.conv_general_dilated) - costs(sparse)
+    self.assertAlmostEqual(allotted / asked, 1., delta=.2)
 
   def test_saved_bytes_of_a_product_are_those_of_the_packed_activation(self):
     """At 90% of 64 x 128: values and bits, and the weight, whole."""
