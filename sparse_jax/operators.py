@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from sparse_jax import operands as operands_lib
 from sparse_jax import ordering
+from sparse_jax import placing
 from sparse_jax import residuals
 from sparse_jax import structures
 from sparse_jax import topk
@@ -338,6 +339,11 @@ def _save(rule, x, mask, traced) -> residuals.Packed:
   if mask is None or sparsity is None or not rule.options.pack:
     return residuals.Packed(_where(mask, x), None)
   parts = operands_lib.parts_of(rule.options.activation_scope, x)
+  if parts == 1 and placing.is_split(x):
+    raise ValueError(
+        f'`activation_scope` (={rule.options.activation_scope!r}) packs the '
+        f'whole activation as one, but it is sharded by {jax.typeof(x)}. Give '
+        'as many parts as devices share it, \'example\', or `pack=False`.')
   count = topk.keep_count(x.size // parts, sparsity)
   if traced.thresholds is not None:
     count = min(math.ceil(count * _SLACK), x.size // parts)
@@ -361,15 +367,21 @@ def _keep(rule, name, tensor, traced: _Traced):
     return None, None
   if sparsity is None:
     sparsity = getattr(traced.sparsities, name)
+  if traced.thresholds is None:
+    choose = functools.partial(_largest, rule, name, sparsity)
+    return placing.automatic(choose, tensor, tensor), None
   groups = _groups(rule, name, tensor)
   scores = groups.scores
-  if traced.thresholds is None:
-    k = topk.keep_count(groups.rivals, sparsity)
-    return groups.spread(topk.top_k_mask(scores, k, axes=groups.axes)), None
   k = topk.keep_count(scores.size, sparsity)
   threshold = lax.cond(traced.due, lambda: _smallest_kept(scores, k),
                        lambda: getattr(traced.thresholds, name))
   return groups.spread((scores > 0) & (scores >= threshold)), threshold
+
+
+def _largest(rule, name, sparsity, tensor) -> jax.Array:
+  groups = _groups(rule, name, tensor)
+  k = topk.keep_count(groups.rivals, sparsity)
+  return groups.spread(topk.top_k_mask(groups.scores, k, axes=groups.axes))
 
 
 def _smallest_kept(scores, k) -> jax.Array:

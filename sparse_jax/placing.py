@@ -61,3 +61,9 @@ def is_explicit(tree) -> bool:
   return any(AxisType.Explicit in jax.typeof(leaf).sharding.mesh.axis_types
              for leaf in jax.tree.leaves(tree)
              if isinstance(leaf, jax.Array))
+
+
+def is_split(array: jax.Array) -> bool:
+  """Whether the type of an array says that it lies in pieces."""
+  return is_explicit(array) and any(
+      axis is not None for axis in jax.typeof(array).sharding.spec)

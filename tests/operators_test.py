@@ -410,17 +410,28 @@ class TransformTest(parameterized.TestCase):
     assert_close(step(*(jax.device_put(a, s) for a, s in zip(
         (x, w, dy), (rows, whole, rows)))), quick_jit(run)(x, w, dy))
 
-  def test_an_explicit_mesh(self):
+  def explicit_gradients(self, **options):
+    """On eight devices with explicit axes, and what they should be."""
     mesh = jax.make_mesh((8,), ('batch',),
                          axis_types=(jax.sharding.AxisType.Explicit,))
-    x, w = normal(16, 8), normal(8, 3, seed=1)
-    dot = sparse_dot_general(SWAT, activation_scope=8)
+    x, w = normal(16, 64), normal(64, 3, seed=1)
+    dot = sparse_dot_general(SWAT, **options)
     grads = jax.grad(lambda x, w: jnp.sum(jnp.sin(dot(x, w, MATMUL))), (0, 1))
-    want = quick_jit(grads)(x, w)
     with jax.set_mesh(mesh):
       sharded = jax.device_put(x, jax.P('batch'))
       got = quick_jit(grads)(sharded, jax.device_put(w, jax.P()))
-    assert_close(got, want)
+    return got, quick_jit(grads)(x, w)
+
+  @parameterized.parameters(
+      dict(activation_scope=8), dict(activation_scope='example'),
+      dict(activation_scope='example', gradient_scope='unified'),
+      dict(pack=False), dict(activation_scope=2, pack=False))
+  def test_an_explicit_mesh(self, **options):
+    assert_close(*self.explicit_gradients(**options))
+
+  def test_one_pack_of_what_is_split_is_refused(self):
+    with self.assertRaisesRegex(ValueError, r"activation_scope.*'tensor'"):
+      self.explicit_gradients()
 
 
 class ThresholdTest(parameterized.TestCase):
