@@ -77,7 +77,8 @@ def define_flags(*, batch_size: int, examples: str, target: float = .9,
                       'Default: runs/<dataset>_<model>_<method>_<sparsity>.')
   flags.DEFINE_integer('log_every', 50, 'Steps between two rows of metrics.')
   flags.DEFINE_integer('eval_every', 250, 'Steps between two evaluations.')
-  flags.DEFINE_integer('checkpoint_every', 1000, 'Steps between checkpoints.')
+  flags.DEFINE_integer('checkpoint_every', None, 'Steps between checkpoints. '
+                       'Default: those of --eval_every, at most 1000.')
   flags.DEFINE_integer('compare_masks_every', 0, 'Steps between two looks at '
                        'how far the masks have moved. 0: none.')
   flags.DEFINE_integer('model_parallel', 1, 'Over how many devices parameters, '
@@ -374,7 +375,7 @@ def check_values(values: Mapping[str, Any],
                  limits: Mapping[str, tuple[float, float]]) -> None:
   """Raises ValueError for a flag out of range that no other file checks."""
   for flag, (least, most) in {**LIMITS, **limits}.items():
-    if not least <= values[flag] <= most:
+    if values[flag] is not None and not least <= values[flag] <= most:
       raise ValueError(f'`{flag}` (={values[flag]!r}) must be in '
                        f'[{least}, {most}].')
   devices.check_batch_size(values['batch_size'], values['model_parallel'])
@@ -400,11 +401,17 @@ def check_steps(steps: int) -> int:
 
 
 def open_checkpoints(run: Run, guard) -> checkpointing.Checkpoints:
+  """The checkpoints of a run, by default one with each evaluation."""
   with _naming_workdir(run.workdir):
     return checkpointing.open(
         os.path.join(run.workdir, 'checkpoints'),
         config={**run.values, 'data': run.data}, free=FREE, guard=guard,
-        save_every=run.values['checkpoint_every'])
+        save_every=steps_between('checkpoint', run.values))
+
+
+def steps_between(event: str, values: Mapping[str, Any]) -> int:
+  """Steps from one row, evaluation or checkpoint to the next."""
+  return values[f'{event}_every'] or min(values['eval_every'], 1000)
 
 
 def first_state(run: Run, checkpoints) -> tuple[TrainState, int]:
@@ -449,7 +456,8 @@ def open_progress(run: Run, start: int) -> reporting.Progress:
 def measure(run: Run, state: TrainState, step: int) -> dict[str, float]:
   """What is due to be written down after a step; mostly nothing."""
   due = {name for name in ('log', 'eval', 'checkpoint')
-         if step % run.values[f'{name}_every'] == 0 or step == run.train_steps}
+         if step % steps_between(name, run.values) == 0
+         or step == run.train_steps}
   row = {}
   if due & {'log', 'checkpoint'}:
     means = mean_metrics(run, state)
