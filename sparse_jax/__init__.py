@@ -52,13 +52,13 @@ from sparse_jax.operators import sparse_dot_general
 from sparse_jax.operators import sparse_einsum
 from sparse_jax.packed import combine_packed
 from sparse_jax.packed import pack
-from sparse_jax.packed import packed_from_dense
-from sparse_jax.packed import packed_to_dense
 from sparse_jax.packed import PackedBlocks
 from sparse_jax.packed import partition_packed
-from sparse_jax.packed import to_bcoo
-from sparse_jax.packed import to_bcsr
 from sparse_jax.packed import unpack
+from sparse_jax.packed_formats import packed_from_dense
+from sparse_jax.packed_formats import packed_to_dense
+from sparse_jax.packed_formats import to_bcoo
+from sparse_jax.packed_formats import to_bcsr
 from sparse_jax.packed_params import PackedState
 from sparse_jax.packed_products import packed_conv
 from sparse_jax.packed_products import packed_matmul
