@@ -20,7 +20,7 @@ import sparse_jax
 from experiments import devices
 from experiments import optimization
 from experiments import sparsity
-from experiments import training
+from experiments import tasks
 from experiments.image import models
 from experiments.image import train
 
@@ -58,7 +58,7 @@ def _differ(ones, others):
 
 
 def _first_state(task, seed=0):
-  return jax.jit(functools.partial(training.init_state, task, seed))()
+  return jax.jit(functools.partial(tasks.init_state, task, seed))()
 
 
 def _has(method, argument):
@@ -189,7 +189,7 @@ class LossTest(absltest.TestCase):
     values = _values(method='dense', label_smoothing=.3)
     task, batch = train.make_task(values, 10), _batch()
     state = _first_state(task)
-    loss, _ = jax.jit(functools.partial(training.loss_fn, task=task))(
+    loss, _ = jax.jit(functools.partial(tasks.loss_fn, task=task))(
         state.params, {}, state=state, batch=batch)
     images = (batch['image'] / 255 - 0.3054) / 0.3758
     logits = np.asarray(task.problem.model.apply(
@@ -238,12 +238,12 @@ class BuildTest(parameterized.TestCase):
     values = _values(**{'width': 1., 'train_steps': 1000} | recipe)
     self.assertGreaterEqual(len(recipe), 5)
     task = train.make_task(values, values['train_steps'])
-    state = jax.eval_shape(functools.partial(training.init_state, task, 0))
+    state = jax.eval_shape(functools.partial(tasks.init_state, task, 0))
     self.assertEqual(state.params['head']['kernel'].shape[-1], classes)
     size = values['batch_size']
     batch = {'image': jax.ShapeDtypeStruct((size, *image_shape), jnp.uint8),
              'label': jax.ShapeDtypeStruct((size,), jnp.int32)}
-    after = jax.eval_shape(functools.partial(training.train_step, task), state,
+    after = jax.eval_shape(functools.partial(tasks.train_step, task), state,
                            batch)
     self.assertEqual(jax.tree.map(lambda x: (x.shape, x.dtype), after),
                      jax.tree.map(lambda x: (x.shape, x.dtype), state))
@@ -251,7 +251,7 @@ class BuildTest(parameterized.TestCase):
   @parameterized.parameters(*sorted(models.MODELS))
   def test_model_is_made_at_its_width(self, model):
     task = train.make_task(_values(model=model, method='static', width=.02), 9)
-    state = jax.eval_shape(functools.partial(training.init_state, task, 0))
+    state = jax.eval_shape(functools.partial(tasks.init_state, task, 0))
     self.assertIn('head', state.params)
 
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import devices
+from experiments import tasks
 from experiments import training
 from experiments.benchmarks import soak
 from experiments.image import train
@@ -144,7 +145,7 @@ class FaultTest(parameterized.TestCase):
   def test_nan_out_of_the_last_update(self):
     """It has no loss yet, and must not get into a checkpoint."""
     self.forget_the_end()
-    step = training.train_step
+    step = tasks.train_step
 
     def broken(task, state, batch):
       state = step(task, state, batch)

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from experiments import reporting
+from experiments import tasks
 from experiments import training
 from experiments.benchmarks import timing
 from experiments.image import train
@@ -42,17 +43,17 @@ def runner(settings: dict[str, Any], common: dict[str, Any]):
   """A function that does 20 steps; bytes asked to keep, and bytes allotted."""
   values = common | settings
   task = train.make_task(values, 1000)
-  state = jax.jit(functools.partial(training.init_state, task, 0)).lower(
+  state = jax.jit(functools.partial(tasks.init_state, task, 0)).lower(
       ).compile(compiler_options=training.FAST_COMPILE)()
   random = np.random.RandomState(0)
   batch = {'image': random.randint(0, 256, (values['batch_size'], 32, 32, 3),
                                    np.uint8),
            'label': random.randint(0, 10, values['batch_size'], np.int32)}
   asked = sparse_jax.memory_cost(
-      lambda params, state, batch: training.loss_fn(
+      lambda params, state, batch: tasks.loss_fn(
           params, state.thresholds, task, state, batch)[0],
       state.params, state, batch).saved_activations
-  step = functools.partial(training.train_step, task)
+  step = functools.partial(tasks.train_step, task)
   compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
   kept = [state]
 

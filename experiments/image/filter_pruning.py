@@ -46,6 +46,7 @@ import sparse_jax
 from experiments import devices
 from experiments import plots
 from experiments import reporting
+from experiments import tasks
 from experiments import training
 from experiments.image import input_pipeline
 from experiments.image import train
@@ -211,7 +212,7 @@ def check(values: Mapping[str, Any], settings: Settings) -> None:
   touched(values['model'], variables_of(shapes), settings.untouched)
 
 
-def one_share(run: training.Run, state: training.TrainState, share: float,
+def one_share(run: training.Run, state: tasks.TrainState, share: float,
               settings: Settings) -> dict[str, Any]:
   """A row: the network pruned, fine-tuned and perhaps trained anew."""
   steps = train.run_length(
@@ -247,19 +248,19 @@ def smaller_run(run: training.Run, steps: int, changes: Mapping[str, Any]
   whole, rows = devices.replicated(run.mesh), devices.split(run.mesh)
   return run._replace(
       values=values, train_steps=steps, task=task,
-      step_fn=jax.jit(functools.partial(training.train_step, task),
+      step_fn=jax.jit(functools.partial(tasks.train_step, task),
                       donate_argnums=0, in_shardings=(whole, rows),
                       out_shardings=whole),
-      eval_fn=jax.jit(functools.partial(training.eval_step, task),
+      eval_fn=jax.jit(functools.partial(tasks.eval_step, task),
                       in_shardings=(whole, whole, rows), out_shardings=whole))
 
 
 def start(run: training.Run, variables: Mapping[str, Any], step: int
-          ) -> training.TrainState:
+          ) -> tasks.TrainState:
   """The state of a smaller network with a fresh optimizer, at a step."""
   params = variables['params']
   key = jax.random.fold_in(jax.random.key(run.values['seed']), step)
-  state = training.TrainState(
+  state = tasks.TrainState(
       jnp.int32(step), params, variables.get('batch_stats', {}),
       run.task.tx.init(params), {}, key, {}, dict.fromkeys(
           ('loss', 'accuracy', 'weight'), jnp.zeros(())))
@@ -268,7 +269,7 @@ def start(run: training.Run, variables: Mapping[str, Any], step: int
                         devices.replicated(run.mesh))
 
 
-def accuracy_after(run: training.Run, state: training.TrainState) -> float:
+def accuracy_after(run: training.Run, state: tasks.TrainState) -> float:
   """Trains to the end of the run; the accuracy on the test split."""
   begin = int(state.step)
   with (contextlib.closing(run.train_batches(begin)) as batches,
@@ -280,12 +281,12 @@ def accuracy_after(run: training.Run, state: training.TrainState) -> float:
   return training.evaluate(run, state)['test_accuracy']
 
 
-def initial(run: training.Run) -> training.TrainState:
+def initial(run: training.Run) -> tasks.TrainState:
   """The dense run's state before its first step."""
-  return training.init_state(run.task, run.values['seed'])
+  return tasks.init_state(run.task, run.values['seed'])
 
 
-def variables_of(state: training.TrainState) -> dict[str, Any]:
+def variables_of(state: tasks.TrainState) -> dict[str, Any]:
   """Parameters and batch statistics, as a model takes them."""
   return {'params': state.params, 'batch_stats': state.model_state}
 

@@ -42,6 +42,7 @@ import optax
 
 from experiments import batching
 from experiments import devices
+from experiments import tasks
 from experiments import training
 from experiments.image import input_pipeline
 from experiments.image import models
@@ -64,7 +65,7 @@ LIMITS = {'label_smoothing': (0, 1), 'width': (0, 1e6)}
 
 
 class Classification(NamedTuple):
-  """What is learned: a `training.Problem`."""
+  """What is learned: a `tasks.Problem`."""
 
   model: Any
   dataset: str
@@ -152,7 +153,7 @@ def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
       units=('examples', values['batch_size']), apply=inference(values))
 
 
-def without_data(values: Mapping[str, Any]) -> tuple[training.Task, int]:
+def without_data(values: Mapping[str, Any]) -> tuple[tasks.Task, int]:
   """The task and its length by the data set's published size.
 
   Raises:
@@ -218,7 +219,7 @@ def make_problem(values: Mapping[str, Any]) -> Classification:
   return Classification(model, values['dataset'], values['label_smoothing'])
 
 
-def make_task(values: Mapping[str, Any], train_steps: int) -> training.Task:
+def make_task(values: Mapping[str, Any], train_steps: int) -> tasks.Task:
   """Problem, method and optimizer of the flags."""
   return training.make_task(make_problem(values), values, train_steps)
 

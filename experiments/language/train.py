@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import devices
+from experiments import tasks
 from experiments import training
 from experiments.language import input_pipeline
 from experiments.language import models
@@ -81,7 +82,7 @@ LENGTHS = ('segment_length', 'memory_length', 'eval_memory_length')
 
 
 class Prediction(NamedTuple):
-  """What is learned, each token from those before: a `training.Problem`."""
+  """What is learned, each token from those before: a `tasks.Problem`."""
 
   model: models.TransformerXL
   level: str
@@ -170,7 +171,7 @@ def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
       apply=functools.partial(inference, problem), data=text.fingerprint)
 
 
-def without_data(values: Mapping[str, Any]) -> tuple[training.Task, int]:
+def without_data(values: Mapping[str, Any]) -> tuple[tasks.Task, int]:
   """The task and its length by the corpus's published number of words.
 
   Raises:
@@ -260,7 +261,7 @@ def level(values: Mapping[str, Any]) -> str:
   return values['level'] or input_pipeline.DATASETS[values['dataset']].level
 
 
-def make_task(values: Mapping[str, Any], vocab_size: int) -> training.Task:
+def make_task(values: Mapping[str, Any], vocab_size: int) -> tasks.Task:
   """Problem, method and optimizer of the flags."""
   return training.make_task(make_problem(values, vocab_size), values,
                             values['train_steps'])
@@ -283,7 +284,7 @@ def eval_batches(problem: Prediction, tokens, part: tuple[int, int]):
       length=problem.segment_length, process_index=index, process_count=count)
 
 
-def inference(problem: Prediction, state: training.TrainState):
+def inference(problem: Prediction, state: tasks.TrainState):
   """What accounting counts: one segment with a full memory."""
   del state
   memory = jax.eval_shape(lambda: models.init_memory(
