@@ -151,7 +151,7 @@ class FaultTest(parameterized.TestCase):
       state = step(task, state, batch)
       return state._replace(params=jax.tree.map(
           lambda x: jnp.where(state.step == 20, jnp.nan, x), state.params))
-    with mock.patch.object(training, 'train_step', broken):
+    with mock.patch.object(tasks, 'train_step', broken):
       self.assert_stops('a parameter is not finite.*learning_rate')
     self.assert_continues()
 
