@@ -265,16 +265,12 @@ def _apply(product, operands, options, axes, x, w, thresholds, due):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(rule, x, w, traced):
-  return _forward(rule, x, w, traced)[0]
-
-
-def _forward(rule, x, w, traced):
-  """The output, the masks that it saw, and the thresholds."""
-  masks, used = _forward_masks(rule, x, w, traced)
-  return _masked_product(rule, x, w, masks), masks, used
+  masks, _ = _forward_masks(rule, x, w, traced)
+  return _masked_product(rule, x, w, masks)
 
 
 def _forward_masks(rule, x, w, traced):
+  """The masks of both operands, and the thresholds that made them."""
   w_mask, w_threshold = _keep(rule, 'forward_weight', w, traced)
   x_mask, x_threshold = _keep(rule, 'forward_activation', x, traced)
   used = Operands(w_threshold, x_threshold, None, None, None)
