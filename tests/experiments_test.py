@@ -1,5 +1,6 @@
 """Whole runs of the image experiment: what they leave, how they go on."""
 
+import functools
 import gzip
 import json
 import os
@@ -238,6 +239,16 @@ class RunTest(parameterized.TestCase):
         training, 'evaluate', wraps=training.evaluate) as spy:
       train.train(self._values(method='static', train_steps=8))
     self.assertEqual(spy.call_count, 1)
+
+  def test_each_evaluation_leaves_a_checkpoint_unless_told_otherwise(self):
+    train.train(self._values(method='static', train_steps=20, eval_every=8,
+                             checkpoint_every=None))
+    saved = _checkpoints(self._path())
+    self.assertEqual(saved[-2:], [16, 20])
+    every = functools.partial(training.steps_between, 'checkpoint')
+    self.assertEqual(every({'checkpoint_every': None, 'eval_every': 5004}),
+                     1000)
+    self.assertEqual(every({'checkpoint_every': 5004, 'eval_every': 8}), 5004)
 
   def test_finished_run_only_prints_its_report(self):
     values = self._values(method='static', train_steps=5)
