@@ -6,8 +6,9 @@ Steps of experiments.image.train on made-up CIFAR-10 images, interleaved in one
 process: dense; SWAT's weights alone; SWAT with activations chosen exactly every
 step, or by a threshold that is kept for 20; activations packed or kept with
 their zeros. Memory is what XLA allots for temporary arrays, beside what the
-program asks to keep for its backward pass (`sparse_jax.memory_cost`). Recorded
-results: README.md beside this file.
+program asks to keep for its backward pass (`sparse_jax.memory_cost`). A first
+table has the memory of twelve ReLU layers. Recorded results: README.md beside
+this file.
 """
 
 import functools
@@ -16,6 +17,7 @@ from typing import Any
 from absl import app
 from absl import flags
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import reporting
@@ -24,6 +26,7 @@ from experiments import training
 from experiments.benchmarks import timing
 from experiments.image import train
 import sparse_jax
+from sparse_jax import residuals
 
 _ROUNDS = flags.DEFINE_integer('timings', 5, 'Of each contender.')
 
@@ -65,7 +68,40 @@ def runner(settings: dict[str, Any], common: dict[str, Any]):
   return run, asked, compiled.memory_analysis().temp_size_in_bytes
 
 
+def chain_bytes(dot, relu, scanned: bool) -> int:
+  """XLA's bytes of temporary arrays for a gradient of 12 layers of 256."""
+  def layer(x, weight):
+    return relu(dot(x, weight, (((1,), (0,)), ((), ())))), None
+
+  def loss(weights, x):
+    if scanned:
+      x, _ = jax.lax.scan(layer, x, weights)
+    else:
+      for weight in weights:
+        x, _ = layer(x, weight)
+    return jnp.sum(jnp.square(x))
+
+  weights = (jax.ShapeDtypeStruct((12, 256, 256), jnp.float32) if scanned
+             else [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 12)
+  x = jax.ShapeDtypeStruct((1024, 256), jnp.float32)
+  compiled = jax.jit(jax.grad(loss)).lower(weights, x).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def chains() -> list[dict[str, Any]]:
+  """Rows of the first table."""
+  sparse = sparse_jax.sparse_dot_general(
+      sparse_jax.Operands(backward_activation=.9))
+  return [{'twelve layers': 'scanned' if scanned else 'unrolled',
+           'temporary bytes of dense': (
+               chain_bytes(sparse, residuals.relu, scanned)
+               / chain_bytes(jax.lax.dot_general, jax.nn.relu, scanned))}
+          for scanned in (False, True)]
+
+
 def main(_):
+  print(reporting.markdown_table(
+      chains(), formats={'temporary bytes of dense': '.2f'}))
   timing.keep_freed_memory()
   common = train.run_config() | {'dataset': 'cifar10', 'model': 'resnet20',
                                  'backward_sparsity': None}
