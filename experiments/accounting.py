@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 import sparse_jax
-from sparse_jax import state
+from sparse_jax.rules import state
 
 
 def figures(apply: Callable[..., Any], params: Any, inputs: Any,

@@ -39,7 +39,7 @@ import jax
 import numpy as np
 
 import sparse_jax
-from sparse_jax import base
+from sparse_jax import trees
 from experiments import training
 
 FORMS = ('sparse', 'packed', 'dense')
@@ -74,7 +74,7 @@ def arrays(weights: Any, masks: Mapping[str, np.ndarray], form: str,
   if form == 'packed' and block is None:
     raise ValueError(f'`form` (={form!r}) needs a run with --structure=block.')
   found = {}
-  for path, weight in base.leaves_by_path(weights).items():
+  for path, weight in trees.leaves_by_path(weights).items():
     weight, mask = np.asarray(weight), masks.get(path)
     if mask is None or form == 'dense':
       found[path] = weight
@@ -123,7 +123,7 @@ def from_run(workdir: str, form: str) -> dict[str, np.ndarray]:
 def _present(masks) -> dict[str, np.ndarray]:
   """Those of the leaves that have one."""
   return {path: np.asarray(mask)
-          for path, mask in base.leaves_by_path(masks).items()
+          for path, mask in trees.leaves_by_path(masks).items()
           if mask is not None and np.ndim(mask)}
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 import sparse_jax
-from sparse_jax import base
+from sparse_jax import trees
 
 _NOW, _FIRST_OUTSIDE = 1, 2  # Bits: in A when noted; outside B at the start.
 
@@ -14,7 +14,7 @@ _NOW, _FIRST_OUTSIDE = 1, 2  # Bits: in A when noted; outside B at the start.
 def first(opt_state: Any) -> dict[str, jax.Array]:
   """Notes the masks before the first step: uint8 by path, 1 byte a weight."""
   state = sparse_jax.get_state(opt_state)
-  outer = base.leaves_by_path(state.backward_masks)
+  outer = trees.leaves_by_path(state.backward_masks)
   return {path: _NOW * mask + _FIRST_OUTSIDE * jnp.uint8(~outer[path])
           for path, mask in _masks(state).items()}
 
@@ -52,7 +52,7 @@ def change(noted: dict[str, jax.Array], opt_state: Any) -> dict[str, jax.Array]:
 
 def _masks(state) -> dict[str, jax.Array]:
   return {path: mask.astype(jnp.uint8) for path, mask in
-          base.leaves_by_path(state.forward_masks).items() if mask is not None}
+          trees.leaves_by_path(state.forward_masks).items() if mask is not None}
 
 
 def _spread(name, shares):

@@ -297,7 +297,7 @@ def _arguments(values, name, known, train_steps) -> dict[str, Any]:
   return chosen | _window(chosen, name, train_steps)
 
 
-def _structure(values) -> sparse_jax.structures.Structure:
+def _structure(values) -> sparse_jax.masks.structures.Structure:
   kind = values['structure']
   if kind == 'block':
     return _of_pair('block_shape', values, lambda *shape: sparse_jax.Block(
@@ -308,7 +308,7 @@ def _structure(values) -> sparse_jax.structures.Structure:
           'filter': sparse_jax.Filter}[kind]()
 
 
-def _of_pair(flag, values, make) -> sparse_jax.structures.Structure:
+def _of_pair(flag, values, make) -> sparse_jax.masks.structures.Structure:
   given = f'`{flag}` (={",".join(values[flag])!r})'
   try:
     first, second = (int(number) for number in values[flag])
@@ -316,7 +316,7 @@ def _of_pair(flag, values, make) -> sparse_jax.structures.Structure:
     raise ValueError(f'{given} must be two integers such as 2,4.') from None
   structure = make(first, second)
   try:
-    sparse_jax.structures.check_structure(structure)
+    sparse_jax.masks.structures.check_structure(structure)
   except ValueError as error:
     raise ValueError(f'{given}: {error}') from error
   return structure

@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from sparse_jax import state as state_lib
+from sparse_jax.rules import state as state_lib
 
 
 def linen_getter(method: state_lib.SparseMethod, opt_state: Any

@@ -6,15 +6,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparse_jax import base
-from sparse_jax import masking
-from sparse_jax import state as state_lib
+from sparse_jax import trees
+from sparse_jax.masks import masking
+from sparse_jax.rules import state as state_lib
 
 
 class Row(NamedTuple):
   """One leaf of the model, or the total. Fractions are in [0, 1]."""
 
-  path: base.Path
+  path: trees.Path
   shape: tuple[int, ...]
   entries: int
   sparse: bool  # Whether the leaf may be sparse at all.
@@ -50,7 +50,7 @@ class Summary(NamedTuple):
                      for line in lines)
 
 
-def summarize(params: base.PyTree, opt_state: Any,
+def summarize(params: trees.PyTree, opt_state: Any,
               method: state_lib.SparseMethod) -> Summary:
   """Tells how sparse each leaf is and how its mask has moved.
 
@@ -76,10 +76,10 @@ def summarize(params: base.PyTree, opt_state: Any,
   state = state_lib.get_state(opt_state)
   weights = method.read(params, state)
   counts = _counts(weights, state.marks)
-  marks = base.leaves_by_path(state.marks)
+  marks = trees.leaves_by_path(state.marks)
   rows = tuple(
       _row(path, tuple(leaf.shape), masking.is_marked(marks.get(path)), counts)
-      for path, leaf in base.leaves_by_path(weights).items())
+      for path, leaf in trees.leaves_by_path(weights).items())
   return Summary(rows, _total(rows, counts))
 
 
@@ -95,7 +95,7 @@ def _counts(weights, marks):
             masking.ever_active)
     return jnp.stack([jnp.sum(of(mark), dtype=jnp.int32) for of in sets])
 
-  return base.leaves_by_path(base.map_leaves(count, weights, marks))
+  return trees.leaves_by_path(trees.map_leaves(count, weights, marks))
 
 
 def _row(path, shape, sparse, counts) -> Row:

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_jax import base
-from sparse_jax import losses
-from sparse_jax import masking
-from sparse_jax import state as state_lib
+from sparse_jax import checks
+
+from sparse_jax import trees
+from sparse_jax.rules import losses
+from sparse_jax.masks import masking
+from sparse_jax.rules import state as state_lib
 
 
 class SparsifyState(NamedTuple):
@@ -65,7 +67,7 @@ def sparsify(optimizer: optax.GradientTransformation,
   if not isinstance(method, state_lib.SparseMethod):
     raise ValueError(f'`method` (={method!r}) must be a SparseMethod, such as '
                      'sparse_jax.top_kast(...).')
-  base.check_bool('penalty', penalty)
+  checks.check_bool('penalty', penalty)
   optimizer = optax.with_extra_args_support(optimizer)
 
   def init_fn(params):
@@ -140,14 +142,14 @@ def keep_params_sparse() -> optax.GradientTransformationExtraArgs:
       del path
       return update if mask is None else jnp.where(mask, update, -weight)
 
-    return base.map_leaves(keep, updates, params, forward_masks), state
+    return trees.map_leaves(keep, updates, params, forward_masks), state
 
   return optax.GradientTransformationExtraArgs(_no_state, update_fn)
 
 
 def add_exploration_decay(
     penalty_weight: float = 1e-4, *,
-    forward_density: float | dict[base.Path, float] | None = None,
+    forward_density: float | dict[trees.Path, float] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Adds the gradient of Top-KAST's exploration loss.
 
@@ -162,7 +164,7 @@ def add_exploration_decay(
     >>> updates
     Array([-3., -0.], dtype=float32)
   """
-  base.check_non_negative('penalty_weight', penalty_weight)
+  checks.check_non_negative('penalty_weight', penalty_weight)
   losses.check_density(forward_density)
 
   def update_fn(updates, state, params=None, *, forward_masks, backward_masks,
@@ -203,7 +205,7 @@ def _where_masked(masks, tree, other):
     other_ = jnp.asarray(other, leaf.dtype)
     return leaf if mask is None else jnp.where(mask, leaf, other_)
 
-  return base.map_leaves(mask, tree, masks)
+  return trees.map_leaves(mask, tree, masks)
 
 
 def _fresh_outside(slots, fresh, params, sparse):
@@ -213,7 +215,7 @@ def _fresh_outside(slots, fresh, params, sparse):
   outside B (weight decay reaches momentum there). Before the step, not after
   it: XLA then reads and writes each slot once.
   """
-  levels = base.leaves_by_path(sparse.marks)
+  levels = trees.leaves_by_path(sparse.marks)
 
   def visit(path, slot, new):
     own = levels.get(path)
@@ -238,10 +240,10 @@ def _map_slots(fn, params, slots, fresh):
   A slot is a leaf whose path ends with a parameter's path and has its shape.
   """
   # Dense leaves too: a slot of theirs must not pass for a namesake's.
-  leaves = base.leaves_by_path(params)
+  leaves = trees.leaves_by_path(params)
 
   def visit(path, slot, new):
-    owner = base.owner_of(base.path_name(path), leaves)
+    owner = trees.owner_of(trees.path_name(path), leaves)
     if owner is None or getattr(slot, 'shape', None) != leaves[owner].shape:
       return slot
     return fn(owner, slot, new)

@@ -9,8 +9,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import accelerator
-from sparse_jax import products
+from sparse_jax.cost import accelerator
+from sparse_jax.jaxprs import products
 
 Machine = accelerator.Machine
 SMALL = Machine(lanes=4, rows=3, columns=2, tiles=2, lookahead=2, lookaside=3)

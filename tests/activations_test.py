@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparse_jax
-from sparse_jax import activations
+from sparse_jax.operators import activations
 
 
 def normal(*shape, seed=0):

@@ -5,8 +5,8 @@ import math
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from sparse_jax import allocation
-from sparse_jax import topk
+from sparse_jax.masks import allocations as allocation
+from sparse_jax.masks import topk
 
 TOY = {'A': (1, 1, 4, 4), 'B': (3, 3, 4, 8), 'C': (8, 10)}
 SMALL = {'a': (2, 4), 'b': (3, 6), 'c': (2, 4, 6)}

@@ -7,7 +7,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import backward
+from sparse_jax.masks import backward
 
 
 def problem(dtype=jnp.float32, lead=()):

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax import scoring
-from sparse_jax.structures import Block
-from sparse_jax.structures import NM
+from sparse_jax.masks import scores as scoring
+from sparse_jax.masks.structures import Block
+from sparse_jax.masks.structures import NM
 
 NAN = float('nan')
 PARAMS = {'w': jnp.ones((4, 6))}

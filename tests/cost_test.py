@@ -11,8 +11,8 @@ import optax
 
 import sparse_jax
 from experiments.image import models
-from sparse_jax import base
-from sparse_jax import cost
+from sparse_jax import trees
+from sparse_jax.cost import flops as cost
 
 Work = sparse_jax.Work
 STEM, HEAD = ('stem/kernel',), ('stem/kernel', 'head/kernel')
@@ -51,7 +51,7 @@ def resnet50(convention, stem=112):
 def densities(flops, sparsity, allocation=sparse_jax.uniform, dense=()):
   """Density of each kernel."""
   shapes = {path: leaf.shape
-            for path, leaf in base.leaves_by_path(flops.params).items()
+            for path, leaf in trees.leaves_by_path(flops.params).items()
             if path.endswith('kernel') and path not in dense}
   return {p: 1 - s for p, s in allocation(shapes, sparsity).items()}
 

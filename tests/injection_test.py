@@ -20,7 +20,7 @@ from sparse_jax import Operands
 def top(x, sparsity):
   """The largest entries, the others 0; by sorting, ties to the earlier."""
   order = jnp.argsort(-jnp.abs(x).ravel(), stable=True)
-  kept = order[:sparse_jax.topk.keep_count(x.size, sparsity)]
+  kept = order[:sparse_jax.masks.topk.keep_count(x.size, sparsity)]
   return jnp.zeros(x.size).at[kept].set(x.ravel()[kept]).reshape(x.shape)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from experiments.language import adaptive
 from experiments.language import models
 import sparse_jax
-from sparse_jax import base
+from sparse_jax import trees
 
 _VOCAB = 11
 
@@ -368,7 +368,7 @@ class SparseTest(parameterized.TestCase):
 
   def test_all_weights_of_products_may_be_sparse_and_no_biases(self):
     model = create(cutoffs=(3, 6), d_embed=4)
-    leaves = base.leaves_by_path(random_params(model))
+    leaves = trees.leaves_by_path(random_params(model))
     chosen = {path for path, leaf in leaves.items()
               if sparse_jax.is_kernel(path, leaf)}
     self.assertEqual(chosen, {path for path in leaves if path.endswith(
@@ -384,7 +384,7 @@ class SparseTest(parameterized.TestCase):
                                    train=False), params)
     found = sorted(product.path for product in products if product.path)
     self.assertEqual(found, sorted(
-        path for path, leaf in base.leaves_by_path(params).items()
+        path for path, leaf in trees.leaves_by_path(params).items()
         if leaf.ndim > 1))
 
   def test_swat_reaches_every_projection_and_dense_layer(self):
@@ -413,7 +413,7 @@ class SparseTest(parameterized.TestCase):
 
     _, inputs = jax.eval_shape(loss, params, {})
     self.assertLen(inputs, 7)
-    leaves = base.leaves_by_path(params)
+    leaves = trees.leaves_by_path(params)
     noise = {path: jnp.zeros((*x.shape[:-1], leaves[path].shape[1]))
              for path, x in inputs.items()}
 
@@ -429,7 +429,7 @@ class SparseTest(parameterized.TestCase):
     for path, x in inputs.items():
       outer = lambda x: np.tensordot(x, errors[path], (range(x.ndim - 1),) * 2)
       expected, dense = outer(largest_half(x)), outer(np.asarray(x))
-      found = base.leaves_by_path(grads)[path]
+      found = trees.leaves_by_path(grads)[path]
       np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5,
                                  err_msg=path)
       self.assertGreater(np.abs(found - dense).max(), 1e-3, path)

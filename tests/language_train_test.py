@@ -206,7 +206,8 @@ class RunTest(parameterized.TestCase):
     run = train.prepare(values, values['workdir'])
     state = training.last_state(run)
     expected = run.task.method.read(state.params, state.opt_state)
-    expected = {sparse_jax.base.path_name(path): np.asarray(leaf) for path, leaf
+    expected = {sparse_jax.trees.path_name(path): np.asarray(leaf)
+                for path, leaf
                 in jax.tree_util.tree_leaves_with_path(expected)}
     packed = export.from_run(values['workdir'], 'packed')
     name = 'layer_0/dense_1/kernel'

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import losses
+from sparse_jax.rules import losses
 
 W = {'a': np.array([[.5, -.1, .3], [-.8, .2, .05]], np.float32),
      'b': np.array([2., -3.], np.float32)}

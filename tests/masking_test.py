@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import masking
-from sparse_jax.structures import Block
-from sparse_jax.structures import Channel
-from sparse_jax.structures import Filter
-from sparse_jax.structures import NM
-from sparse_jax.structures import Unstructured
+from sparse_jax.masks import masking
+from sparse_jax.masks.structures import Block
+from sparse_jax.masks.structures import Channel
+from sparse_jax.masks.structures import Filter
+from sparse_jax.masks.structures import NM
+from sparse_jax.masks.structures import Unstructured
 
 
 def place(index, axes, shape):

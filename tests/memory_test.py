@@ -10,8 +10,8 @@ import optax
 
 import sparse_jax
 from experiments.image import models
-from sparse_jax import base
-from sparse_jax import memory
+from sparse_jax import trees
+from sparse_jax.cost import memory
 
 
 def mlp(params, x):
@@ -70,7 +70,7 @@ class MemoryTest(parameterized.TestCase):
     params = jax.eval_shape(functools.partial(model.init, train=False),
                             jax.random.key(0), images)['params']
     biases = 4 * (26_560 + 1000)
-    kernels = {path: leaf for path, leaf in base.leaves_by_path(params).items()
+    kernels = {path: leaf for path, leaf in trees.leaves_by_path(params).items()
                if leaf.ndim > 1}
     for sparsity, want in ((.8, 23.684), (.9, 13.499), (.95, 8.399)):
       shapes = {path: leaf.shape for path, leaf in kernels.items()}

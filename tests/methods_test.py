@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax import base
+from sparse_jax import trees
 
 # Called without arguments, or with keywords in place of those given here.
 METHODS = {
@@ -251,7 +251,7 @@ def moment(params, state, grads, loss) -> Moment:
   trees = (params, sparse.forward_masks, sparse.backward_masks, grads)
   # Copies: the device's buffers are donated to the next step.
   return Moment(*({path: np.array(leaf)
-                   for path, leaf in base.leaves_by_path(tree).items()}
+                   for path, leaf in trees.leaves_by_path(tree).items()}
                   for tree in trees), float(loss))
 
 
@@ -485,9 +485,9 @@ class LawTest(parameterized.TestCase):
     weights = method.read(own, state)
     self.assertEqual(jax.tree.map(jax.typeof, weights),
                      jax.tree.map(jax.typeof, params))
-    masks = base.leaves_by_path(state.forward_masks)
-    before = base.leaves_by_path(params)
-    for path, weight in base.leaves_by_path(weights).items():
+    masks = trees.leaves_by_path(state.forward_masks)
+    before = trees.leaves_by_path(params)
+    for path, weight in trees.leaves_by_path(weights).items():
       if name in REPARAMETRIZED:
         self.assertFalse(np.any(np.where(masks.get(path, True), 0, weight)))
         continue
@@ -706,7 +706,7 @@ class WeightTest(parameterized.TestCase):
     everywhere = name in DENSE_GRADIENT
     moments = run(name).moments
     for step, (old, new) in enumerate(zip(moments, moments[1:]), 1):
-      target = base.leaves_by_path(fake_batch(fake_params(), step))
+      target = trees.leaves_by_path(fake_batch(fake_params(), step))
       for path, mask in old.forward.items():
         read = np.where(mask, old.params[path], 0)
         backward = np.ones_like(mask) if everywhere else old.backward[path]
@@ -725,7 +725,7 @@ class WeightTest(parameterized.TestCase):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def both(params, state, grads):
       updates, new = tx.update(grads, state, params)
-      inside = base.map_leaves(
+      inside = trees.map_leaves(
           lambda path, g, mask: g if mask is None else jnp.where(mask, g, -0.),
           jax.tree.map(lambda g: -.1 * g, grads), state.sparse.backward_masks)
       by_hand = method.refresh(optax.apply_updates(params, inside), grads,
@@ -784,12 +784,12 @@ class ReferenceTest(parameterized.TestCase):
     method = METHODS['top_kast'](penalty_weight=.3,
                                  allocation=sparse_jax.erk)
     state = method.init(params)
-    grads = base.leaves_by_path(jax.grad(method.penalty)(params, state))
+    grads = trees.leaves_by_path(jax.grad(method.penalty)(params, state))
     shares = sparse_jax.erk({'conv/kernel': (2, 2, 4, 6),
                              'dense/kernel': (8, 12)}, .75)
-    forward = base.leaves_by_path(state.forward_masks)
-    backward = base.leaves_by_path(state.backward_masks)
-    for path, weight in base.leaves_by_path(params).items():
+    forward = trees.leaves_by_path(state.forward_masks)
+    backward = trees.leaves_by_path(state.backward_masks)
+    for path, weight in trees.leaves_by_path(params).items():
       if path not in shares:
         self.assertFalse(np.any(grads[path]))
         continue
@@ -1031,9 +1031,9 @@ class ModelTest(parameterized.TestCase):
         self.check(name, STRUCTURES[structure], *state[name])
 
   def check(self, name, structure, params, state):
-    weights = base.leaves_by_path(params)
-    masks = base.leaves_by_path(state.sparse.forward_masks)
-    backward = base.leaves_by_path(state.sparse.backward_masks)
+    weights = trees.leaves_by_path(params)
+    masks = trees.leaves_by_path(state.sparse.forward_masks)
+    backward = trees.leaves_by_path(state.sparse.backward_masks)
     self.assertEqual(sorted(masks), ['conv/kernel', 'dense/kernel'])
     if name in LEARNED:
       return

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparse_jax
-from sparse_jax import masking
-from sparse_jax.operands import Operands
-from sparse_jax.operators import first_thresholds
-from sparse_jax.operators import sparse_conv_general_dilated
-from sparse_jax.operators import sparse_dot_general
-from sparse_jax.operators import sparse_einsum
+from sparse_jax.masks import masking
+from sparse_jax.operators.operands import Operands
+from sparse_jax.operators.sparse_products import first_thresholds
+from sparse_jax.operators.sparse_products import sparse_conv_general_dilated
+from sparse_jax.operators.sparse_products import sparse_dot_general
+from sparse_jax.operators.sparse_products import sparse_einsum
 
 MATMUL = (((1,), (0,)), ((), ()))
 SWAT = Operands(.6, 0, .6, .7, 0)

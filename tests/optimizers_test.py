@@ -16,7 +16,7 @@ import optax
 import optax.contrib
 
 import sparse_jax
-from sparse_jax import base
+from sparse_jax import trees
 from tests import methods_test
 
 # The rows of the law table that are methods, not variants of one.
@@ -155,8 +155,8 @@ def train(optimizer, extras=(), *, outer=lambda tx: tx, steps=5,
     new = compiled(states, methods_test.fake_batch(fake_params(), t))
     for name in methods:
       seen[name].append(Seen(
-          base.leaves_by_path(jax.tree.map(np.array, states[name][0])),
-          base.leaves_by_path(jax.tree.map(np.array, new[name][0])),
+          trees.leaves_by_path(jax.tree.map(np.array, states[name][0])),
+          trees.leaves_by_path(jax.tree.map(np.array, new[name][0])),
           sparse_jax.get_state(new[name][1]),
           sparse_jax.get_state(states[name][1])))
     states = new
@@ -203,7 +203,7 @@ class LawCase(parameterized.TestCase):
           self.check_step(name, step, t)
 
   def check_step(self, name, step, t):
-    masks = [base.leaves_by_path(tree) for tree in (
+    masks = [trees.leaves_by_path(tree) for tree in (
         step.state.forward_masks, step.state.backward_masks,
         step.old_state.backward_masks)]
     forward, backward, previous = masks

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import ordering
-from sparse_jax import products
+from sparse_jax.operators import ordering
+from sparse_jax.jaxprs import products
 
 VALUES = {'f': [-0., 0., 1., np.nan, np.inf, -np.inf, 1e-40],
           'i': [-(2 ** 31), -1, 0, 2 ** 31 - 1], 'u': [0, 1, 2 ** 32 - 1]}

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax import packed as packed_lib
+from sparse_jax.blocks import packing as packed_lib
 
 HALF = dict(sparsity=.5, pad=True)
 # A layer of ours, Flax's own, and an input.

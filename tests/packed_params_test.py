@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparse_jax
-from sparse_jax import packed_params
+from sparse_jax.packed_methods import packed_params
 
 
 def dense_params():

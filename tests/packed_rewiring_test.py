@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax import packed_rewiring
+from sparse_jax.packed_methods import packed_rewiring
 
 
 def packed_kernel(sparsity=.5, **options):

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax import packed as packed_lib
+from sparse_jax.blocks import packing as packed_lib
 
 WAYS = ('loop', 'batched')
 # Twelve tiles, two of them in each of three columns.

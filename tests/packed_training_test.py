@@ -14,10 +14,10 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax import base
-from sparse_jax import packed as packed_lib
-from sparse_jax import packed_rewiring
-from sparse_jax import packed_training
+from sparse_jax import trees
+from sparse_jax.blocks import packing as packed_lib
+from sparse_jax.packed_methods import packed_rewiring
+from sparse_jax.packed_methods import packed_training
 
 BLOCK = (2, 3)
 # Compiles in half the time.
@@ -101,7 +101,7 @@ def ids_of(packed):
 
 def packed_by_path(params):
   return {path: leaf for path, leaf in (
-      (base.path_name(p), leaf) for p, leaf in jax.tree.leaves_with_path(
+      (trees.path_name(p), leaf) for p, leaf in jax.tree.leaves_with_path(
           params, is_leaf=packed_lib.is_packed)) if packed_lib.is_packed(leaf)}
 
 
@@ -139,10 +139,10 @@ class SameRunTest(parameterized.TestCase):
   def compare(self, ours, theirs):
     params, slots, _ = ours
     dense, dense_slots, state = theirs
-    leaves, dense = packed_by_path(params), base.leaves_by_path(dense)
-    inner = base.leaves_by_path(state.forward_masks)
-    outer = base.leaves_by_path(state.backward_masks)
-    slots, dense_slots = (base.leaves_by_path(s) for s in (slots, dense_slots))
+    leaves, dense = packed_by_path(params), trees.leaves_by_path(dense)
+    inner = trees.leaves_by_path(state.forward_masks)
+    outer = trees.leaves_by_path(state.backward_masks)
+    slots, dense_slots = (trees.leaves_by_path(s) for s in (slots, dense_slots))
     for path, leaf in leaves.items():
       ids, forward = ids_of(leaf), np.s_[:]
       if leaf.forward is not None:
@@ -160,7 +160,7 @@ class SameRunTest(parameterized.TestCase):
         np.testing.assert_allclose(slots[name], tiles_at(leaf, want),
                                    rtol=1e-4, atol=1e-5)
     for path in 'first/bias', 'second/bias':
-      np.testing.assert_allclose(base.leaves_by_path(params)[path],
+      np.testing.assert_allclose(trees.leaves_by_path(params)[path],
                                  dense[path], rtol=1e-4, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax import base
+from sparse_jax import trees
 from tests import methods_test
 
 HALVES = (jnp.bfloat16, jnp.float16)
@@ -52,7 +52,7 @@ class HalfTest(parameterized.TestCase):
   def test_parameters_gradients_and_state_keep_their_dtypes(self, name, dtype):
     done = train(dtype)[name]
     for tree in (done.params, done.moments[-1].grads):
-      for path, leaf in base.leaves_by_path(tree).items():
+      for path, leaf in trees.leaves_by_path(tree).items():
         learnt = path.startswith(('thresholds', 'gates'))
         self.assertEqual(leaf.dtype, jnp.float32 if learnt else dtype, path)
     after = jax.tree.map(jax.typeof, (done.params, done.state))

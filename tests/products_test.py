@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparse_jax
-from sparse_jax import products
+from sparse_jax.jaxprs import products
 
 P = jax.sharding.PartitionSpec
 

@@ -8,10 +8,10 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax import budget
-from sparse_jax import masking
-from sparse_jax import sites
-from sparse_jax import topk
+from sparse_jax.rules import budgets as budget
+from sparse_jax.masks import masking
+from sparse_jax.rules import sites
+from sparse_jax.masks import topk
 
 L1 = dict(weight=[.5, -.1, .3, -.8, 0, 0], mask=[1, 1, 1, 1, 0, 0])
 L2 = dict(weight=[.05, .6, 0, 0, 0, 0], mask=[1, 1, 0, 0, 0, 0])

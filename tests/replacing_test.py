@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparse_jax
-from sparse_jax import products
-from sparse_jax import replacing
+from sparse_jax.jaxprs import products
+from sparse_jax.jaxprs import replacing
 
 P = jax.sharding.PartitionSpec
 

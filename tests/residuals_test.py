@@ -11,10 +11,10 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import memory
-from sparse_jax import operands
-from sparse_jax import operators
-from sparse_jax import residuals
+from sparse_jax.cost import memory
+from sparse_jax.operators import operands
+from sparse_jax.operators import sparse_products as operators
+from sparse_jax.operators import residuals
 
 # As users' programs are compiled, whatever conftest does to be quick.
 USUAL = {'xla_backend_optimization_level': 3,

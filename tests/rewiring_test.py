@@ -11,10 +11,10 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax import masking
-from sparse_jax import sites
-from sparse_jax.structures import Block
-from sparse_jax.structures import NM
+from sparse_jax.masks import masking
+from sparse_jax.rules import sites
+from sparse_jax.masks.structures import Block
+from sparse_jax.masks.structures import NM
 
 # spec/methods.md: six weights of which four are active, gradient, momentum.
 W0 = np.array([.5, -.1, .3, -.8, 0, 0], np.float32)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import schedules
-from sparse_jax import topk
+from sparse_jax.masks import schedules
+from sparse_jax.masks import topk
 
 
 class CubicSparsityTest(parameterized.TestCase):

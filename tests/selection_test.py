@@ -5,7 +5,7 @@ from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
 
-from sparse_jax import selection
+from sparse_jax.masks import selection
 
 
 def shapes(**sizes):

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax import base
+from sparse_jax import trees
 from tests import methods_test
 
 METHODS = {name: row() for name, row in methods_test.METHODS.items()}
@@ -65,7 +65,7 @@ def placed(tree, mesh):
 def shardings_like(tree, params, mesh):
   """Leaves that mirror a parameter lie like it, the others everywhere."""
   def place(path, leaf):
-    name = base.path_name(path).rpartition('/')[2]
+    name = trees.path_name(path).rpartition('/')[2]
     mirrors = name in params and leaf.shape == params[name].shape
     return NamedSharding(mesh, SPECS[name] if mirrors else PartitionSpec())
 

@@ -5,7 +5,7 @@ from absl.testing import parameterized
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import structures
+from sparse_jax.masks import structures
 
 SPEC_BLOCKS = np.array([[.5, .5, .9, 0, .6, .6], [.5, .5, .1, 0, .1, .1]],
                        np.float32)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax.operands import Operands
+from sparse_jax.operators.operands import Operands
 
 QUICK = {'xla_backend_optimization_level': 0}
 

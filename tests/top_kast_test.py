@@ -12,9 +12,9 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax import allocation
-from sparse_jax import losses
-from sparse_jax.structures import NM
+from sparse_jax.masks import allocations as allocation
+from sparse_jax.rules import losses
+from sparse_jax.masks.structures import NM
 
 KERNELS = ('a', 'b')
 OPTIMIZERS = {

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import topk
+from sparse_jax.masks import topk
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 GATHERS = r'= \S+ (all-gather|all-to-all|collective-permute)'

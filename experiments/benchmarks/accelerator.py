@@ -207,7 +207,7 @@ def cycles(seen, sparsity: float, machine: sparse_jax.Machine):
           for path, product, lhs, rhs in seen]
 
 
-def total(layers, name: str) -> sparse_jax.accelerator.Cycles:
+def total(layers, name: str) -> sparse_jax.cost.accelerator.Cycles:
   """Cycles of a pass through all layers."""
   return functools.reduce(lambda a, b: a + b, (
       getattr(found, name) for _, found in layers))

@@ -26,7 +26,7 @@ from experiments import training
 from experiments.benchmarks import timing
 from experiments.image import train
 import sparse_jax
-from sparse_jax import residuals
+from sparse_jax.operators import residuals
 
 _ROUNDS = flags.DEFINE_integer('timings', 5, 'Of each contender.')
 

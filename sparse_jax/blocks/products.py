@@ -1,0 +1,214 @@
+"""Products with packed weights: only kept blocks are touched, both ways."""
+
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from sparse_jax import checks
+from sparse_jax.blocks import packing as packed_lib
+from sparse_jax.blocks import tiles as packed_tiles
+from sparse_jax.blocks.packing import PackedBlocks
+from sparse_jax.blocks.tiles import Columns
+from sparse_jax.blocks.tiles import Plan
+from sparse_jax.blocks.tiles import Windows
+
+_PLAIN = (None, 'loop', 'batched')
+_IMPLEMENTATIONS = (*_PLAIN, 'pallas')
+
+
+def packed_matmul(x: jax.Array, packed: PackedBlocks, *,
+                  implementation: str | None = None) -> jax.Array:
+  """x @ weight, where only the kept blocks of the weight exist.
+
+  The forward pass and the gradient to `x` multiply by the blocks of A, the
+  gradient to the weight is made for the blocks of B; nothing of the dense
+  weight's size is read, written or allocated. Sums are kept in float32 where
+  the operands are 16-bit.
+
+  Laws: it is x @ unpack(packed), and so is its gradient to x; the gradient to
+  `packed.blocks` is that of the dense weight, block by block, on B.
+
+  Args:
+    x: float[..., in].
+    packed: PackedBlocks of a matrix [in, out]. If its leaf `growth` is there,
+      the gradient of that leaf is the score of every block of the dense
+      gradient, which is made and dropped a block at a time. A weight that is
+      used several times gets the sum of the scores.
+    implementation: 'loop' goes through the blocks, a few at a time, 'batched'
+      multiplies all at once, which takes memory for the inputs of every
+      block, 'pallas' runs a kernel written for GPUs. None takes the loop on a
+      CPU, as measured, and 'batched' elsewhere.
+
+  Returns:
+    float[..., out], of the operands' common dtype.
+
+  Raises:
+    ValueError: for shapes that do not fit, known indices out of range, or an
+      unknown `implementation`.
+
+  Example:
+    >>> packed = packed_lib.pack(jnp.eye(4), block=(2, 2), sparsity=0.5)
+    >>> packed_matmul(jnp.arange(4.), packed)
+    Array([0., 1., 2., 3.], dtype=float32)
+  """
+  _check_product(x, packed, implementation)
+  (tall, wide), (rows, columns) = packed.block, packed.grid
+  plan = Plan(Columns(tall), Columns(wide), columns * wide, implementation)
+  flat = x.reshape(-1, x.shape[-1])
+  flat = jnp.pad(flat, ((0, 0), (0, rows * tall - flat.shape[1])))
+  y = _product(plan, flat, packed)[:, :packed.shape[1]]
+  return y.reshape(*x.shape[:-1], packed.shape[1])
+
+
+def packed_conv(x: jax.Array, packed: PackedBlocks, *,
+                strides: int | tuple[int, ...] = 1,
+                padding: str | tuple[tuple[int, int], ...] = 'SAME',
+                dilation: int | tuple[int, ...] = 1,
+                implementation: str | None = None) -> jax.Array:
+  """The convolution by a packed kernel: only its kept blocks exist.
+
+  A block is a tile of the input and output channels at one position of the
+  kernel. Each is multiplied by the windows of `x` that it meets, so that the
+  work and the memory are those of `packed_matmul`; nothing is unfolded.
+
+  Law: it is jax.lax.conv_general_dilated with unpack(packed), NHWC and HWIO,
+  and so are its gradients, that of the kernel on B.
+
+  Args:
+    x: float[batch, spatial..., in].
+    packed: PackedBlocks of a kernel [spatial..., in, out].
+    strides, dilation: of the windows and of the kernel, one number or one
+      for each spatial axis.
+    padding: 'SAME', 'VALID' or (before, after) for each spatial axis.
+    implementation: as in `packed_matmul`, 'pallas' excepted.
+
+  Returns:
+    float[batch, spatial..., out].
+
+  Raises:
+    ValueError: for shapes or numbers that do not fit.
+
+  Example:
+    >>> kernel = jnp.ones((3, 3, 2, 2))
+    >>> packed = packed_lib.pack(kernel, block=(2, 2), sparsity=0.5)
+    >>> packed_conv(jnp.ones((1, 4, 4, 2)), packed).shape
+    (1, 4, 4, 2)
+  """
+  count = len(packed.shape) - 2
+  if x.ndim != count + 2 or x.shape[-1] != packed.shape[-2]:
+    raise ValueError(f'`x` (of shape {x.shape}) must be [batch, spatial..., '
+                     f'in] for `packed` (of shape {packed.shape}).')
+  _check_common(packed, implementation, _PLAIN)
+  strides = _per_axis('strides', strides, count)
+  dilation = _per_axis('dilation', dilation, count)
+  if set(packed.shape[:-2] + strides) <= {1}:
+    matrix = packed.replace(shape=packed.shape[-2:])
+    return packed_matmul(_padded(x, _pads(x, (1,) * count, strides, padding)),
+                         matrix, implementation=implementation)
+  reach = tuple((n - 1) * step + 1
+                for n, step in zip(packed.shape, dilation))
+  x = _padded(x, _pads(x, reach, strides, padding))
+  outputs = tuple((n - far) // step + 1 for n, far, step in
+                  zip(x.shape[1:-1], reach, strides))
+  if min(outputs) < 1:
+    raise ValueError(f'`x` (padded to {x.shape}) must not be smaller than the '
+                     f'kernel\'s reach {reach}.')
+  y = _convolve(x, packed, Windows(
+      packed.block[0], -(-packed.shape[-2] // packed.block[0]),
+      packed.shape[:-2], strides, dilation, outputs), implementation)
+  return y.reshape(x.shape[0], *outputs, packed.shape[-1])
+
+
+def _convolve(x, packed, windows, implementation):
+  wide, columns = packed.block[1], packed.grid[1]
+  plan = Plan(windows, Columns(wide), columns * wide, implementation)
+  more = windows.tiles * windows.size - x.shape[-1]
+  x = _padded(x, ((0, 0),) * (x.ndim - 2), more)
+  return _product(plan, x, packed)[:, :packed.shape[-1]]
+
+
+def _pads(x, reach, strides, padding):
+  if isinstance(padding, str):
+    if padding not in ('SAME', 'VALID'):
+      raise ValueError(f'`padding` (={padding!r}) must be \'SAME\', '
+                       '\'VALID\' or pairs of integers.')
+    return lax.padtype_to_pads(x.shape[1:-1], reach, strides, padding)
+  if len(padding) != len(reach) or any(len(pair) != 2 for pair in padding):
+    raise ValueError(f'`padding` (={padding!r}) must have a pair for each of '
+                     f'{len(reach)} axes.')
+  return padding
+
+
+def _padded(x, pads, channels: int = 0):
+  return jnp.pad(x, ((0, 0), *(tuple(pair) for pair in pads), (0, channels)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(plan: Plan, x: jax.Array, packed: PackedBlocks) -> jax.Array:
+  return _multiply(plan, x, packed)
+
+
+def _product_forward(plan, x, packed):
+  return _multiply(plan, x, packed), (x, packed)
+
+
+def _product_backward(plan, saved, cotangent):
+  x, packed = saved
+  grad_x, grad_blocks = _gradients(plan, x, packed, cotangent)
+  growth = None
+  if packed.growth is not None:
+    growth = packed_tiles.growth_scores(plan, x, packed, cotangent)
+  grad = packed.replace(blocks=grad_blocks, rows=None, columns=None,
+                        forward=None, growth=growth)
+  return grad_x, grad
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _multiply(plan, x, packed):
+  kept = packed.read()
+  dtype = jnp.result_type(x, kept.blocks)
+  y = packed_tiles.multiply(
+      plan, x.astype(dtype), kept.blocks.astype(dtype), kept.rows, kept.columns)
+  return y.astype(dtype)
+
+
+def _gradients(plan, x, packed, cotangent):
+  """The gradients to x, by the tiles of A, and to the tiles of B."""
+  dtype = cotangent.dtype
+  if packed.forward is None:
+    blocks = packed.blocks.astype(dtype)
+    grad_x, grad = packed_tiles.both_gradients(
+        plan, x.astype(dtype), cotangent, blocks, packed.rows, packed.columns)
+  else:
+    kept = packed.read()
+    grad_x = packed_tiles.input_gradient(
+        plan, x, cotangent, kept.blocks.astype(dtype), kept.rows, kept.columns)
+    grad = packed_tiles.weight_gradient(
+        plan, x.astype(dtype), cotangent, packed.rows, packed.columns)
+  return grad_x.astype(x.dtype), grad.astype(packed.dtype)
+
+
+def _per_axis(name: str, value, count: int) -> tuple[int, ...]:
+  """An integer for each axis, of one for all or one each."""
+  values = (value,) * count if isinstance(value, int) else tuple(value)
+  if len(values) != count:
+    raise ValueError(f'`{name}` (={value!r}) must be one number or {count}.')
+  return tuple(checks.check_count(name, size, least=1) for size in values)
+
+
+def _check_product(x, packed, implementation):
+  if len(packed.shape) != 2 or x.shape[-1:] != packed.shape[:1]:
+    raise ValueError(f'`x` (of shape {x.shape}) must end in the rows of '
+                     f'`packed`, a matrix (of shape {packed.shape}).')
+  _check_common(packed, implementation, _IMPLEMENTATIONS)
+
+
+def _check_common(packed, implementation, known):
+  if implementation not in known:
+    raise ValueError(f'`implementation` (={implementation!r}) must be one of '
+                     f'{known}.')
+  packed_lib.check_indices(packed)

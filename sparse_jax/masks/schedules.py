@@ -1,0 +1,99 @@
+"""Sparsity and drop fraction as functions of the step, in Optax's manner."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from sparse_jax import checks
+
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+
+
+def constant(value: float) -> Schedule:
+  """The same value at every step, a float32[].
+
+  Example:
+    >>> float(constant(0.5)(100))
+    0.5
+  """
+  return lambda step: jnp.full(jnp.shape(step), value, jnp.float32)
+
+
+def cubic_sparsity(final: float, *, begin: int = 0, end: int,
+                   initial: float = 0.) -> Schedule:
+  """Rises from `initial` to `final`, fast at first and ever slower.
+
+  s(t) = final + (initial - final) * (1 - (t - begin) / (end - begin))**3
+  between the two steps, `initial` before and exactly `final` from `end` on.
+
+  Args:
+    final: sparsity reached at `end`, in [0, 1).
+    begin: the step at which the rise starts.
+    end: the step at which it is over, above `begin`.
+    initial: sparsity before `begin`, in [0, 1).
+
+  Returns:
+    A function from a step (int or int32[]) to a sparsity (float32[]).
+
+  Raises:
+    ValueError: for a sparsity out of range, or `end` not above `begin`.
+
+  Example:
+    >>> schedule = cubic_sparsity(0.8, end=100)
+    >>> [round(float(schedule(t)), 4) for t in (0, 25, 50, 75, 100)]
+    [0.0, 0.4625, 0.7, 0.7875, 0.8]
+
+  Reference:
+    Zhu and Gupta, To prune, or not to prune, 2017,
+    https://arxiv.org/abs/1710.01878, equation 1.
+  """
+  checks.check_sparsity('final', final)
+  checks.check_sparsity('initial', initial)
+  _check_window(begin, end)
+
+  def schedule(step):
+    left = 1 - _progress(step, begin, end)
+    value = final + (initial - final) * left**3
+    return jnp.where(left > 0, value, jnp.float32(final))
+
+  return schedule
+
+
+def cosine_drop(fraction: float, *, end: int) -> Schedule:
+  """A drop fraction that falls to 0 along half a cosine.
+
+  f(t) = fraction / 2 * (1 + cos(pi t / end)), and 0 from `end` on.
+
+  Args:
+    fraction: share of the active weights dropped at step 0, in [0, 1].
+    end: the step at which nothing is dropped any more, at least 1.
+
+  Example:
+    >>> drop = cosine_drop(0.3, end=100)
+    >>> [round(float(drop(t)), 4) for t in (0, 25, 50, 75, 100)]
+    [0.3, 0.2561, 0.15, 0.0439, 0.0]
+
+  Reference:
+    Evci et al., RigL, 2020, https://arxiv.org/abs/1911.11134, section 3.
+  """
+  checks.check_fraction('fraction', fraction)
+  _check_window(0, end)
+
+  def schedule(step):
+    angle = jnp.pi * _progress(step, 0, end)
+    return jnp.float32(fraction / 2) * (1 + jnp.cos(angle))
+
+  return schedule
+
+
+def _progress(step, begin: int, end: int) -> jax.Array:
+  share = (jnp.asarray(step, jnp.float32) - begin) / (end - begin)
+  return jnp.clip(share, 0, 1)
+
+
+def _check_window(begin: int, end: int) -> None:
+  checks.check_count('begin', begin)
+  checks.check_count('end', end)
+  if end <= begin:
+    raise ValueError(f'`end` (={end}) must be above `begin` (={begin}).')

@@ -1,0 +1,168 @@
+"""Which leaves of a parameter tree may be sparse, and along which axes."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import re
+from typing import Any
+
+import jax.numpy as jnp
+
+from sparse_jax import trees
+
+IsSparse = (Callable[[trees.Path, Any], bool]
+            | Sequence[tuple[str, bool]] | None)
+Axes = tuple[int, ...] | Callable[[trees.Path, Any], tuple[int, ...]]
+
+_NEVER_SPARSE = ('bias', 'scale')
+# Names that Flax gives to the projections of attention, and the axes of their
+# kernels that the product sums over: (d, heads, head_dim) and its mirror.
+_ATTENTION = {'query': (0,), 'key': (0,), 'value': (0,), 'out': (0, 1)}
+
+
+def is_kernel(path: trees.Path, leaf: Any, batch_axes: tuple[int, ...] = ()):
+  """The default choice: a floating leaf of two axes or more, not a bias.
+
+  Args:
+    path: the leaf's keys, joined by '/'.
+    leaf: anything with `dtype` and `ndim`.
+    batch_axes: axes that stack layers, and do not count.
+
+  Returns:
+    True unless the leaf is integer, has fewer than two axes besides
+    `batch_axes`, or is named 'bias' or 'scale'.
+
+  Example:
+    >>> is_kernel('Dense_0/kernel', jnp.zeros((3, 4)))
+    True
+    >>> is_kernel('Dense_0/bias', jnp.zeros((4,)))
+    False
+  """
+  floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+  named = path.rpartition('/')[2] not in _NEVER_SPARSE
+  return bool(floating and named and leaf.ndim - len(batch_axes) >= 2)
+
+
+def check_axes(name: str, axes: Axes) -> Axes:
+  """Returns `axes` if a function or a tuple of integers, else ValueError."""
+  whole = isinstance(axes, tuple) and all(
+      isinstance(axis, int) and not isinstance(axis, bool) for axis in axes)
+  if not whole and not callable(axes):
+    raise ValueError(f'`{name}` (={axes!r}) must be a tuple of integers or a '
+                     'function of path and leaf.')
+  return axes
+
+
+def check_is_sparse(is_sparse: IsSparse) -> IsSparse:
+  """Returns the choice if it is well formed, else raises ValueError."""
+  if is_sparse is None or callable(is_sparse):
+    return is_sparse
+  try:
+    rules = [(re.compile(pattern), value) for pattern, value in is_sparse]
+    if isinstance(is_sparse, str) or not all(
+        isinstance(value, bool) for _, value in rules):
+      raise ValueError('no rules')
+  except (TypeError, ValueError, re.error) as error:
+    raise ValueError(f'`is_sparse` (={is_sparse!r}) must be a function of path '
+                     'and leaf, or a list of (regular expression, bool): '
+                     f'{error}.') from error
+  return is_sparse
+
+
+def axes_of(axes: Axes, path: trees.Path, leaf: Any,
+            name: str = 'batch_axes') -> tuple[int, ...]:
+  """Axes given as a tuple or as a function of path and leaf, made positive."""
+  chosen = axes(path, leaf) if callable(axes) else axes
+  for axis in chosen:
+    if not -leaf.ndim <= axis < leaf.ndim:
+      raise ValueError(f'`{name}` (={chosen!r}) has {axis}, which is not an '
+                       f'axis of {path!r}, of shape {leaf.shape}.')
+  return tuple(sorted(axis % leaf.ndim for axis in chosen))
+
+
+def batch_axes_of(axes: Axes, path: trees.Path, leaf: Any) -> tuple[int, ...]:
+  """Like `axes_of`, but a tuple skips leaves it does not fit (a bias)."""
+  if not callable(axes) and any(
+      not -leaf.ndim <= axis < leaf.ndim for axis in axes):
+    return ()
+  return axes_of(axes, path, leaf)
+
+
+def contracting_axes(path: trees.Path, ndim: int) -> tuple[int, ...]:
+  """The axes of a kernel that its product sums over, spatial ones apart.
+
+  Kernels of Dense (in, out) and Conv (..., in, out) contract their second
+  last axis; those of attention are known by Flax's names for them.
+
+  Args:
+    path: the leaf's keys, joined by '/'.
+    ndim: its number of axes, stacked ones not counted.
+
+  Example:
+    >>> contracting_axes('Dense_0/kernel', 2)
+    (0,)
+    >>> contracting_axes('Conv_0/kernel', 4)
+    (2,)
+    >>> contracting_axes('attention/out/kernel', 3)
+    (0, 1)
+  """
+  parts = path.split('/')
+  owner = parts[-2] if len(parts) > 1 else ''
+  if ndim == 3 and owner in _ATTENTION:
+    return _ATTENTION[owner]
+  return (max(ndim - 2, 0),)
+
+
+def select(params: trees.PyTree, is_sparse: IsSparse = None,
+           batch_axes: Axes = ()) -> dict[trees.Path, Any]:
+  """The leaves that may be sparse, as `{path: leaf}`.
+
+  Args:
+    params: a tree of arrays or of shapes.
+    is_sparse: a predicate on (path, leaf), or rules (regex, bool) of which
+      the first that is found in the path decides; leaves without a rule
+      follow `is_kernel`. None means `is_kernel` for all.
+    batch_axes: axes that stack layers: a tuple, or a function of (path, leaf).
+
+  Raises:
+    ValueError: if a rule is found in no path, or nothing is selected.
+
+  Example:
+    >>> params = {'stem': jnp.zeros((3, 4)), 'head': jnp.zeros((4, 2))}
+    >>> list(select(params, [('stem', False)]))
+    ['head']
+  """
+  leaves = trees.leaves_by_path(params)
+  chooses = _predicate(is_sparse, batch_axes, leaves)
+  chosen = {path: leaf for path, leaf in leaves.items()
+            if hasattr(leaf, 'ndim') and chooses(path, leaf)}
+  if isinstance(batch_axes, tuple) and batch_axes and not any(
+      batch_axes_of(batch_axes, path, leaf) for path, leaf in chosen.items()):
+    raise ValueError(f'`batch_axes` (={batch_axes!r}) are axes of none of the '
+                     f'leaves {sorted(chosen)}.')
+  if not chosen:
+    raise ValueError(f'`is_sparse` (={is_sparse!r}) selects no leaf of '
+                     f'{sorted(leaves)}.')
+  return chosen
+
+
+def _predicate(is_sparse, batch_axes, leaves):
+  def default(path, leaf):
+    return is_kernel(path, leaf, batch_axes_of(batch_axes, path, leaf))
+
+  if is_sparse is None:
+    return default
+  if callable(is_sparse):
+    return is_sparse
+  rules = [(re.compile(pattern), bool(value)) for pattern, value in is_sparse]
+  for pattern, _ in rules:
+    if not any(pattern.search(path) for path in leaves):
+      raise ValueError(f'`is_sparse` has a rule {pattern.pattern!r} that is '
+                       f'found in none of {sorted(leaves)}.')
+
+  def first_rule(path, leaf):
+    for pattern, value in rules:
+      if pattern.search(path):
+        return value
+    return default(path, leaf)
+
+  return first_rule

@@ -1,0 +1,158 @@
+"""Powerpropagation: a reparametrisation that makes the rich richer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from sparse_jax.rules import assembly
+from sparse_jax import checks
+from sparse_jax import trees
+from sparse_jax.masks import masking
+from sparse_jax.rules import sites as sites_lib
+from sparse_jax.rules import state as state_lib
+from sparse_jax.rules.assembly import SparseMethod
+
+
+def powerprop(method: SparseMethod, alpha: float = 2., *,
+              least_slope: float = 0.01) -> SparseMethod:
+  """Any method on weights w = theta * |theta|**(alpha - 1).
+
+  Small parameters then get small gradients, so that weights part into large
+  and negligible ones, which are cheap to remove. `parametrize` turns weights
+  into theta, so that training starts from the same function; only the leaves
+  that the method makes sparse are changed. The method sees w and dL/dw
+  wherever it ranks or drops; penalties and weight decay act on theta. The
+  training cost is the method's own.
+
+  Law: alpha = 1 is the method itself.
+
+  Args:
+    method: the method that it wraps. Top-KAST is the published pair.
+    alpha: the power, at least 1. The paper tries 1 to 5.
+    least_slope: lower bound of dw/dtheta in the backward pass, at least 0: at
+      theta = 0 the true slope is 0, and what SET or RigL grow could never
+      leave it.
+
+  Raises:
+    ValueError: naming the argument that is out of range.
+
+  Example:
+    >>> import sparse_jax
+    >>> method = powerprop(sparse_jax.static(0.), 2.)
+    >>> weights = {'kernel': jnp.array([[4., -9.]])}
+    >>> theta = method.parametrize(weights)
+    >>> theta['kernel'].tolist()
+    [[2.0, -3.0]]
+    >>> method.read(theta, method.init(theta))['kernel'].tolist()
+    [[4.0, -9.0]]
+
+  Reference:
+    Schwarz et al., Powerpropagation, 2021, https://arxiv.org/abs/2110.00296.
+    Deviation: `least_slope`; 0 is the paper's own rule.
+  """
+  if not isinstance(method, SparseMethod):
+    raise ValueError(f'`method` (={method!r}) must be a SparseMethod.')
+  if not checks.check_non_negative('alpha', alpha) >= 1:
+    raise ValueError(f'`alpha` (={alpha!r}) must be at least 1.')
+  checks.check_non_negative('least_slope', least_slope)
+  power = functools.partial(_power_leaf, alpha, least_slope)
+
+  def weights_of(theta, marks):
+    return masking.map_marked(
+        lambda leaf, own: power(leaf, masking.backward_mask(own)), theta, marks)
+
+  def parametrize(params):
+    marks = jax.eval_shape(method.init, method.parametrize(params)).marks
+    return method.parametrize(masking.map_marked(
+        lambda leaf, own: _root(leaf, alpha), params, marks))
+
+  def init(params, key=None):
+    marks = jax.eval_shape(method.init, params).marks
+    return method.init(masking.map_marked(
+        lambda leaf, own: _power(leaf, alpha), params, marks), key)
+
+  def read(params, state):
+    state = state_lib.get_state(state)
+    return method.read(weights_of(params, state.marks), state)
+
+  def settle(params, updates, grads, state, **extra_args):
+    stepped = jax.tree.map(sites_lib.apply_update, params, updates)
+    weights = masking.map_marked(lambda leaf, own: _wide_power(leaf, alpha),
+                                 stepped, state.marks)
+    still = jax.tree.map(lambda w: jnp.full_like(w, -0.), weights)
+    slopes = masking.map_marked(lambda leaf, own: jnp.where(
+        masking.backward_mask(own), _slope(leaf, alpha, least_slope), 1),
+                                params, state.marks)
+    own_grads = masking.map_marked(
+        lambda g, own, slope: _divide(g, slope), grads, state.marks, slopes)
+    moves, new = method.settle(weights, still, own_grads, state, **extra_args)
+    return trees.map_leaves(
+        functools.partial(_combine, alpha), params, updates, weights, moves,
+        state.marks), new
+
+  return method._replace(parametrize=parametrize, init=init, read=read,
+                         refresh=assembly.refresh_by(settle), settle=settle,
+                         kept=None)
+
+
+def _combine(alpha, path, theta, update, weight, move, marks):
+  """The update of theta, where the method moved w the one that leads there."""
+  del path
+  if not masking.is_marked(marks):
+    return jnp.where(move == 0, update, update + move)
+  moved = sites_lib.apply_update(weight, move)
+  there = _root(moved, alpha).astype(theta.dtype)
+  return jnp.where(moved == weight, update, there - theta)
+
+
+def _power(theta: jax.Array, alpha: float) -> jax.Array:
+  wide = theta.astype(jnp.float32)
+  return (jnp.sign(wide) * jnp.abs(wide)**alpha).astype(theta.dtype)
+
+
+def _wide_power(theta: jax.Array, alpha: float) -> jax.Array:
+  """w in float32, and not 0 where theta is not: it may have to become 0."""
+  wide = theta.astype(jnp.float32)
+  weight = _power(wide, alpha)
+  tiny = jnp.copysign(jnp.finfo(jnp.float32).tiny, wide)
+  return jnp.where((weight == 0) & (wide != 0), tiny, weight)
+
+
+def _root(weight: jax.Array, alpha: float) -> jax.Array:
+  wide = weight.astype(jnp.float32)
+  root = jnp.sign(wide) * jnp.abs(wide)**(1 / alpha)
+  return root.astype(weight.dtype)
+
+
+def _slope(theta: jax.Array, alpha: float, least: float) -> jax.Array:
+  size = jnp.abs(theta.astype(jnp.float32))
+  return jnp.maximum(alpha * size**(alpha - 1), least)
+
+
+def _divide(grad: jax.Array, slope: jax.Array) -> jax.Array:
+  """grad / slope, and 0 where the slope is 0: nothing came through it."""
+  safe = jnp.where(slope > 0, slope, 1)
+  wide = grad.astype(jnp.float32)
+  return jnp.where(slope > 0, wide / safe, 0).astype(grad.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _power_leaf(alpha, least, theta, inside):
+  """w of theta. The gradient passes unscaled outside B, to rank growth."""
+  del least, inside
+  return _power(theta, alpha)
+
+
+def _power_leaf_forward(alpha, least, theta, inside):
+  del least
+  return _power(theta, alpha), (theta, inside)
+
+
+def _power_leaf_backward(alpha, least, residuals, cotangent):
+  theta, inside = residuals
+  slope = jnp.where(inside, _slope(theta, alpha, least), 1)
+  return (cotangent * slope.astype(cotangent.dtype)), None
+
+
+_power_leaf.defvjp(_power_leaf_forward, _power_leaf_backward)

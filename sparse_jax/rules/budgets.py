@@ -1,0 +1,121 @@
+"""One budget for many leaves: counts that the run itself decides."""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from sparse_jax import trees
+from sparse_jax.rules import sites as sites_lib
+from sparse_jax.masks import structures
+from sparse_jax.masks import topk
+
+Counts = dict[trees.Path, jax.Array]
+
+
+def global_counts(leaves: dict[trees.Path, sites_lib.Leaf],
+                  scores: dict[trees.Path, jax.Array], total: int | jax.Array
+                  ) -> Counts:
+  """Groups that each leaf keeps if the groups of all leaves compete.
+
+  Law: the counts sum to the total, and no leaf (no slice of a stacked leaf)
+  is left without a group.
+
+  Args:
+    leaves: the leaves that share the budget.
+    scores: float of each leaf's groups' shape; only their order matters.
+    total: how many are kept of all, a number or a traced one, no less than
+      there are leaves (slices).
+
+  Returns:
+    int32 of each leaf's groups' shape with its competing axes as 1.
+  """
+  best = {path: jnp.where(leaf.layout.top(scores[path], 1), jnp.inf,
+                          jnp.minimum(scores[path], _finite(scores[path])))
+          for path, leaf in leaves.items()}
+  counts = topk.joint_counts([best[path] for path in leaves], total,
+                             [leaf.layout.competing for leaf in leaves.values()]
+                             )
+  return dict(zip(leaves, counts))
+
+
+def share_out(total: jax.Array, claims: Counts, room: Counts) -> Counts:
+  """Divides a total among leaves in proportion to their claims.
+
+  Law: the shares are whole, none is above its room, they sum to
+  min(total, all room), and where no room binds each differs from its exact
+  proportion by less than 1.
+
+  Args:
+    total: int32[].
+    claims: float32 of any shape for each leaf, at least 0.
+    room: int32 of the same shapes: the most that each may get.
+
+  Returns:
+    int32 of the same shapes.
+
+  Example:
+    >>> claims = {'a': jnp.array([3.]), 'b': jnp.array([1.])}
+    >>> room = {'a': jnp.array([4]), 'b': jnp.array([4])}
+    >>> shares = share_out(jnp.int32(6), claims, room)
+    >>> int(shares['a'][0]), int(shares['b'][0])
+    (4, 2)
+  """
+  most, weight = _flat(room), _flat(claims).astype(jnp.float32)
+
+  def give(given):
+    left, open_ = total - _sum(given), given < most
+    claim = jnp.where(open_, weight, 0)
+    claim = jnp.where(jnp.sum(claim) > 0, claim, open_.astype(jnp.float32))
+    pool = (left + _sum(jnp.where(open_, given, 0))).astype(jnp.float32)
+    due = claim / jnp.sum(claim) * pool - given.astype(jnp.float32)
+    whole = jnp.clip(jnp.floor(due * (1 - 2**-20)).astype(jnp.int32), 0,
+                     most - given)
+    before = jnp.cumsum(whole, dtype=jnp.int32) - whole
+    whole = jnp.clip(left - before, 0, whole)
+    single = topk.top_k_mask(jnp.where(open_, due, jnp.nan), left) & open_
+    return given + jnp.where(jnp.any(whole > 0), whole, single)
+
+  def unfinished(given):
+    return (_sum(given) < total) & jnp.any(given < most)
+
+  shares = lax.while_loop(unfinished, give, jnp.zeros_like(most))
+  return _unflat(shares, room)
+
+
+def check_movable(sites: sites_lib.Sites, what: str, value) -> None:
+  """Raises ValueError if the sites fix the sparsity of every leaf."""
+  if isinstance(sites.structure, structures.NM):
+    raise ValueError(f'`{what}` (={value!r}) cannot move a budget between '
+                     f'leaves with `structure` ={sites.structure}, which fixes '
+                     'the sparsity of every leaf.')
+
+
+def check_scope(sites: sites_lib.Sites, scope: str) -> str:
+  """Returns 'layer' or 'global', or raises ValueError naming the argument."""
+  if scope not in ('layer', 'global'):
+    raise ValueError(f'`scope` (={scope!r}) must be \'layer\' or \'global\'.')
+  if scope == 'global':
+    check_movable(sites, 'scope', scope)
+    if sites.allocation is not sites_lib.Sites._field_defaults['allocation']:
+      raise ValueError(f'`allocation` (={sites.allocation!r}) must be uniform '
+                       'with `scope` =\'global\', which allocates by itself.')
+  return scope
+
+
+def _sum(counts: jax.Array) -> jax.Array:
+  return jnp.sum(counts, dtype=jnp.int32)
+
+
+def _finite(scores: jax.Array):
+  return jnp.finfo(scores.dtype).max
+
+
+def _flat(parts: Counts) -> jax.Array:
+  return jnp.concatenate([part.ravel() for part in parts.values()])
+
+
+def _unflat(flat: jax.Array, parts: Counts) -> Counts:
+  sizes = [part.size for part in parts.values()]
+  ends = [sum(sizes[:i + 1]) for i in range(len(sizes))]
+  return {path: flat[end - size:end].reshape(part.shape)
+          for (path, part), size, end in zip(parts.items(), sizes, ends)}

@@ -1,0 +1,71 @@
+"""Trees of parameters: leaves known by their paths."""
+
+from collections.abc import Callable
+from collections.abc import Collection
+from typing import Any
+
+import jax
+
+PyTree = Any
+Path = str
+
+# Attribute keys that a framework adds below the name of a parameter (NNX).
+_WRAPPERS = ('value', 'raw_value')
+
+
+def path_name(path: tuple[Any, ...]) -> Path:
+  """Joins the keys of a JAX key path by '/', without NNX's '.value'.
+
+  Example:
+    >>> tree = {'Dense_0': {'kernel': 1.}}
+    >>> [path_name(p) for p, _ in jax.tree.leaves_with_path(tree)]
+    ['Dense_0/kernel']
+  """
+  names = [_key_name(key) for key in path]
+  if path and isinstance(path[-1], jax.tree_util.GetAttrKey):
+    if names[-1] in _WRAPPERS:
+      names = names[:-1]
+  return '/'.join(names)
+
+
+def _key_name(key: Any) -> str:
+  for field in ('key', 'name', 'idx'):
+    if hasattr(key, field):
+      return str(getattr(key, field))
+  return str(key)
+
+
+def owner_of(name: Path, paths: Collection[Path]) -> Path | None:
+  """The longest of the paths with which the name of a slot ends, or None.
+
+  So an optimizer's slot is known by the parameter that it belongs to.
+
+  Example:
+    >>> owner_of('0/mu/Dense_0/kernel', {'kernel', 'Dense_0/kernel'})
+    'Dense_0/kernel'
+  """
+  keys = name.split('/')
+  ends = ('/'.join(keys[start:]) for start in range(len(keys) + 1))
+  return next((end for end in ends if end in paths), None)
+
+
+def leaves_by_path(tree: PyTree) -> dict[Path, Any]:
+  """The leaves of a tree as `{path: leaf}`, in the tree's own order."""
+  return {path_name(p): leaf for p, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def map_leaves(fn: Callable[..., Any], params: PyTree, *others: PyTree):
+  """Maps `fn(path, leaf, *other leaves)` over the leaves of `params`.
+
+  The other trees are matched by path, not by structure, and a leaf that one
+  of them lacks is passed as None. So trees from a different container (a
+  `nnx.State` and its pure dict), or with leaves left out by `optax.masked`,
+  still fit together.
+  """
+  tables = [leaves_by_path(tree) for tree in others]
+
+  def visit(path, leaf):
+    name = path_name(path)
+    return fn(name, leaf, *(table.get(name) for table in tables))
+
+  return jax.tree.map_with_path(visit, params)
