@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax import trees
-from sparse_jax.masks import masking
+from sparse_jax.masks import marks as marks_lib
 from sparse_jax.rules import state as state_lib
+from sparse_jax.rules import storage
 
 
 class Row(NamedTuple):
@@ -75,10 +76,10 @@ def summarize(params: trees.PyTree, opt_state: Any,
   """
   state = state_lib.get_state(opt_state)
   weights = method.read(params, state)
-  counts = _counts(weights, state.marks)
+  counts = _counts(weights, storage.entry_marks(state))
   marks = trees.leaves_by_path(state.marks)
   rows = tuple(
-      _row(path, tuple(leaf.shape), masking.is_marked(marks.get(path)), counts)
+      _row(path, tuple(leaf.shape), marks_lib.is_marked(marks.get(path)), counts)
       for path, leaf in trees.leaves_by_path(weights).items())
   return Summary(rows, _total(rows, counts))
 
@@ -88,11 +89,11 @@ def _counts(weights, marks):
   """int32[4] of each leaf: entries in A, in B, new in A, ever in A."""
   def count(path, weight, mark):
     del path
-    if not masking.is_marked(mark):
+    if not marks_lib.is_marked(mark):
       used = jnp.count_nonzero(weight)
       return jnp.array([used, weight.size, 0, used])
-    sets = (masking.forward_mask, masking.backward_mask, masking.newly_active,
-            masking.ever_active)
+    sets = (marks_lib.forward_mask, marks_lib.backward_mask, marks_lib.newly_active,
+            marks_lib.ever_active)
     return jnp.stack([jnp.sum(of(mark), dtype=jnp.int32) for of in sets])
 
   return trees.leaves_by_path(trees.map_leaves(count, weights, marks))

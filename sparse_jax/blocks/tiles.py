@@ -12,8 +12,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from sparse_jax.blocks import packing as packed_lib
-from sparse_jax.blocks import kernels as packed_kernels
+from sparse_jax.blocks import packing
+from sparse_jax.blocks import kernels
 from sparse_jax.blocks.packing import PackedBlocks
 
 # Blocks in one turn of the loop, as measured on two cores: XLA runs what does
@@ -128,7 +128,7 @@ def growth_scores(plan: Plan, x: jax.Array, packed: PackedBlocks,
     grad = _dot(plan.inputs.take(x.astype(cotangent.dtype), row),
                 plan.outputs.take(cotangent, column), (0, 0))
     grad = grad.astype(packed.dtype)
-    return packed_lib.tile_worth(grad, packed.reduce).astype(jnp.float32)
+    return packing.tile_scores(grad, packed.reduce).astype(jnp.float32)
 
   row_scores = lambda row: lax.map(lambda column: tile_score(row, column),
                                    jnp.arange(columns))
@@ -228,19 +228,19 @@ def _weight_batched(plan, x, cotangent, rows, columns):
 
 
 def _multiply_pallas(plan, x, blocks, rows, columns):
-  return packed_kernels.block_product(x, blocks, rows, columns,
+  return kernels.block_product(x, blocks, rows, columns,
                                       width=plan.width)
 
 
 def _input_pallas(plan, x, cotangent, blocks, rows, columns):
   del plan
-  return packed_kernels.block_product(cotangent, blocks.swapaxes(1, 2),
+  return kernels.block_product(cotangent, blocks.swapaxes(1, 2),
                                       columns, rows, width=x.shape[1])
 
 
 def _weight_pallas(plan, x, cotangent, rows, columns):
   block = (plan.inputs.size, plan.outputs.size)
-  return packed_kernels.block_gradient(x, cotangent, rows, columns,
+  return kernels.block_gradient(x, cotangent, rows, columns,
                                        block=block)
 
 
