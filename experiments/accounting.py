@@ -39,12 +39,12 @@ def figures(apply: Callable[..., Any], params: Any, inputs: Any,
   at_end = {row.path: state.Work(row.forward_density, row.forward_density,
                                  row.backward_density)
             for row in summary.rows if row.sparse}
-  counts = [sparse_jax.count_flops(apply, shapes, inputs, convention=convention)
+  counts = [sparse_jax.cost.count_flops(apply, shapes, inputs, convention=convention)
             for convention in ('multiply_adds', 'rigl')]
-  ours, rigl = (sparse_jax.training_cost(
+  ours, rigl = (sparse_jax.cost.training_cost(
       count, method if method.work else at_end, steps=steps)
                 for count in counts)
-  inference = sparse_jax.training_cost(counts[0], at_end)
+  inference = sparse_jax.cost.training_cost(counts[0], at_end)
   stored = {path: work.forward for path, work in at_end.items()}
   return {
       'flops': ours.dense.forward,
@@ -77,10 +77,10 @@ def forecast(loss: Callable[..., Any], state: Any, one: Any, two: Any,
     batch), as dense arrays.
   """
   weights = jax.eval_shape(method.read, state.params, state.opt_state)
-  flops = sparse_jax.count_flops(loss, weights, *one)
-  cost = sparse_jax.training_cost(flops, method if method.work else {},
+  flops = sparse_jax.cost.count_flops(loss, weights, *one)
+  cost = sparse_jax.cost.training_cost(flops, method if method.work else {},
                                   steps=steps)
-  first, second = (sparse_jax.memory_cost(loss, weights, *inputs)
+  first, second = (sparse_jax.cost.memory_cost(loss, weights, *inputs)
                    for inputs in (one, two))
   each = second.saved_activations - first.saved_activations
   return {
@@ -94,5 +94,5 @@ def forecast(loss: Callable[..., Any], state: Any, one: Any, two: Any,
 
 def _bytes(shapes, stored) -> int:
   """Bytes of weights, those of `stored` as kept values and a bit an entry."""
-  return sparse_jax.memory_cost(lambda params: params, shapes,
+  return sparse_jax.cost.memory_cost(lambda params: params, shapes,
                                 stored=stored).weights

@@ -7,7 +7,7 @@ The forms, of each weight that has a mask:
   sparse  `path:values`, those kept in order, `path:bits`, the mask eight
           entries a byte, and `path:shape`
   packed  `path:blocks`, `path:rows`, `path:columns`, `path:shape`: the kept
-          blocks of a run with --structure=block, as `sparse_jax.PackedBlocks`
+          blocks of a run with --structure=block, as `sparse_jax.blocks.PackedBlocks`
   dense   `path`, with its zeros, as all other arrays are in every form
 
 This is all that a program needs to read a sparse one back:
@@ -91,7 +91,7 @@ def _sparse(path, weight, mask):
 
 
 def _packed(path, weight, mask, block):
-  packed = sparse_jax.pack(weight, block=block, mask=mask, pad=True)
+  packed = sparse_jax.blocks.pack(weight, block=block, mask=mask, pad=True)
   return {f'{path}:blocks': np.asarray(packed.blocks),
           f'{path}:rows': np.asarray(packed.rows),
           f'{path}:columns': np.asarray(packed.columns),

@@ -52,8 +52,8 @@ WINDOWS = {'rigl': (0., .75), 'set': (0., .75), 'snfs': (0., .75),
 # Refreshes a run, where they are rare by design: AC/DC's phases are 5 of 100
 # epochs, ITOP's 4000 of 78000 steps.
 REFRESHES = {'ac_dc': 20, 'itop': 20}
-SCORES = {'magnitude': sparse_jax.magnitude, 'random': sparse_jax.random,
-          'saliency': sparse_jax.saliency}
+SCORES = {'magnitude': sparse_jax.scores.magnitude, 'random': sparse_jax.scores.random,
+          'saliency': sparse_jax.scores.saliency}
 # Flags, and what the methods that have them call them.
 ARGUMENTS = {name: name for name in (
     'sparsity', 'backward_sparsity', 'penalty_weight', 'backward_selection',
@@ -197,7 +197,7 @@ def from_flags(values: Mapping[str, Any], train_steps: int
                        f'{values["structure"] or "element"}.')
   method = constructor(**_arguments(values, name, known, train_steps))
   if values['operands']:
-    method = sparse_jax.add_operands(method, _operands(values),
+    method = sparse_jax.operators.add_operands(method, _operands(values),
                                      is_sparse=_dense_rules(values))
   _check_operator_flags(values, method)
   if values['powerprop_alpha'] is not None:
@@ -218,7 +218,7 @@ def has_target(method: str) -> bool:
   return 'sparsity' in inspect.signature(METHODS[method]).parameters
 
 
-def _operands(values) -> sparse_jax.Operands:
+def _operands(values) -> sparse_jax.operators.Operands:
   """What --operands asks for."""
   given = f'`operands` (={",".join(values["operands"])!r})'
   names = sparse_jax.Operands._fields
@@ -229,7 +229,7 @@ def _operands(values) -> sparse_jax.Operands:
       raise ValueError(f'{given} has {part!r}; it must be name=sparsity with a '
                        f'name of {", ".join(names)}.')
     found[match[1]] = float(match[2])
-  return sparse_jax.Operands(**found)
+  return sparse_jax.operators.Operands(**found)
 
 
 def _check_operator_flags(values, method) -> None:

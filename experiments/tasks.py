@@ -79,7 +79,7 @@ def init_state(task: Task, seed: int) -> TrainState:
   params = task.method.parametrize(params)
   opt_state = task.tx.init(params)
   thresholds = {} if task.operand_period == 1 else (
-      sparse_jax.first_operator_thresholds(task.method, params, opt_state))
+      sparse_jax.operators.first_operator_thresholds(task.method, params, opt_state))
   sums = {name: jnp.zeros(()) for name in ('loss', *task.problem.metrics,
                                            'weight')}
   masks = (mask_comparison.first(opt_state) if task.compare_masks_every
@@ -94,7 +94,7 @@ def apply_method(fn, task: Task, state: TrainState, params, thresholds,
   if task.packed:
     with nn.intercept_methods(sparse_jax.packed_interceptor):
       return fn(sparse_jax.read_packed(task.method, params, state.opt_state))
-  computed = sparse_jax.with_operators(
+  computed = sparse_jax.operators.with_operators(
       fn, task.method, state.opt_state, thresholds=thresholds or None,
       due=due & (state.step % task.operand_period == 0),
       **task.operator_options)

@@ -211,8 +211,8 @@ class RunTest(parameterized.TestCase):
                 in jax.tree_util.tree_leaves_with_path(expected)}
     packed = export.from_run(values['workdir'], 'packed')
     name = 'layer_0/dense_1/kernel'
-    np.testing.assert_array_equal(expected[name], sparse_jax.unpack(
-        sparse_jax.PackedBlocks(
+    np.testing.assert_array_equal(expected[name], sparse_jax.blocks.unpack(
+        sparse_jax.blocks.PackedBlocks(
             packed[f'{name}:blocks'], packed[f'{name}:rows'],
             packed[f'{name}:columns'], block=(4, 4),
             shape=tuple(packed[f'{name}:shape']))))

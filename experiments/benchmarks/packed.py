@@ -55,7 +55,7 @@ def problem(size: int, block: int, sparsity: float):
   """An input, a cotangent, and a weight: packed, and with zeros."""
   random = np.random.RandomState(0)
   draw = lambda *shape: random.randn(*shape).astype(np.float32)
-  packed = sparse_jax.pack(draw(size, size), block=(block, block),
+  packed = sparse_jax.blocks.pack(draw(size, size), block=(block, block),
                            sparsity=sparsity)
   x, dy = draw(_BATCH.value, size), draw(_BATCH.value, size)
   return jnp.asarray(x), jnp.asarray(dy), packed
@@ -75,9 +75,9 @@ def forward_and_both(product, x, dy, weight):
 
 def ways(x, dy, packed) -> dict[str, tuple]:
   """Contenders as (forward, forward and both gradients)."""
-  weight, mask, _ = sparse_jax.packed_to_dense(packed)
+  weight, mask, _ = sparse_jax.blocks.to_dense(packed)
   masked = lambda x, w: x @ sparse_jax.masked_weight(w, mask, mask)
-  loop, batched = (functools.partial(sparse_jax.packed_matmul,
+  loop, batched = (functools.partial(sparse_jax.blocks.matmul,
                                      implementation=name)
                    for name in ('loop', 'batched'))
   return {
@@ -89,8 +89,8 @@ def ways(x, dy, packed) -> dict[str, tuple]:
 
 def other_libraries(x, packed):
   """Forward passes of jax.experimental.sparse and of PyTorch."""
-  turned = sparse_jax.to_bcsr(packed, transpose=True)
-  bcoo = sparse_jax.to_bcoo(packed)
+  turned = sparse_jax.blocks.to_bcsr(packed, transpose=True)
+  bcoo = sparse_jax.blocks.to_bcoo(packed)
   by_bcsr = jax.jit(lambda x, m: (m @ x.T).T)
   by_bcoo = jax.jit(lambda x, m: x @ m)
   found = {'jax BCSR': lambda: by_bcsr(x, turned),
@@ -99,7 +99,7 @@ def other_libraries(x, packed):
     import torch
   except ImportError:
     return found
-  dense = torch.tensor(np.asarray(sparse_jax.unpack(packed)).T.copy())
+  dense = torch.tensor(np.asarray(sparse_jax.blocks.unpack(packed)).T.copy())
   bsr, rows = dense.to_sparse_bsr(packed.block[::-1]), torch.tensor(
       np.asarray(x).T.copy())
   return found | {'torch BSR': lambda: (bsr @ rows).numpy()}

@@ -68,7 +68,7 @@ def with_operators(fn: Callable[..., Any], method: SparseMethod,
     >>> params, x = {'kernel': jnp.ones((4, 1))}, jnp.array([[1., 4., 2., 3.]])
     >>> state = method.init(params)
     >>> def loss_fn(params):
-    ...   apply = sparse_jax.with_operators(
+    ...   apply = sparse_jax.operators.with_operators(
     ...       lambda weights, x: x @ weights['kernel'], method, state)
     ...   return apply(method.read(params, state), x).sum()
     >>> loss, grads = jax.value_and_grad(loss_fn)(params)
