@@ -9,7 +9,7 @@ from sparse_jax import rules
 from sparse_jax import transforms
 from sparse_jax.getters import linen_getter
 from sparse_jax.getters import nnx_getter
-from sparse_jax.getters import nnx_parametrize
+from sparse_jax.getters import nnx_start
 from sparse_jax.jaxprs.views import contracting_axes
 from sparse_jax.loop import start
 from sparse_jax.loop import with_method
@@ -67,7 +67,7 @@ __all__ = [
     'dense', 'dense_weights', 'dnw', 'dsr', 'dst', 'erdos_renyi', 'erk',
     'exploration_loss', 'FanIn', 'Filter', 'fixed', 'get_state', 'gmp',
     'grasp', 'itop', 'jaxprs', 'keep_count', 'linen_getter', 'make_mask',
-    'masked_weight', 'masks', 'NM', 'nnx_getter', 'nnx_parametrize',
+    'masked_weight', 'masks', 'NM', 'nnx_getter', 'nnx_start',
     'operators', 'packed', 'powerprop', 'rigl', 'rules', 'schedules',
     'scores', 'set_', 'snfs', 'snip', 'SparseMethod', 'SparseState',
     'sparsify', 'sr_ste', 'start', 'static', 'ste', 'str_', 'summarize',

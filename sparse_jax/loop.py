@@ -49,9 +49,23 @@ def start(tx: Any, method: state_lib.SparseMethod, params: trees.PyTree
   if not isinstance(method, state_lib.SparseMethod):
     raise ValueError(f'`method` (={method!r}) must be a SparseMethod, such as '
                      'sparse_jax.top_kast(...).')
+  params, state = first_params(tx, method, params)
+  if state is None:
+    return params, tx.init(params)
+  with state_lib.making_states_by(lambda own, key: state):
+    return _together(params, tx.init(params), state)
+
+
+def first_params(tx: Any, method: state_lib.SparseMethod,
+                 params: trees.PyTree
+                 ) -> tuple[trees.PyTree, state_lib.SparseState | None]:
+  """The parameters as the method holds them, and of a packed one its state.
+
+  The state of any other method is what `tx.init(params)` makes.
+  """
   params = method.parametrize(params)
   if method.pack is None:
-    return params, tx.init(params)
+    return params, None
   seen = []
 
   def note(own, key):
@@ -67,9 +81,7 @@ def start(tx: Any, method: state_lib.SparseMethod, params: trees.PyTree
   own = trees.map_leaves(lambda path, leaf: leaf if path in paths else None,
                          params)
   state = method.init(own, key)
-  params = method.pack(params, state)
-  with state_lib.making_states_by(lambda own, key: state):
-    return _together(params, tx.init(params), state)
+  return method.pack(params, state), state
 
 
 def _together(params, opt_state, state):

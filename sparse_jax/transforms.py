@@ -188,6 +188,10 @@ def add_exploration_decay(
 
 def _like(params, updates):
   """Updates of the parameters' own structure: growth scores stay 0."""
+  if packing.has_bare_growth(params):
+    raw = lambda tree: dict(getattr(tree, 'raw_mapping', tree))
+    still = jax.tree.map(jnp.zeros_like, raw(params)[packing.GROWTH])
+    return type(updates)({**raw(updates), packing.GROWTH: still})
   return jax.tree.map(
       lambda leaf, update: update.replace(growth=leaf.growth)
       if packing.is_packed(leaf) else update, params, updates,

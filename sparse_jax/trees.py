@@ -23,9 +23,9 @@ def path_name(path: tuple[Any, ...]) -> Path:
     ['Dense_0/kernel']
   """
   names = [_key_name(key) for key in path]
-  if path and isinstance(path[-1], jax.tree_util.GetAttrKey):
-    if names[-1] in _WRAPPERS:
-      names = names[:-1]
+  while names and names[-1] in _WRAPPERS and isinstance(
+      path[len(names) - 1], jax.tree_util.GetAttrKey):
+    names.pop()
   return '/'.join(names)
 
 

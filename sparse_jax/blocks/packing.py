@@ -1,6 +1,7 @@
 """Block-sparse weights of which only the kept blocks exist."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import dataclasses
 import functools
 import math
@@ -185,8 +186,15 @@ def map_packed(fn: Callable[[PackedBlocks], Any], params: trees.PyTree
                       params, is_leaf=is_packed)
 
 
+# The key of growth scores in a tree of bare arrays, beside the model's own.
+GROWTH = 'growth'
+
+
 def without_growth(params: trees.PyTree) -> trees.PyTree:
   """The tree without the places for growth scores: what an optimizer trains.
+
+  They are in the PackedBlocks, or, where those are bare arrays (NNX), under
+  the key 'growth' beside the model's own.
 
   Example:
     >>> params = {'kernel': PackedBlocks(jnp.ones((1, 2, 2)),
@@ -195,7 +203,16 @@ def without_growth(params: trees.PyTree) -> trees.PyTree:
     >>> len(jax.tree.leaves(without_growth(params)))
     1
   """
+  if has_bare_growth(params):
+    own = dict(getattr(params, 'raw_mapping', params))
+    del own[GROWTH]
+    return type(params)(own)
   return map_packed(lambda leaf: leaf.replace(growth=None), params)
+
+
+def has_bare_growth(params: trees.PyTree) -> bool:
+  """Whether growth scores stand beside bare arrays."""
+  return isinstance(params, Mapping) and GROWTH in params
 
 
 def tile(weight, block: tuple[int, int]):

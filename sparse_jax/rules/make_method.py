@@ -58,6 +58,8 @@ def make_method(rule: Rule, storage: storage_lib.Storage = storage_lib.MASKED
       return storage.read(rule, state.plan.by_path[path], stored, marks,
                           state.packed.get(path), due)
 
+    if storage.joined is not None:
+      params = storage.joined(state.plan, params)
     return trees.map_leaves(visit, params, state.marks,
                             is_leaf=storage.is_leaf)
 
@@ -115,7 +117,8 @@ def _refresh_each(rule, storage, due, seen, state, step, key):
   moved, places = {}, dict(state.packed)
 
   def visit(path, old, param, update, grad):
-    leaf, growth = plan.by_path[path], grads.get(f'{path}/growth')
+    leaf = plan.by_path[path]
+    growth = grads.get(f'{path}/growth', grads.get(f'growth/{path}'))
 
     def refresh(param, update, grad, growth, old, place):
       weight = (param if update is None

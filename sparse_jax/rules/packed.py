@@ -176,6 +176,27 @@ def _pack(rule, leaf, weight, place) -> packing.PackedBlocks:
       block=layout.structure.shape, reduce=layout.structure.reduce)
 
 
+def _joined(plan, params):
+  """Bare arrays of blocks (NNX) as PackedBlocks with their growth scores."""
+  growth = {}
+  if packing.has_bare_growth(params):
+    growth = trees.leaves_by_path(params[packing.GROWTH])
+    params = packing.without_growth(params)
+
+  def visit(path, stored):
+    leaf = plan.by_path.get(path)
+    if leaf is None or packing.is_packed(stored) or stored.ndim != 3 + len(
+        leaf.layout.stacked):
+      return stored
+    structure = leaf.layout.structure
+    return packing.PackedBlocks(
+        stored, growth=growth.get(path), block=structure.shape,
+        shape=leaf.layout.view_shape[len(leaf.layout.stacked):],
+        reduce=structure.reduce)
+
+  return trees.map_leaves(visit, params, is_leaf=packing.is_packed)
+
+
 def _read(rule, leaf, stored, marks, place, due) -> packing.PackedBlocks:
   """The stored blocks, with where they belong."""
   del marks
@@ -297,7 +318,8 @@ def _swap(reservoir, enters, old, new, blocks, param, update):
 
 PACKED = storage_lib.Storage(
     'packed', place=_place, now=_PackedNow, exchange=_exchange, read=_read,
-    pack=_pack, moves_weights=_hides, is_leaf=packing.is_packed)
+    pack=_pack, moves_weights=_hides, is_leaf=packing.is_packed,
+    joined=_joined)
 
 
 def dense_weights(method: state_lib.SparseMethod, params: trees.PyTree,

@@ -38,6 +38,8 @@ class Storage(NamedTuple):
   moves_weights: Callable[..., bool] = lambda rule, leaf: False
   # Whether a node of the parameter tree is one leaf of this storage.
   is_leaf: Callable[[Any], bool] | None = None
+  # (plan, params) -> params whose stored leaves are such nodes.
+  joined: Callable[..., Any] | None = None
 
 
 def _masked_now(leaf, step, key, *, growth=None, place=None, **seen):
