@@ -15,7 +15,6 @@ from sparse_jax.blocks.tiles import Plan
 from sparse_jax.blocks.tiles import Windows
 
 _PLAIN = (None, 'loop', 'batched')
-_IMPLEMENTATIONS = (*_PLAIN, 'pallas')
 
 
 def packed_matmul(x: jax.Array, packed: PackedBlocks, *,
@@ -38,8 +37,10 @@ def packed_matmul(x: jax.Array, packed: PackedBlocks, *,
       used several times gets the sum of the scores.
     implementation: 'loop' goes through the blocks, a few at a time, 'batched'
       multiplies all at once, which takes memory for the inputs of every
-      block, 'pallas' runs a kernel written for GPUs. None takes the loop on a
-      CPU, as measured, and 'batched' elsewhere.
+      block, 'tpu' and 'gpu' run kernels (interpreted on a CPU). None takes
+      the loop on a CPU, as measured, the kernel of a TPU or an NVIDIA GPU for
+      the blocks that it has (sides of 128 to 512, of 32 to 128), and
+      'batched' elsewhere.
 
   Returns:
     float[..., out], of the operands' common dtype.
@@ -82,7 +83,7 @@ def packed_conv(x: jax.Array, packed: PackedBlocks, *,
     strides, dilation: of the windows and of the kernel, one number or one
       for each spatial axis.
     padding: 'SAME', 'VALID' or (before, after) for each spatial axis.
-    implementation: as in `packed_matmul`, 'pallas' excepted.
+    implementation: as in `packed_matmul`, 'tpu' and 'gpu' excepted.
 
   Returns:
     float[batch, spatial..., out].
@@ -204,7 +205,7 @@ def _check_product(x, packed, implementation):
   if len(packed.shape) != 2 or x.shape[-1:] != packed.shape[:1]:
     raise ValueError(f'`x` (of shape {x.shape}) must end in the rows of '
                      f'`packed`, a matrix (of shape {packed.shape}).')
-  _check_common(packed, implementation, _IMPLEMENTATIONS)
+  _check_common(packed, implementation, packed_tiles.IMPLEMENTATIONS)
 
 
 def _check_common(packed, implementation, known):

@@ -6,7 +6,6 @@ VMEM. Nothing of the size of x or of the dense weight is made beside them.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -14,65 +13,27 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-_MIB = 2**20
-_DTYPES = (jnp.bfloat16, jnp.float32)
-_SIDES = (128, 256, 512)
-_ROWS = (1024, 512, 256, 128)  # Of a panel, the best first.
-_MOST_BLOCKS = 2**15  # Their ids lie in the scalar memory.
-_RING, _RING_BYTES = 8, 2 * _MIB
-_SPARE = 2 * _MIB  # Of VMEM, for what the compiler needs itself.
-
-
-class Chip(NamedTuple):
-  """What a kernel may take of a chip, and how many cores share its work."""
-
-  vmem: int
-  cores: int
-
-
-# Half of the memory of a large chip: XLA keeps other arrays in the rest.
-_CHIPS = {'TPU v4': Chip(16 * _MIB, 2), 'TPU v5 lite': Chip(64 * _MIB, 1),
-          'TPU v5e': Chip(64 * _MIB, 1), 'TPU v5': Chip(48 * _MIB, 2),
-          'TPU v5p': Chip(48 * _MIB, 2), 'TPU v6 lite': Chip(64 * _MIB, 1),
-          'TPU v6e': Chip(64 * _MIB, 1), 'TPU7x': Chip(48 * _MIB, 1)}
-_ANY_CHIP = Chip(16 * _MIB, 2)  # Fits all of them.
-
-
-def chip() -> Chip:
-  """That of the mesh in use, else of the first device, else what fits all.
-
-  A program that is compiled for chips which are not there says which by
-  `jax.set_mesh`.
-  """
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is None:
-    device = jax.devices()[0]
-  return _CHIPS.get(device.device_kind, _ANY_CHIP)
+from sparse_jax.blocks import tpu_sizes as sizes
 
 
 def product_fits(x: jax.Array, block: tuple[int, int], count: int,
                  width: int, transpose: bool = False) -> bool:
-  """Whether `block_product` takes these shapes."""
+  """Whether `block_product` takes these shapes on this chip."""
   wide = block[0] if transpose else block[1]
-  return (_known(x, block, count)
-          and _panel(x, block, wide, width, chip()) is not None)
+  return (sizes.taken(x, block, count)
+          and sizes.panel(x, block, wide, width) is not None)
 
 
 def gradient_fits(x: jax.Array, cotangent: jax.Array, block: tuple[int, int],
                   count: int) -> bool:
-  """Whether `block_gradient` takes these shapes."""
-  return (_known(x, block, count)
-          and _chunk(x, cotangent, block, count, chip()) is not None)
+  """Whether `block_gradient` takes these shapes on this chip."""
+  return (sizes.taken(x, block, count)
+          and sizes.chunk(x, cotangent, block, count) is not None)
 
 
 def scores_fit(x: jax.Array, block: tuple[int, int]) -> bool:
   """Whether `growth_scores` takes these shapes."""
-  return _known(x, block)
-
-
-def _known(x, block, count=1):
-  return (x.dtype in _DTYPES and set(block) <= set(_SIDES) and x.shape[0] > 0
-          and 0 < count <= _MOST_BLOCKS)
+  return sizes.taken(x, block)
 
 
 def block_product(x: jax.Array, blocks: jax.Array, takes: jax.Array,
@@ -94,7 +55,30 @@ def block_product(x: jax.Array, blocks: jax.Array, takes: jax.Array,
 
   Returns:
     [batch, width] of the dtype of x, summed in float32.
+
+  Example:
+    >>> x, blocks = jnp.ones((1, 256)), jnp.ones((1, 128, 128))
+    >>> y = block_product(x, blocks, jnp.array([1]), jnp.array([0]),
+    ...                   width=256, interpret=True)
+    >>> y[0, 127], y[0, 128]
+    (Array(128., dtype=float32), Array(0., dtype=float32))
   """
+  call = functools.partial(_product, width=width, transpose=transpose,
+                           interpret=interpret)
+  multiply = jax.custom_batching.custom_vmap(call)
+
+  @multiply.def_vmap
+  def _(size, mapped, x, *tiles):
+    if any(mapped[1:]):
+      return _in_turn(call, mapped)(x, *tiles), True
+    y = multiply(x.reshape(-1, x.shape[-1]), *tiles)
+    return y.reshape(size, -1, width), True
+
+  return multiply(x, blocks, takes, gives)
+
+
+@functools.partial(jax.jit, static_argnames=('width', 'transpose', 'interpret'))
+def _product(x, blocks, takes, gives, *, width, transpose, interpret):
   side = blocks.shape[1:]
   tall, wide = reversed(side) if transpose else side
   count, columns = blocks.shape[0], width // wide
@@ -102,9 +86,10 @@ def block_product(x: jax.Array, blocks: jax.Array, takes: jax.Array,
   gives = jnp.clip(gives, 0, columns - 1)[order]
   takes = jnp.clip(takes, 0, x.shape[1] // tall - 1)[order]
   edges = jnp.searchsorted(gives, jnp.arange(columns + 1)).astype(jnp.int32)
-  rows, group = _panel(x, side, wide, width, chip())
-  panels, depth = pl.cdiv(x.shape[0], rows), _depth(side, x.dtype.itemsize)
-  cores = 1 if panels % chip().cores else chip().cores
+  rows, group = sizes.panel(x, side, wide, width)
+  panels, depth = pl.cdiv(x.shape[0], rows), sizes.depth(side,
+                                                         x.dtype.itemsize)
+  cores = 1 if panels % sizes.chip().cores else sizes.chip().cores
   panels //= cores
   kernel = functools.partial(
       _product_kernel, count=count, panels=panels, group=group, depth=depth,
@@ -191,12 +176,26 @@ def block_gradient(x: jax.Array, cotangent: jax.Array, rows: jax.Array,
 
   Returns:
     [n, rows, columns] of the dtype of x, summed in float32.
+
+  Example:
+    >>> x, cotangent = jnp.ones((3, 256)), jnp.ones((3, 128))
+    >>> at = jnp.array([1]), jnp.array([0])
+    >>> grad = block_gradient(x, cotangent, *at, block=(128, 128),
+    ...                       interpret=True)
+    >>> grad.shape, grad[0, 0, 0]
+    ((1, 128, 128), Array(3., dtype=float32))
   """
+  call = functools.partial(_gradient, block=block, interpret=interpret)
+  return jax.custom_batching.sequential_vmap(call)(x, cotangent, rows, columns)
+
+
+@functools.partial(jax.jit, static_argnames=('block', 'interpret'))
+def _gradient(x, cotangent, rows, columns, *, block, interpret):
   (tall, wide), count = block, rows.shape[0]
   order = jnp.argsort(rows).astype(jnp.int32)
   rows = jnp.clip(rows, 0, x.shape[1] // tall - 1)[order]
   columns = jnp.clip(columns, 0, cotangent.shape[1] // wide - 1)[order]
-  height, chunk = _chunk(x, cotangent, block, count, chip())
+  height, chunk = sizes.chunk(x, cotangent, block, count)
   chunks, panels = pl.cdiv(count, chunk), pl.cdiv(x.shape[0], height)
   kernel = functools.partial(
       _gradient_kernel, count=count, chunk=chunk, panels=panels,
@@ -282,11 +281,26 @@ def growth_scores(x: jax.Array, cotangent: jax.Array, *,
 
   Returns:
     float32[row tiles, column tiles].
+
+  Example:
+    >>> x, cotangent = jnp.ones((3, 256)), -jnp.ones((3, 128))
+    >>> growth_scores(x, cotangent, block=(128, 128), reduce='max',
+    ...               dtype=jnp.float32, interpret=True)
+    Array([[3.],
+           [3.]], dtype=float32)
   """
+  call = functools.partial(_scores, block=block, reduce=reduce, dtype=dtype,
+                           interpret=interpret)
+  return jax.custom_batching.sequential_vmap(call)(x, cotangent)
+
+
+@functools.partial(jax.jit, static_argnames=(
+    'block', 'reduce', 'dtype', 'interpret'))
+def _scores(x, cotangent, *, block, reduce, dtype, interpret):
   batch, (tall, wide) = x.shape[0], block
   grid = x.shape[1] // tall, cotangent.shape[1] // wide
-  size = _span(x.shape[1], tall), _span(cotangent.shape[1], wide)
-  height = _rows_of(batch, 512)
+  size = sizes.span(x.shape[1], tall), sizes.span(cotangent.shape[1], wide)
+  height = sizes.rows_of(batch, 512)
   panels = pl.cdiv(batch, height)
   cells = x.shape[1] // size[0], cotangent.shape[1] // size[1]
   kernel = functools.partial(_scores_kernel, panels=panels, batch=batch,
@@ -336,59 +350,15 @@ def _scores_kernel(x, cotangent, scores, total, *, panels, batch, block,
     scores[...] = found
 
 
-def _panel(x, block, wide, width, chip):
-  """Rows of a panel and columns of tiles in a grid step; None: none fits."""
-  size, area = x.dtype.itemsize, block[0] * block[1]
-  left = chip.vmem - _SPARE - _depth(block, size) * area * size
-  columns = width // wide
-  for most in _ROWS:
-    rows = _rows_of(x.shape[0], most)
-    for group in range(columns, 0, -1):
-      need = 2 * size * (x.shape[1] + group * wide) + 2 * 4 * wide
-      if columns % group == 0 and rows * need <= left:
-        return rows, group
-  return None
-
-
-def _chunk(x, cotangent, block, count, chip):
-  """Rows of a panel and blocks of a chunk; None: none fits."""
-  size, area = x.dtype.itemsize, block[0] * block[1]
-  found = []
-  for most in _ROWS:
-    height = _rows_of(x.shape[0], most)
-    left = (chip.vmem - _SPARE - 2 * area * size - 4 * area
-            - height * size * (2 * (x.shape[1] + cotangent.shape[1])
-                               + 2 * max(block)))
-    chunk = left // (4 * area)
-    if chunk > 0:
-      chunks = max(-(-count // chunk), min(chip.cores, count))
-      found.append((chunks, height))
-  if not found:
-    return None
-  chunks, height = min(found, key=lambda pair: (pair[0], -pair[1]))
-  return height, -(-count // chunks)
-
-
-def _rows_of(batch, most):
-  """Rows of a panel: at most so many, evenly, whole sublanes of 16 bits."""
-  panels = -(-batch // most)
-  return batch if panels == 1 else -(-batch // panels // 16) * 16
-
-
-def _span(width, side):
-  """Columns of a tile of the growth scores: some blocks, as 512 divides."""
-  return next(size for size in (512, 256, 128) if width % size == 0
-              and size >= side and size % side == 0)
-
-
-def _depth(block, size):
-  """Of the ring of blocks."""
-  return max(2, min(_RING, _RING_BYTES // (block[0] * block[1] * size)))
+def _in_turn(call, mapped):
+  """vmap as a loop: a kernel that copies by itself has no batched form."""
+  axes = [0 if given else None for given in mapped]
+  return jax.vmap(jax.custom_batching.sequential_vmap(call), axes)
 
 
 def _params(*semantics):
   return pltpu.CompilerParams(dimension_semantics=semantics,
-                              vmem_limit_bytes=chip().vmem)
+                              vmem_limit_bytes=sizes.chip().vmem)
 
 
 def _strip(index, size):
