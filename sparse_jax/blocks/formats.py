@@ -14,10 +14,10 @@ from sparse_jax.blocks.packing import tile_mask
 
 
 def from_dense(weight: jax.Array | np.ndarray,
-                      forward_mask: jax.Array | np.ndarray,
-                      backward_mask: jax.Array | np.ndarray, *,
-                      block: tuple[int, int],
-                      pad: bool = False) -> PackedBlocks:
+               forward_mask: jax.Array | np.ndarray,
+               backward_mask: jax.Array | np.ndarray, *,
+               block: tuple[int, int],
+               pad: bool = False) -> PackedBlocks:
   """Packs a weight as the masks of a simulated run say.
 
   Law: to_dense gives back the weight on B and both masks.
@@ -43,12 +43,12 @@ def from_dense(weight: jax.Array | np.ndarray,
     raise ValueError('`forward_mask` must lie inside `backward_mask`.')
   tiles = packing.tile(packing.on_host(weight), block)
   return packing.of_tiles(tiles, inner, outer, int(inner.sum()),
-                             int(outer.sum()), shape=np.shape(weight),
-                             block=block)
+                           int(outer.sum()), shape=np.shape(weight),
+                           block=block)
 
 
 def to_dense(packed: PackedBlocks
-                    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+             ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The weight on B (0 elsewhere), and the masks of A and of B.
 
   Example:

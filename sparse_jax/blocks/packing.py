@@ -84,6 +84,10 @@ class PackedBlocks:
     """A copy with some of its fields changed."""
     return dataclasses.replace(self, **changes)
 
+  def asking_growth(self) -> 'PackedBlocks':
+    """The same with a place for the scores of the dense gradient."""
+    return self.replace(growth=jnp.zeros(self.grid, jnp.float32))
+
   def read(self) -> 'PackedBlocks':
     """The tiles of A alone."""
     if self.forward is None:

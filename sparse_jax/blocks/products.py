@@ -15,11 +15,10 @@ from sparse_jax.blocks.tiles import Plan
 from sparse_jax.blocks.tiles import Windows
 
 _PLAIN = (None, 'loop', 'batched')
-_IMPLEMENTATIONS = (*_PLAIN, 'pallas')
 
 
 def matmul(x: jax.Array, packed: PackedBlocks, *,
-                  implementation: str | None = None) -> jax.Array:
+           implementation: str | None = None) -> jax.Array:
   """x @ weight, where only the kept blocks of the weight exist.
 
   The forward pass and the gradient to `x` multiply by the blocks of A, the
@@ -38,8 +37,10 @@ def matmul(x: jax.Array, packed: PackedBlocks, *,
       used several times gets the sum of the scores.
     implementation: 'loop' goes through the blocks, a few at a time, 'batched'
       multiplies all at once, which takes memory for the inputs of every
-      block, 'pallas' runs a kernel written for GPUs. None takes the loop on a
-      CPU, as measured, and 'batched' elsewhere.
+      block, 'tpu' and 'gpu' run kernels (interpreted on a CPU). None takes
+      the loop on a CPU, as measured, the kernel of a TPU or an NVIDIA GPU for
+      the blocks that it has (sides of 128 to 512, of 32 to 128), and
+      'batched' elsewhere.
 
   Returns:
     float[..., out], of the operands' common dtype.
@@ -63,10 +64,10 @@ def matmul(x: jax.Array, packed: PackedBlocks, *,
 
 
 def conv(x: jax.Array, packed: PackedBlocks, *,
-                strides: int | tuple[int, ...] = 1,
-                padding: str | tuple[tuple[int, int], ...] = 'SAME',
-                dilation: int | tuple[int, ...] = 1,
-                implementation: str | None = None) -> jax.Array:
+         strides: int | tuple[int, ...] = 1,
+         padding: str | tuple[tuple[int, int], ...] = 'SAME',
+         dilation: int | tuple[int, ...] = 1,
+         implementation: str | None = None) -> jax.Array:
   """The convolution by a packed kernel: only its kept blocks exist.
 
   A block is a tile of the input and output channels at one position of the
@@ -82,7 +83,7 @@ def conv(x: jax.Array, packed: PackedBlocks, *,
     strides, dilation: of the windows and of the kernel, one number or one
       for each spatial axis.
     padding: 'SAME', 'VALID' or (before, after) for each spatial axis.
-    implementation: as in `matmul`, 'pallas' excepted.
+    implementation: as in `matmul`, 'tpu' and 'gpu' excepted.
 
   Returns:
     float[batch, spatial..., out].
@@ -106,7 +107,7 @@ def conv(x: jax.Array, packed: PackedBlocks, *,
   if set(packed.shape[:-2] + strides) <= {1}:
     matrix = packed.replace(shape=packed.shape[-2:])
     return matmul(_padded(x, _pads(x, (1,) * count, strides, padding)),
-                         matrix, implementation=implementation)
+                  matrix, implementation=implementation)
   reach = tuple((n - 1) * step + 1
                 for n, step in zip(packed.shape, dilation))
   x = _padded(x, _pads(x, reach, strides, padding))
@@ -262,7 +263,7 @@ def _check_product(x, packed, implementation):
   if len(packed.shape) != 2 or x.shape[-1:] != packed.shape[:1]:
     raise ValueError(f'`x` (of shape {x.shape}) must end in the rows of '
                      f'`packed`, a matrix (of shape {packed.shape}).')
-  _check_common(packed, implementation, _IMPLEMENTATIONS)
+  _check_common(packed, implementation, tiles.IMPLEMENTATIONS)
 
 
 def _check_common(packed, implementation, known):
