@@ -167,14 +167,13 @@ class ChoiceTest(parameterized.TestCase):
   @parameterized.parameters(None, 'gpu')
   def test_second_derivatives(self, name):
     packed, x, _ = packed_problem(grid=(3, 3), batch=3)
-    weights, indices = sparse_jax.partition_packed(
-        packed.replace(growth=None))
+    packed = packed.replace(growth=None)
 
     def hvp(product):
       loss = lambda w: jnp.sum(jnp.sin(.1 * product(
-          x, sparse_jax.combine_packed(w, indices))))
+          x, packed.replace(blocks=w))))
       return jax.jit(jax.grad(lambda w: jnp.vdot(
-          jax.grad(loss)(w).blocks, packed.blocks)))(weights).blocks
+          jax.grad(loss)(w), packed.blocks)))(packed.blocks)
 
     np.testing.assert_allclose(
         hvp(functools.partial(sparse_jax.blocks.matmul, implementation=name)),

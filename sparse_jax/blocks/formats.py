@@ -43,8 +43,8 @@ def from_dense(weight: jax.Array | np.ndarray,
     raise ValueError('`forward_mask` must lie inside `backward_mask`.')
   tiles = packing.tile(packing.on_host(weight), block)
   return packing.of_tiles(tiles, inner, outer, int(inner.sum()),
-                           int(outer.sum()), shape=np.shape(weight),
-                           block=block)
+                          int(outer.sum()), shape=np.shape(weight),
+                          block=block)
 
 
 def to_dense(packed: PackedBlocks
