@@ -131,6 +131,15 @@ def open(directory: str | os.PathLike, *, save_every: int,
   return Checkpoints(path, save_every, keep, guard)
 
 
+def check(directory: str | os.PathLike, *, config: Mapping[str, Any],
+          free: Sequence[str] = ()) -> None:
+  """Raises what `open` would for a directory of another run; writes nothing."""
+  path, config = _as_path(directory), _as_json(config)
+  stored = _read_config(path)
+  if stored is not None:
+    _check_config(stored, config, free, path)
+
+
 class Checkpoints:
   """The checkpoints of one run; made by `open`.
 

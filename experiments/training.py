@@ -237,8 +237,20 @@ def train(binary: Binary, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ready(binary: Binary, values: Mapping[str, Any], workdir: str) -> Run:
+  """A run of which nothing is left to be refused; nothing is written."""
   check_workdir(workdir)
-  return binary.prepare(values, workdir)
+  run = binary.prepare(values, workdir)
+  with _naming_workdir(workdir):
+    checkpointing.check(_checkpoints_of(run), config=_config(run), free=FREE)
+  return run
+
+
+def _checkpoints_of(run: Run) -> str:
+  return os.path.join(run.workdir, 'checkpoints')
+
+
+def _config(run: Run) -> dict[str, Any]:
+  return {**run.values, 'data': run.data}
 
 
 @contextlib.contextmanager
@@ -313,8 +325,7 @@ def open_checkpoints(run: Run, guard) -> checkpointing.Checkpoints:
   """The checkpoints of a run, by default one with each evaluation."""
   with _naming_workdir(run.workdir):
     return checkpointing.open(
-        os.path.join(run.workdir, 'checkpoints'),
-        config={**run.values, 'data': run.data}, free=FREE, guard=guard,
+        _checkpoints_of(run), config=_config(run), free=FREE, guard=guard,
         save_every=steps_between('checkpoint', run.values))
 
 
