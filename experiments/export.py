@@ -27,7 +27,6 @@ This is all that a program needs to read a sparse one back:
 
 from collections.abc import Mapping
 import importlib
-import json
 import os
 import sys
 from typing import Any
@@ -40,8 +39,13 @@ import numpy as np
 
 import sparse_jax
 from sparse_jax import trees
+from experiments import files
+from experiments import programs
+from experiments import results
 from experiments import training
 
+# Whose runs can be read; result.json names one, and no other is imported.
+PROGRAMS = ('experiments.image.train', 'experiments.language.train')
 FORMS = ('sparse', 'packed', 'dense')
 _FORM = flags.DEFINE_enum('form', 'sparse', FORMS, 'How weights with a mask '
                           'are written.')
@@ -104,14 +108,18 @@ def from_run(workdir: str, form: str) -> dict[str, np.ndarray]:
   Raises:
     ValueError, FileNotFoundError: naming what is missing or does not fit.
   """
-  path = os.path.join(workdir, 'result.json')
-  if not os.path.exists(path):
+  path = os.path.join(workdir, results.NAME)
+  result = results.read(workdir)
+  if result is None:
     raise FileNotFoundError(f'{path}: there is no finished run.')
-  with open(path) as file:
-    result = json.load(file)
-  values = result['flags']
-  binary = importlib.import_module(result['program']).BINARY
-  run = binary.prepare(values, workdir)
+  values, program = result['flags'], result.get('program')
+  if program not in PROGRAMS:
+    raise ValueError(f'{path}: `program` (={program!r}) must be one of '
+                     f'{", ".join(PROGRAMS)}.')
+  try:
+    run = importlib.import_module(program).BINARY.prepare(values, workdir)
+  except KeyError as error:
+    raise ValueError(f'{path} is damaged, it has no flag {error}.') from error
   state = training.last_state(run)
   weights = run.task.method.read(state.params, state.opt_state)
   masks = sparse_jax.get_state(state.opt_state).forward_masks
@@ -134,13 +142,14 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file at INFO.
   try:
     found = from_run(argv[1], _FORM.value)
-    np.savez(argv[2], **found)
+    with files.replacing(argv[2]) as file:
+      np.savez(file, **found)
   except (ValueError, OSError) as error:
     logging.error('%s', error)
-    sys.exit(2)
+    sys.exit(programs.BAD)
   print(f'{argv[2]}: {len(found)} arrays, '
         f'{sum(array.nbytes for array in found.values()):,} bytes')
 
 
 if __name__ == '__main__':
-  app.run(main)
+  programs.run(main)

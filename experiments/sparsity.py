@@ -265,9 +265,11 @@ def _check_packed(values, method) -> None:
 
 
 def _is_given(flag, values) -> bool:
-  """Whether it differs from the default; a dense run may be at sparsity 0."""
-  unset = (None, flags.FLAGS[flag].default, 0. if flag == 'sparsity' else None)
-  return values[flag] not in unset
+  """Whether it was typed or is no default; a dense run may be at sparsity 0."""
+  typed = flags.FLAGS[flag].present and values[flag] == flags.FLAGS[flag].value
+  unset = (None, 0. if flag == 'sparsity' else None)
+  return values[flag] not in unset and (
+      typed or values[flag] != flags.FLAGS[flag].default)
 
 
 def _arguments(values, name, known, train_steps) -> dict[str, Any]:
