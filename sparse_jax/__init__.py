@@ -50,6 +50,7 @@ from sparse_jax.methods.straight_through import sr_ste
 from sparse_jax.methods.straight_through import ste
 from sparse_jax.methods.swat import swat
 from sparse_jax.methods.top_kast import top_kast
+from sparse_jax.rules.group import group
 from sparse_jax.rules.losses import exploration_loss
 from sparse_jax.rules.packed import dense_weights
 from sparse_jax.rules.packed import packed
@@ -66,7 +67,7 @@ __all__ = [
     'ac_dc', 'Block', 'blocks', 'Channel', 'contracting_axes', 'cost', 'cs',
     'dense', 'dense_weights', 'dnw', 'dsr', 'dst', 'erdos_renyi', 'erk',
     'exploration_loss', 'FanIn', 'Filter', 'fixed', 'get_state', 'gmp',
-    'grasp', 'itop', 'jaxprs', 'keep_count', 'linen_getter', 'make_mask',
+    'grasp', 'group', 'itop', 'jaxprs', 'keep_count', 'linen_getter', 'make_mask',
     'masked_weight', 'masks', 'NM', 'nnx_getter', 'nnx_start',
     'operators', 'packed', 'powerprop', 'rigl', 'rules', 'schedules',
     'scores', 'set_', 'snfs', 'snip', 'SparseMethod', 'SparseState',

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 import math
+import re
 
 from sparse_jax import checks
 
@@ -122,13 +123,27 @@ def _solve(shapes: Shapes, sparsity: float, raw) -> dict[trees.Path, float]:
   return {p: 0. if p in dense else 1 - scale * raw[p] for p in sizes}
 
 
+def _by_patterns(allocation, shapes) -> dict[trees.Path, float]:
+  """A mapping's value of each leaf: by its path, else by the first pattern."""
+  for pattern in allocation:
+    if pattern not in shapes and not any(
+        re.search(pattern, path) for path in shapes):
+      raise ValueError(f'`allocation` names {[pattern]}, which are none of the '
+                       f'sparse leaves {sorted(shapes)}.')
+  return {path: allocation.get(path, next((
+      value for pattern, value in allocation.items()
+      if pattern not in shapes and re.search(pattern, path)), 0.))
+          for path in shapes}
+
+
 def allocate(allocation: Allocation | Mapping[trees.Path, float],
              shapes: Shapes, sparsity: float) -> dict[trees.Path, float]:
   """Evaluates an allocation and checks what it gives.
 
   Args:
     allocation: a function `(shapes, sparsity) -> {path: sparsity}`, or such a
-      mapping itself; a path that the mapping lacks stays dense.
+      mapping itself, of paths or of regular expressions, the first that is
+      found; a path that the mapping lacks stays dense.
     shapes: `{path: shape}`.
     sparsity: the sparsity asked for, in [0, 1).
 
@@ -144,7 +159,7 @@ def allocate(allocation: Allocation | Mapping[trees.Path, float],
     if missing:
       raise ValueError(f'`allocation` gives no sparsity to {missing}.')
   else:
-    given = {path: 0. for path in shapes} | dict(allocation)
+    given = _by_patterns(allocation, shapes)
   unknown = sorted(set(given) - set(shapes))
   if unknown:
     raise ValueError(f'`allocation` names {unknown}, which are none of the '

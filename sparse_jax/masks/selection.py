@@ -1,6 +1,7 @@
 """Which leaves of a parameter tree may be sparse, and along which axes."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import re
 from typing import Any
@@ -9,11 +10,15 @@ import jax.numpy as jnp
 
 from sparse_jax import trees
 
-IsSparse = (Callable[[trees.Path, Any], bool]
+IsSparse = (Callable[[trees.Path, Any], bool] | Mapping[str, bool]
             | Sequence[tuple[str, bool]] | None)
-Axes = tuple[int, ...] | Callable[[trees.Path, Any], tuple[int, ...]]
+Axes = (tuple[int, ...] | Mapping[str, tuple[int, ...]]
+        | Callable[[trees.Path, Any], tuple[int, ...]])
 
-_NEVER_SPARSE = ('bias', 'scale')
+# Last names of leaves that no product multiplies by: biases, scales, tables of
+# tokens and positions, class tokens, probes of attention pooling.
+_NEVER_SPARSE = re.compile(
+    r'(?:^|_)(?:bias|scale|embed\w*|pos|position\w*|cls|token\w*|probe)$')
 # Names that Flax gives to the projections of attention, and the axes of their
 # kernels that the product sums over: (d, heads, head_dim) and its mirror.
 _ATTENTION = {'query': (0,), 'key': (0,), 'value': (0,), 'out': (0, 1)}
@@ -29,7 +34,9 @@ def is_kernel(path: trees.Path, leaf: Any, batch_axes: tuple[int, ...] = ()):
 
   Returns:
     True unless the leaf is integer, has fewer than two axes besides
-    `batch_axes`, or is named 'bias' or 'scale'.
+    `batch_axes`, or its last name says that no product multiplies by it: a
+    bias, a scale, an embedding of tokens or positions, a class token, a probe.
+    The papers leave these dense; `is_sparse={'embedding$': True}` does not.
 
   Example:
     >>> is_kernel('Dense_0/kernel', jnp.zeros((3, 4)))
@@ -38,18 +45,44 @@ def is_kernel(path: trees.Path, leaf: Any, batch_axes: tuple[int, ...] = ()):
     False
   """
   floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-  named = path.rpartition('/')[2] not in _NEVER_SPARSE
+  named = not _NEVER_SPARSE.search(path.rpartition('/')[2])
   return bool(floating and named and leaf.ndim - len(batch_axes) >= 2)
 
 
 def check_axes(name: str, axes: Axes) -> Axes:
   """Returns `axes` if a function or a tuple of integers, else ValueError."""
+  if isinstance(axes, Mapping):
+    for pattern, own in axes.items():
+      _compiled(name, pattern)
+      check_axes(name, own)
+    return axes
   whole = isinstance(axes, tuple) and all(
       isinstance(axis, int) and not isinstance(axis, bool) for axis in axes)
   if not whole and not callable(axes):
-    raise ValueError(f'`{name}` (={axes!r}) must be a tuple of integers or a '
-                     'function of path and leaf.')
+    raise ValueError(f'`{name}` (={axes!r}) must be a tuple of integers, a '
+                     'mapping of regular expressions to such, or a function '
+                     'of path and leaf.')
   return axes
+
+
+def _compiled(name: str, pattern: str) -> re.Pattern:
+  try:
+    return re.compile(pattern)
+  except (TypeError, re.error) as error:
+    raise ValueError(f'`{name}` has {pattern!r}, which is no regular '
+                     f'expression: {error}.') from None
+
+
+def first_match(patterns: Mapping[str, Any], path: trees.Path,
+                default: Any = None) -> Any:
+  """The value of the first pattern that is found in a path.
+
+  Example:
+    >>> first_match({'head': 1, '.*': 2}, 'stem/kernel')
+    2
+  """
+  return next((value for pattern, value in patterns.items()
+               if re.search(pattern, path)), default)
 
 
 def check_is_sparse(is_sparse: IsSparse) -> IsSparse:
@@ -57,7 +90,8 @@ def check_is_sparse(is_sparse: IsSparse) -> IsSparse:
   if is_sparse is None or callable(is_sparse):
     return is_sparse
   try:
-    rules = [(re.compile(pattern), value) for pattern, value in is_sparse]
+    rules = [(re.compile(pattern), value) for pattern, value in _rules(
+        is_sparse)]
     if isinstance(is_sparse, str) or not all(
         isinstance(value, bool) for _, value in rules):
       raise ValueError('no rules')
@@ -68,10 +102,21 @@ def check_is_sparse(is_sparse: IsSparse) -> IsSparse:
   return is_sparse
 
 
+def _rules(is_sparse):
+  return is_sparse.items() if isinstance(is_sparse, Mapping) else is_sparse
+
+
 def axes_of(axes: Axes, path: trees.Path, leaf: Any,
             name: str = 'batch_axes') -> tuple[int, ...]:
-  """Axes given as a tuple or as a function of path and leaf, made positive."""
+  """Axes given as a tuple, by patterns or as a function, made positive.
+
+  None, of a pattern's or function's, stays None: nothing is said of the leaf.
+  """
   chosen = axes(path, leaf) if callable(axes) else axes
+  if isinstance(axes, Mapping):
+    chosen = first_match(axes, path)
+  if chosen is None:
+    return None
   for axis in chosen:
     if not -leaf.ndim <= axis < leaf.ndim:
       raise ValueError(f'`{name}` (={chosen!r}) has {axis}, which is not an '
@@ -81,10 +126,10 @@ def axes_of(axes: Axes, path: trees.Path, leaf: Any,
 
 def batch_axes_of(axes: Axes, path: trees.Path, leaf: Any) -> tuple[int, ...]:
   """Like `axes_of`, but a tuple skips leaves it does not fit (a bias)."""
-  if not callable(axes) and any(
+  if isinstance(axes, tuple) and any(
       not -leaf.ndim <= axis < leaf.ndim for axis in axes):
     return ()
-  return axes_of(axes, path, leaf)
+  return axes_of(axes, path, leaf) or ()
 
 
 def contracting_axes(path: trees.Path, ndim: int) -> tuple[int, ...]:
@@ -118,10 +163,11 @@ def select(params: trees.PyTree, is_sparse: IsSparse = None,
 
   Args:
     params: a tree of arrays or of shapes.
-    is_sparse: a predicate on (path, leaf), or rules (regex, bool) of which
-      the first that is found in the path decides; leaves without a rule
-      follow `is_kernel`. None means `is_kernel` for all.
-    batch_axes: axes that stack layers: a tuple, or a function of (path, leaf).
+    is_sparse: a predicate on (path, leaf), or rules {regex: bool} (or pairs)
+      of which the first that is found in the path decides; leaves without a
+      rule follow `is_kernel`. None means `is_kernel` for all.
+    batch_axes: axes that stack layers: a tuple, a mapping of patterns, or a
+      function of (path, leaf).
 
   Raises:
     ValueError: if a rule is found in no path, or nothing is selected.
@@ -139,6 +185,11 @@ def select(params: trees.PyTree, is_sparse: IsSparse = None,
       batch_axes_of(batch_axes, path, leaf) for path, leaf in chosen.items()):
     raise ValueError(f'`batch_axes` (={batch_axes!r}) are axes of none of the '
                      f'leaves {sorted(chosen)}.')
+  integers = [path for path, leaf in chosen.items()
+              if not jnp.issubdtype(leaf.dtype, jnp.inexact)]
+  if integers:
+    raise ValueError(f'`is_sparse` (={is_sparse!r}) selects {integers}, which '
+                     'are not floating.')
   if not chosen:
     raise ValueError(f'`is_sparse` (={is_sparse!r}) selects no leaf of '
                      f'{sorted(leaves)}.')
@@ -153,7 +204,7 @@ def _predicate(is_sparse, batch_axes, leaves):
     return default
   if callable(is_sparse):
     return is_sparse
-  rules = [(re.compile(pattern), bool(value)) for pattern, value in is_sparse]
+  rules = [(re.compile(pattern), bool(value)) for pattern, value in _rules(is_sparse)]
   for pattern, _ in rules:
     if not any(pattern.search(path) for path in leaves):
       raise ValueError(f'`is_sparse` has a rule {pattern.pattern!r} that is '

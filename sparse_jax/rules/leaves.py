@@ -117,8 +117,8 @@ class Sites(NamedTuple):
       outer = _slice_sparsities(wider.allocation, places, wider.sparsity)
     by_shape = callable(self.allocation) and (
         self.allocation is not allocations.uniform)
-    guessed = {path: self.contracting is None and (by_shape or not place.plain)
-               for path, place in places.items()}
+    guessed = {path: self._contracting(path, chosen[path]) is None and (
+        by_shape or not place.plain) for path, place in places.items()}
     return {path: Leaf(path, index, places[path], inner[path], outer[path],
                        guessed[path]) for index, path in enumerate(places)}
 
@@ -133,11 +133,15 @@ class Sites(NamedTuple):
 
   def _layout(self, path, leaf):
     stacked = selection.batch_axes_of(self.batch_axes, path, leaf)
-    contracting = self.contracting
-    if contracting is not None:
-      contracting = selection.axes_of(contracting, path, leaf, 'contracting')
     return layouts.layout(leaf.shape, path=path, structure=self.structure,
-                          batch_axes=stacked, contracting=contracting)
+                          batch_axes=stacked,
+                          contracting=self._contracting(path, leaf))
+
+  def _contracting(self, path, leaf) -> tuple[int, ...] | None:
+    """The axes that are said to contract; None leaves them to a guess."""
+    if self.contracting is None:
+      return None
+    return selection.axes_of(self.contracting, path, leaf, 'contracting')
 
 
 def _slice_sparsities(allocation, places, sparsity):

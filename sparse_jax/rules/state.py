@@ -29,6 +29,7 @@ class Plan:
   method: str
   shapes: tuple[tuple[trees.Path, tuple[int, ...]], ...]  # Of all leaves.
   leaves: tuple[leaves_lib.Leaf, ...] = ()  # The sparse ones.
+  parts: tuple['Plan', ...] = ()  # Of the methods of a group.
 
   @functools.cached_property
   def by_path(self) -> dict[trees.Path, leaves_lib.Leaf]:
@@ -36,14 +37,15 @@ class Plan:
 
   @functools.cached_property
   def _hash(self) -> int:
-    return hash((self.method, self.shapes, self.leaves))
+    return hash((self.method, self.shapes, self.leaves, self.parts))
 
   def __hash__(self) -> int:
     return self._hash
 
 
 def make_plan(method: str, params: trees.PyTree,
-              leaves: dict[trees.Path, leaves_lib.Leaf]) -> Plan:
+              leaves: dict[trees.Path, leaves_lib.Leaf],
+              parts: tuple[Plan, ...] = ()) -> Plan:
   """The plan of a method on a tree.
 
   Raises:
@@ -51,7 +53,7 @@ def make_plan(method: str, params: trees.PyTree,
   """
   return Plan(method, tuple((path, tuple(np.shape(leaf))) for path, leaf in
                             trees.leaves_by_path(params).items()),
-              tuple(leaves.values()))
+              tuple(leaves.values()), parts)
 
 
 class SparseState(NamedTuple):
