@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax import Operands
+from sparse_jax.operators import Operands
 
 
 def top(x, sparsity):

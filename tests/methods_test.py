@@ -248,11 +248,11 @@ def make_step(method, tx, loss=quadratic):
 
 def moment(params, state, grads, loss) -> Moment:
   sparse = sparse_jax.get_state(state)
-  trees = (params, sparse.forward_masks, sparse.backward_masks, grads)
+  parts = (params, sparse.forward_masks, sparse.backward_masks, grads)
   # Copies: the device's buffers are donated to the next step.
   return Moment(*({path: np.array(leaf)
                    for path, leaf in trees.leaves_by_path(tree).items()}
-                  for tree in trees), float(loss))
+                  for tree in parts), float(loss))
 
 
 def trainer(methods, *, optimizer=None, key=None, options=None):
@@ -891,11 +891,11 @@ class ArgumentTest(parameterized.TestCase):
 
 def same_moments(one, two):
   """Whether two runs are equal in parameters, masks and gradients."""
-  trees = [[moment._replace(loss=0.) for moment in moments]
+  runs = [[moment._replace(loss=0.) for moment in moments]
            for moments in (one, two)]
-  if jax.tree.structure(trees[0]) != jax.tree.structure(trees[1]):
+  if jax.tree.structure(runs[0]) != jax.tree.structure(runs[1]):
     return False  # Other leaves are sparse.
-  return all(map(np.array_equal, *map(jax.tree.leaves, trees)))
+  return all(map(np.array_equal, *map(jax.tree.leaves, runs)))
 
 
 class LinenNet(nn.Module):
