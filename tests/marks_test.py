@@ -195,7 +195,7 @@ class MakeMaskTest(parameterized.TestCase):
           jitted(jnp.float32(sparsity)),
           layouts.make_mask(scores, sparsity, structure=Block((2, 2))))
 
-  @parameterized.parameters(((4,), {}), ((4, 4), {'contracting': (1,)}),
+  @parameterized.parameters(((4,), {}), ((4, 4), {'contracting': (0, 1)}),
                             ((2, 4, 4), {'batch_axes': (1,),
                                          'contracting': (1,)}))
   def test_a_leaf_that_is_no_matrix_has_no_blocks(self, shape, kwargs):

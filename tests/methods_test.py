@@ -892,7 +892,7 @@ class ArgumentTest(parameterized.TestCase):
 def same_moments(one, two):
   """Whether two runs are equal in parameters, masks and gradients."""
   runs = [[moment._replace(loss=0.) for moment in moments]
-           for moments in (one, two)]
+          for moments in (one, two)]
   if jax.tree.structure(runs[0]) != jax.tree.structure(runs[1]):
     return False  # Other leaves are sparse.
   return all(map(np.array_equal, *map(jax.tree.leaves, runs)))

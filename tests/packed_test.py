@@ -23,7 +23,8 @@ def problem(dtype=jnp.float32, forward=None, pad=0):
   side = 12 + pad
   weight, x, dy = draw((side, side), (2, 5, side), (2, 5, side), dtype=dtype)
   mask = tile_mask(IDS, weight.shape)
-  packed = sparse_jax.blocks.pack(weight, block=(3, 4), mask=mask, pad=bool(pad))
+  packed = sparse_jax.blocks.pack(weight, block=(3, 4), mask=mask,
+                                  pad=bool(pad))
   if forward is not None:
     packed = packed.replace(forward=jnp.array(forward, jnp.int32))
   return packed, x, dy
@@ -100,7 +101,8 @@ class PackTest(parameterized.TestCase):
 
   @parameterized.parameters(.1, .4, .5, .9, .99)
   def test_as_many_tiles_as_the_common_rule_says(self, sparsity):
-    packed = sparse_jax.blocks.pack(jnp.ones((6, 8)), block=(2, 2), sparsity=sparsity)
+    packed = sparse_jax.blocks.pack(jnp.ones((6, 8)), block=(2, 2),
+                                    sparsity=sparsity)
     self.assertLen(packed.blocks, sparse_jax.keep_count(12, sparsity))
 
   def test_agrees_with_the_mask_of_a_simulated_run(self):
@@ -114,7 +116,7 @@ class PackTest(parameterized.TestCase):
   def test_backward_set_is_wider_and_contains_the_forward_set(self):
     weight, = draw((8, 8), seed=3)
     packed = sparse_jax.blocks.pack(weight, block=(2, 2), sparsity=.75,
-                             backward_sparsity=.5)
+                                    backward_sparsity=.5)
     _, inner, outer = sparse_jax.blocks.to_dense(packed)
     for mask, sparsity in (inner, .75), (outer, .5):
       np.testing.assert_array_equal(mask, sparse_jax.make_mask(
@@ -132,7 +134,8 @@ class PackTest(parameterized.TestCase):
   def test_unpack_gives_the_forward_set(self):
     packed, _, _ = problem(forward=[1, 4])
     weight, inner, _ = dense_sets(packed)
-    np.testing.assert_array_equal(sparse_jax.blocks.unpack(packed), weight * inner)
+    np.testing.assert_array_equal(sparse_jax.blocks.unpack(packed),
+                                  weight * inner)
 
   def test_numpy_weights_stay_on_the_host(self):
     weight = np.random.RandomState(0).randn(8, 8).astype(np.float32)
@@ -153,7 +156,8 @@ class PackTest(parameterized.TestCase):
 
     @jax.jit
     def converted(packed, x):
-      bcoo, bcsr = sparse_jax.blocks.to_bcoo(packed), sparse_jax.blocks.to_bcsr(packed)
+      bcoo = sparse_jax.blocks.to_bcoo(packed)
+      bcsr = sparse_jax.blocks.to_bcsr(packed)
       turned = sparse_jax.blocks.to_bcsr(packed, transpose=True)
       return ((bcoo.todense(), bcsr.todense(), turned.todense().T),
               (x @ bcoo, (turned @ x.T).T))
@@ -202,7 +206,8 @@ class PackTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, message):
         sparse_jax.blocks.from_dense(np.ones((2, 2)), inner, outer,
                                      block=(2, 2))
-    stack = sparse_jax.blocks.pack(jnp.ones((2, 2, 2)), block=(2, 2), sparsity=.5)
+    stack = sparse_jax.blocks.pack(jnp.ones((2, 2, 2)), block=(2, 2),
+                                   sparsity=.5)
     with self.assertRaisesRegex(ValueError, 'packed'):
       sparse_jax.blocks.to_bcoo(stack)
 
@@ -300,7 +305,7 @@ class MatmulTest(parameterized.TestCase):
     """Forward, both gradients and growth scores, in the compiled program."""
     weight = jnp.ones((60, 84))
     packed = sparse_jax.blocks.pack(weight, block=(12, 12), sparsity=.8,
-                             backward_sparsity=.6)
+                                    backward_sparsity=.6)
     x = jnp.ones((3, 60))
     for way in WAYS:
       loss = lambda x, packed: jnp.sum(
@@ -346,7 +351,7 @@ class ConvTest(parameterized.TestCase):
     options = dict(options)
     weight, x = draw((*kernel, 5, 6), (2, *size, 5), seed=5)
     packed = sparse_jax.blocks.pack(weight, block=(2, 3), sparsity=.6, pad=True,
-                             backward_sparsity=.4)
+                                    backward_sparsity=.4)
     count = len(kernel)
     every = lambda v: (v,) * count if isinstance(v, int) else v
 
@@ -384,7 +389,8 @@ class ConvTest(parameterized.TestCase):
       ('small', (1, 2, 2, 2), dict(padding='VALID'), 'x'),
       ('way', (1, 4, 4, 2), dict(implementation=''), 'implementation'))
   def test_bad_arguments(self, shape, options, message):
-    packed = sparse_jax.blocks.pack(np.ones((3, 3, 2, 2)), block=(2, 2), sparsity=.5)
+    packed = sparse_jax.blocks.pack(np.ones((3, 3, 2, 2)), block=(2, 2),
+                                    sparsity=.5)
     with self.assertRaisesRegex(ValueError, f'`{message}`'):
       sparse_jax.blocks.conv(jnp.ones(shape), packed, **options)
 
