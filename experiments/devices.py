@@ -148,8 +148,11 @@ def split(mesh_: Mesh, axis: int = 0) -> NamedSharding:
   return NamedSharding(mesh_, PartitionSpec(*[None] * axis, 'data'))
 
 
-def place(mesh_: Mesh, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+def place(mesh_: Mesh, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct
+          ) -> NamedSharding:
   """Where a parameter, or what has its shape, lies."""
+  if getattr(path[-1], 'name', '') == 'reservoir':  # Of packed blocks.
+    return replicated(mesh_).with_memory_kind('pinned_host')
   parts = mesh_.shape['model']
   axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
   if parts == 1 or len(leaf.shape) < 2 or not axes:

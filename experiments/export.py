@@ -7,7 +7,8 @@ The forms, of each weight that has a mask:
   sparse  `path:values`, those kept in order, `path:bits`, the mask eight
           entries a byte, and `path:shape`
   packed  `path:blocks`, `path:rows`, `path:columns`, `path:shape`: the kept
-          blocks of a run with --structure=block, as `sparse_jax.blocks.PackedBlocks`
+          blocks of a run with --structure=block, as in
+          `sparse_jax.blocks.PackedBlocks`
   dense   `path`, with its zeros, as all other arrays are in every form
 
 This is all that a program needs to read a sparse one back:
@@ -121,7 +122,8 @@ def from_run(workdir: str, form: str) -> dict[str, np.ndarray]:
   except KeyError as error:
     raise ValueError(f'{path} is damaged, it has no flag {error}.') from error
   state = training.last_state(run)
-  weights = run.task.method.read(state.params, state.opt_state)
+  weights = sparse_jax.dense_weights(run.task.method, state.params,
+                                     state.opt_state)
   masks = sparse_jax.get_state(state.opt_state).forward_masks
   block = (tuple(map(int, values['block_shape']))
            if values['structure'] == 'block' else None)

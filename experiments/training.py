@@ -133,8 +133,8 @@ def make_task(problem: Problem, values: Mapping[str, Any],
   tx = sparse_jax.sparsify(optimization.make(values, train_steps), method,
                            key=values['seed'])
   return Task(problem, method, tx, sparsity.operator_options(values),
-              values['operand_period'], values['packed'],
-              values['log_every'], values['compare_masks_every'])
+              values['operand_period'], values['log_every'],
+              values['compare_masks_every'])
 
 
 def make_run(values: Mapping[str, Any], workdir: str, task: Task,
@@ -146,7 +146,8 @@ def make_run(values: Mapping[str, Any], workdir: str, task: Task,
     state = jax.eval_shape(first)
   carry = jax.eval_shape(task.problem.first_carry)
   axes = task.problem.batch_axes
-  places = jax.tree.map(lambda x: devices.place(mesh, x), state)._replace(
+  places = jax.tree.map_with_path(functools.partial(devices.place, mesh),
+                                  state)._replace(
       model_state=_places(mesh, state.model_state, axes(state.model_state)))
   carried = _places(mesh, carry, axes(carry))
   rows, whole = devices.split(mesh), devices.replicated(mesh)
@@ -478,10 +479,14 @@ def report(binary: Binary, run: Run, state: TrainState,
 
 def cost(run: Run, state: TrainState, summary) -> dict[str, Any]:
   """FLOPs and bytes, by arithmetic."""
-  weights = jax.eval_shape(run.task.method.read, state.params, state.opt_state)
+  weights = jax.eval_shape(functools.partial(
+      sparse_jax.dense_weights, run.task.method), state.params,
+                           state.opt_state)
   apply, inputs = run.apply(state)
-  return accounting.figures(apply, weights, inputs, run.task.method, summary,
-                            run.train_steps)
+  optimizer = optimization.make(run.values, run.train_steps)
+  return accounting.figures(
+      apply, weights, inputs, run.task.method, summary, run.train_steps
+  ) | accounting.held(weights, state.params, state.opt_state, optimizer)
 
 
 def speed(rows, per_step: int) -> float | None:

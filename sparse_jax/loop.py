@@ -1,4 +1,4 @@
-"""What a training loop calls: `start` once, `with_method` wherever it computes."""
+"""What a loop calls: `start` once, `with_method` wherever it computes."""
 
 from collections.abc import Callable
 from collections.abc import Mapping

@@ -203,7 +203,7 @@ def seen_operands(values: Mapping[str, Any], data, sparsity: float):
 def cycles(seen, sparsity: float, machine: sparse_jax.cost.Machine):
   """(path, LayerCycles) of each layer."""
   return [(path, sparse_jax.cost.layer_cycles(product, lhs, rhs, machine=machine,
-                                         saved=saved(path, lhs, sparsity)))
+                                              saved=saved(path, lhs, sparsity)))
           for path, product, lhs, rhs in seen]
 
 

@@ -143,7 +143,7 @@ def prune(name: str, variables: Mapping[str, Any], share: float,
   """The variables without that share of the filters of each layer."""
   shares = dict.fromkeys(touched(name, variables, untouched), share)
   return sparse_jax.methods.filters.prune_filters(variables, shares,
-                                  followers(name, variables))[0]
+                                                  followers(name, variables))[0]
 
 
 def touched(name: str, variables: Mapping[str, Any],

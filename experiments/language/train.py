@@ -38,6 +38,7 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 
+import sparse_jax
 from experiments import devices
 from experiments import programs
 from experiments import tasks
@@ -348,7 +349,8 @@ def sample(values: Mapping[str, Any], count: int, prompt: str,
   vocabulary = load(values, 'train').vocabulary
   first = jnp.asarray(vocabulary.encode(prompt), jnp.int32)
   tokens = sampling.generate(
-      problem.model, run.task.method.read(state.params, state.opt_state),
+      problem.model, sparse_jax.dense_weights(run.task.method, state.params,
+                                              state.opt_state),
       first, count=count, memory_length=problem.eval_memory_length,
       temperature=temperature, key=jax.random.key(values['seed']))
   return vocabulary.decode(jax.device_get(jnp.concatenate([first, tokens])))

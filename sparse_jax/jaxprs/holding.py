@@ -12,7 +12,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from sparse_jax.blocks import packing
 from sparse_jax.blocks import products as block_products

@@ -213,7 +213,7 @@ def add_operands(method: SparseMethod, operands: Operands, *,
   operands_lib.checked(operands, 'tensor', 'tensor',
                        structures.Unstructured(), (), True)
   sites = leaves_lib.Sites(0., allocations.uniform, structures.Unstructured(),
-                          is_sparse, (), None).checked()
+                           is_sparse, (), None).checked()
 
   def stated(params, state):
     del state  # They stay as they are.
