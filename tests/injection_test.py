@@ -292,8 +292,8 @@ class ThresholdsTest(parameterized.TestCase):
       return x
 
     def run(fn, params):
-      state, times = method.init(params), {
-          p.path: p.times for p in sparse_jax.jaxprs.find_products(fn, params, x)}
+      products = sparse_jax.jaxprs.find_products(fn, params, x)
+      state, times = method.init(params), {p.path: p.times for p in products}
       thresholds = operators.first_operator_thresholds(
           method, params, state, times=times)
 

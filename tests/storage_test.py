@@ -273,7 +273,8 @@ class RefusalTest(parameterized.TestCase):
   @parameterized.named_parameters(
       ('unstructured', lambda: sparse_jax.static(.5), 'Block'),
       ('learned', sparse_jax.str_, 'one rule'),
-      ('gmp', lambda: sparse_jax.gmp(.5, structure=BLOCK), 'packed'))
+      ('gmp', lambda: sparse_jax.gmp(
+          .5, structure=BLOCK, update_end=4), 'packed'))
   def test_a_method_that_cannot_be_packed_says_why(self, make, why):
     with self.assertRaisesRegex(ValueError, f'`method`.*{why}'):
       sparse_jax.packed(make())
