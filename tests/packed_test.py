@@ -82,6 +82,17 @@ def product_and_gradients(packed, x, dy, implementation=None):
   return y, grad_x, grad.blocks, grad.growth
 
 
+def stored(packed):
+  """The blocks alone, as parameters hold them."""
+  return packed.replace(rows=None, columns=None, forward=None)
+
+
+def placed_like(weights, packed):
+  """The blocks with the places of others."""
+  return weights.replace(rows=packed.rows, columns=packed.columns,
+                         forward=packed.forward)
+
+
 class PackTest(parameterized.TestCase):
 
   def test_tiles_of_largest_magnitude_are_kept(self):
@@ -291,11 +302,11 @@ class MatmulTest(parameterized.TestCase):
 
   def test_second_derivatives_by_two_reverse_passes(self):
     packed, x, _ = problem()
-    weights, indices = sparse_jax.partition_packed(packed)
+    weights = stored(packed)
     loss = lambda w: jnp.sum(jnp.sin(sparse_jax.blocks.matmul(
-        x, sparse_jax.combine_packed(w, indices))))
+        x, placed_like(w, packed))))
     plain = lambda w: jnp.sum(jnp.sin(x @ sparse_jax.blocks.unpack(
-        sparse_jax.combine_packed(w, indices))))
+        placed_like(w, packed))))
     hvp = lambda f: jax.jit(jax.grad(lambda w: jnp.vdot(
         jax.grad(f)(w).blocks, packed.blocks)))(weights)
     np.testing.assert_allclose(hvp(loss).blocks, hvp(plain).blocks, rtol=1e-4,
@@ -397,40 +408,25 @@ class ConvTest(parameterized.TestCase):
 
 class TreeTest(parameterized.TestCase):
 
-  def test_partition_and_combine_are_inverse(self):
-    packed, _, _ = problem(forward=[0, 1])
-    params = {'layer': {'kernel': packed, 'bias': jnp.ones(3)}}
-    weights, indices = sparse_jax.partition_packed(params)
+  def test_any_optimizer_takes_the_blocks_without_their_places(self):
+    packed, x, _ = problem(forward=[0, 1, 3])
+    weights = stored(packed)
     self.assertEqual({leaf.dtype.kind for leaf in jax.tree.leaves(weights)},
                      {'f'})
-    self.assertEqual({leaf.dtype.kind for leaf in jax.tree.leaves(indices)},
-                     {'i'})
-    jax.tree.map(np.testing.assert_array_equal,
-                 sparse_jax.combine_packed(weights, indices), params)
-
-  def test_combine_names_what_is_missing(self):
-    packed, _, _ = problem()
-    weights, _ = sparse_jax.partition_packed({'kernel': packed})
-    with self.assertRaisesRegex(ValueError, 'kernel'):
-      sparse_jax.combine_packed(weights, {})
-
-  def test_any_optimizer_takes_the_weights(self):
-    packed, x, _ = problem()
-    weights, indices = sparse_jax.partition_packed({'kernel': packed})
     tx = optax.adamw(.01)
     state = tx.init(weights)
 
     @jax.jit
-    def step(weights, indices, state):
+    def step(weights, state):
       loss = lambda w: jnp.sum(sparse_jax.blocks.matmul(
-          x, sparse_jax.combine_packed(w, indices)['kernel'])**2)
+          x, placed_like(w, packed))**2)
       value, grads = jax.value_and_grad(loss)(weights)
       updates, state = tx.update(grads, state, weights)
       return optax.apply_updates(weights, updates), state, value
 
     losses = []
     for _ in range(3):
-      weights, state, value = step(weights, indices, state)
+      weights, state, value = step(weights, state)
       losses.append(float(value))
     self.assertEqual(step._cache_size(), 1)
     self.assertLess(losses[2], losses[0])
