@@ -113,6 +113,19 @@ class PackedIsMaskedTest(parameterized.TestCase):
                 for each in (method, sparse_jax.packed(method)))
     assert_same_run(self, method, one, two)
 
+  @parameterized.parameters('set_', 'top_kast')
+  def test_gradients_may_be_accumulated_outside(self, name):
+    """RigL excepted: its scores are then averages of magnitudes."""
+    method, runs = METHODS[name], []
+    for each in (method, sparse_jax.packed(method)):
+      tx = optax.MultiSteps(sparse_jax.sparsify(optax.sgd(.1), each, key=1), 2)
+      state = sparse_jax.start(tx, each, mlp_params())
+      step = jax.jit(make_step(each, tx))
+      for t in range(6):
+        state = step(*state, *batch(t))[:2]
+      runs.append(state)
+    assert_same_run(self, method, *runs)
+
   def test_slots_are_those_of_the_masked_run(self):
     method = METHODS['rigl']
     one, two = (train(each, OPTIMIZERS['momentum'])
