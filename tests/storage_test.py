@@ -18,6 +18,9 @@ BLOCK = sparse_jax.Block((4, 4))
 EVERY = dict(structure=BLOCK, update_every=2)
 METHODS = {
     'static': sparse_jax.static(.5, structure=BLOCK),
+    'fixed': sparse_jax.fixed({'Dense_1/kernel': np.kron(
+        [[1, 0, 1], [0, 1, 0]], np.ones((4, 4)))[:, :10] > 0},
+                              structure=BLOCK),
     'set_': sparse_jax.set_(.5, **EVERY),
     'rigl': sparse_jax.rigl(.5, **EVERY),
     'rigl_skip_step': sparse_jax.rigl(.5, skip_step=True, **EVERY),
