@@ -49,6 +49,7 @@ def check_count(name: str, value: int, *, least: int = 0) -> int:
 def check_backward(sparsity: float, backward_sparsity: float,
                    backward_selection: str) -> None:
   """Raises ValueError naming the argument of a backward set out of range."""
+  check_sparsity('sparsity', sparsity)
   check_sparsity('backward_sparsity', backward_sparsity)
   if backward_sparsity > sparsity:
     raise ValueError(f'`backward_sparsity` (={backward_sparsity!r}) must not '

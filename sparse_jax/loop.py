@@ -73,7 +73,8 @@ def first_params(tx: Any, method: state_lib.SparseMethod,
     return method.init(own, key)
 
   with state_lib.making_states_by(note):
-    jax.eval_shape(tx.init, params)
+    # A function of its own: of one that was traced before JAX keeps the result.
+    jax.eval_shape(lambda params: tx.init(params), params)
   if len(seen) != 1:
     raise ValueError(f'`tx` (={tx!r}) must contain sparsify(optimizer, method) '
                      f'once, and does {len(seen)} times.')

@@ -84,7 +84,7 @@ def sparsify(optimizer: optax.GradientTransformation,
       grads = _add_penalty(method, grads, params, sparse)
     given, all_grads = params, grads
     params, grads = map(packing.without_growth, (params, grads))
-    marks = storage.entry_marks(sparse)
+    marks = storage.entry_marks(sparse, like=params)
     updates, new_slots = optimizer.update(
         _mask(grads, marks), _fresh_outside(
             slots, optimizer.init(params), params, sparse, marks), params,

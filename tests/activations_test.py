@@ -203,7 +203,8 @@ class DsgTest(parameterized.TestCase):
                                 sparsity=.7)
 
     def normalised(extra, mask):
-      y = sparse_jax.operators.gate(sparse_jax.operators.relu(x @ w + extra), mask)
+      y = sparse_jax.operators.relu(x @ w + extra)
+      y = sparse_jax.operators.gate(y, mask)
       return (y - y.mean(0, keepdims=True)) / (y.std(0, keepdims=True) + 1)
 
     def layer(extra, mask):

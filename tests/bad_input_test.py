@@ -214,9 +214,10 @@ class PartTest(parameterized.TestCase):
       ('erk', 'sparsity', lambda s: sparse_jax.erk({'w': (4, 6)}, s)),
       ('erdos_renyi', 'sparsity', lambda s: sparse_jax.erdos_renyi(
           {'w': (4, 6)}, s)),
-      ('cubic_final', 'final', lambda s: sparse_jax.schedules.cubic_sparsity(s, end=5)),
-      ('cubic_initial', 'initial', lambda s: sparse_jax.schedules.cubic_sparsity(
-          .5, end=5, initial=s)))
+      ('cubic_final', 'final', lambda s: (
+          sparse_jax.schedules.cubic_sparsity(s, end=5))),
+      ('cubic_initial', 'initial', lambda s: (
+          sparse_jax.schedules.cubic_sparsity(.5, end=5, initial=s))))
   def test_bad_sparsities_are_named_by_the_parts(self, argument, call):
     problems = {repr(s): complaint(argument, s, lambda: call(s))
                 for s in NOT_SPARSITIES}
@@ -264,8 +265,8 @@ class PartTest(parameterized.TestCase):
       tx.update(PARAMS, tx.init(PARAMS))
     for part, masks in (
         (sparse_jax.transforms.keep_params_sparse(), ('forward_masks',)),
-        (sparse_jax.transforms.add_exploration_decay(), ('forward_masks',
-                                              'backward_masks'))):
+        (sparse_jax.transforms.add_exploration_decay(),
+         ('forward_masks', 'backward_masks'))):
       with self.assertRaisesRegex(ValueError, '`params` '):
         part.update(PARAMS, part.init(PARAMS),
                     **{name: PARAMS for name in masks})

@@ -276,7 +276,7 @@ class PlanTest(parameterized.TestCase):
     def bytes_of(backward):
       stored = {path: 1 - backward for path in 'abc'}
       return sparse_jax.cost.memory_cost(mlp, *mlp_args(), stored=stored,
-                                    optimizer=optax.adam(1e-3)).total
+                                         optimizer=optax.adam(1e-3)).total
 
     budget = .6 * bytes_of(0.)
     got = cost.plan(budget, bytes_of, highest=.9)

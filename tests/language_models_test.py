@@ -420,7 +420,8 @@ class SparseTest(parameterized.TestCase):
     @jax.jit
     def slopes(params, noise):
       def run(params, noise):
-        fn = sparse_jax.operators.with_operators(loss, method, state, pack=False)
+        fn = sparse_jax.operators.with_operators(loss, method, state,
+                                                 pack=False)
         return fn(method.read(params, state), noise)
 
       return jax.grad(run, (0, 1), has_aux=True)(params, noise)

@@ -12,16 +12,15 @@ LIBRARY = pathlib.Path(__file__).parents[1] / 'sparse_jax'
 LAYERS = (
     {'checks', 'trees'},
     {'masks'},
-    {'jaxprs'},
-    {'blocks', 'rules'},
+    {'blocks'},
+    {'jaxprs', 'rules'},
     {'operators', 'cost'},
-    {'methods'},
-    {'packed_methods'},
+    {'methods', 'loop'},
     {'transforms', 'getters', 'summary'},
     {'__init__'},
 )
 # Only these files may know these packages.
-OWNERS = {'optax': {'transforms'}, 'flax': {'getters', 'layers'}}
+OWNERS = {'optax': {'transforms'}, 'flax': {'getters'}}
 FOREIGN = {'jax', 'numpy', 'optax', 'flax'}
 
 

@@ -13,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparse_jax
-from sparse_jax.masks import layouts
-from sparse_jax.masks import marks as marks_lib
 from sparse_jax.operators.operands import Operands
 from sparse_jax.operators.sparse_products import first_thresholds
 from sparse_jax.operators.sparse_products import sparse_conv_general_dilated
@@ -354,7 +352,7 @@ class EinsumTest(parameterized.TestCase):
     x, w = normal(3, 4), normal(6, 4, seed=1)
     block = sparse_jax.Block((2, 3))
     got = sparse_einsum(Operands(.5), structure=block)('bi,oi->bo', x, w)
-    mask = masking.make_mask(np.abs(w.T), .5, structure=block)
+    mask = sparse_jax.make_mask(np.abs(w.T), .5, structure=block)
     assert_close([got], [x @ np.where(mask, w.T, 0)])
 
 

@@ -23,7 +23,8 @@ def problem(dtype=jnp.float32, forward=None, pad=0):
   side = 12 + pad
   weight, x, dy = draw((side, side), (2, 5, side), (2, 5, side), dtype=dtype)
   mask = tile_mask(IDS, weight.shape)
-  packed = sparse_jax.blocks.pack(weight, block=(3, 4), mask=mask, pad=bool(pad))
+  packed = sparse_jax.blocks.pack(weight, block=(3, 4), mask=mask,
+                                  pad=bool(pad))
   if forward is not None:
     packed = packed.replace(forward=jnp.array(forward, jnp.int32))
   return packed, x, dy
@@ -81,6 +82,17 @@ def product_and_gradients(packed, x, dy, implementation=None):
   return y, grad_x, grad.blocks, grad.growth
 
 
+def stored(packed):
+  """The blocks alone, as parameters hold them."""
+  return packed.replace(rows=None, columns=None, forward=None)
+
+
+def placed_like(weights, packed):
+  """The blocks with the places of others."""
+  return weights.replace(rows=packed.rows, columns=packed.columns,
+                         forward=packed.forward)
+
+
 class PackTest(parameterized.TestCase):
 
   def test_tiles_of_largest_magnitude_are_kept(self):
@@ -100,7 +112,8 @@ class PackTest(parameterized.TestCase):
 
   @parameterized.parameters(.1, .4, .5, .9, .99)
   def test_as_many_tiles_as_the_common_rule_says(self, sparsity):
-    packed = sparse_jax.blocks.pack(jnp.ones((6, 8)), block=(2, 2), sparsity=sparsity)
+    packed = sparse_jax.blocks.pack(jnp.ones((6, 8)), block=(2, 2),
+                                    sparsity=sparsity)
     self.assertLen(packed.blocks, sparse_jax.keep_count(12, sparsity))
 
   def test_agrees_with_the_mask_of_a_simulated_run(self):
@@ -114,7 +127,7 @@ class PackTest(parameterized.TestCase):
   def test_backward_set_is_wider_and_contains_the_forward_set(self):
     weight, = draw((8, 8), seed=3)
     packed = sparse_jax.blocks.pack(weight, block=(2, 2), sparsity=.75,
-                             backward_sparsity=.5)
+                                    backward_sparsity=.5)
     _, inner, outer = sparse_jax.blocks.to_dense(packed)
     for mask, sparsity in (inner, .75), (outer, .5):
       np.testing.assert_array_equal(mask, sparse_jax.make_mask(
@@ -132,7 +145,8 @@ class PackTest(parameterized.TestCase):
   def test_unpack_gives_the_forward_set(self):
     packed, _, _ = problem(forward=[1, 4])
     weight, inner, _ = dense_sets(packed)
-    np.testing.assert_array_equal(sparse_jax.blocks.unpack(packed), weight * inner)
+    np.testing.assert_array_equal(sparse_jax.blocks.unpack(packed),
+                                  weight * inner)
 
   def test_numpy_weights_stay_on_the_host(self):
     weight = np.random.RandomState(0).randn(8, 8).astype(np.float32)
@@ -153,7 +167,8 @@ class PackTest(parameterized.TestCase):
 
     @jax.jit
     def converted(packed, x):
-      bcoo, bcsr = sparse_jax.blocks.to_bcoo(packed), sparse_jax.blocks.to_bcsr(packed)
+      bcoo = sparse_jax.blocks.to_bcoo(packed)
+      bcsr = sparse_jax.blocks.to_bcsr(packed)
       turned = sparse_jax.blocks.to_bcsr(packed, transpose=True)
       return ((bcoo.todense(), bcsr.todense(), turned.todense().T),
               (x @ bcoo, (turned @ x.T).T))
@@ -202,7 +217,8 @@ class PackTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, message):
         sparse_jax.blocks.from_dense(np.ones((2, 2)), inner, outer,
                                      block=(2, 2))
-    stack = sparse_jax.blocks.pack(jnp.ones((2, 2, 2)), block=(2, 2), sparsity=.5)
+    stack = sparse_jax.blocks.pack(jnp.ones((2, 2, 2)), block=(2, 2),
+                                   sparsity=.5)
     with self.assertRaisesRegex(ValueError, 'packed'):
       sparse_jax.blocks.to_bcoo(stack)
 
@@ -286,11 +302,11 @@ class MatmulTest(parameterized.TestCase):
 
   def test_second_derivatives_by_two_reverse_passes(self):
     packed, x, _ = problem()
-    weights, indices = sparse_jax.partition_packed(packed)
+    weights = stored(packed)
     loss = lambda w: jnp.sum(jnp.sin(sparse_jax.blocks.matmul(
-        x, sparse_jax.combine_packed(w, indices))))
+        x, placed_like(w, packed))))
     plain = lambda w: jnp.sum(jnp.sin(x @ sparse_jax.blocks.unpack(
-        sparse_jax.combine_packed(w, indices))))
+        placed_like(w, packed))))
     hvp = lambda f: jax.jit(jax.grad(lambda w: jnp.vdot(
         jax.grad(f)(w).blocks, packed.blocks)))(weights)
     np.testing.assert_allclose(hvp(loss).blocks, hvp(plain).blocks, rtol=1e-4,
@@ -300,7 +316,7 @@ class MatmulTest(parameterized.TestCase):
     """Forward, both gradients and growth scores, in the compiled program."""
     weight = jnp.ones((60, 84))
     packed = sparse_jax.blocks.pack(weight, block=(12, 12), sparsity=.8,
-                             backward_sparsity=.6)
+                                    backward_sparsity=.6)
     x = jnp.ones((3, 60))
     for way in WAYS:
       loss = lambda x, packed: jnp.sum(
@@ -346,7 +362,7 @@ class ConvTest(parameterized.TestCase):
     options = dict(options)
     weight, x = draw((*kernel, 5, 6), (2, *size, 5), seed=5)
     packed = sparse_jax.blocks.pack(weight, block=(2, 3), sparsity=.6, pad=True,
-                             backward_sparsity=.4)
+                                    backward_sparsity=.4)
     count = len(kernel)
     every = lambda v: (v,) * count if isinstance(v, int) else v
 
@@ -384,47 +400,33 @@ class ConvTest(parameterized.TestCase):
       ('small', (1, 2, 2, 2), dict(padding='VALID'), 'x'),
       ('way', (1, 4, 4, 2), dict(implementation=''), 'implementation'))
   def test_bad_arguments(self, shape, options, message):
-    packed = sparse_jax.blocks.pack(np.ones((3, 3, 2, 2)), block=(2, 2), sparsity=.5)
+    packed = sparse_jax.blocks.pack(np.ones((3, 3, 2, 2)), block=(2, 2),
+                                    sparsity=.5)
     with self.assertRaisesRegex(ValueError, f'`{message}`'):
       sparse_jax.blocks.conv(jnp.ones(shape), packed, **options)
 
 
 class TreeTest(parameterized.TestCase):
 
-  def test_partition_and_combine_are_inverse(self):
-    packed, _, _ = problem(forward=[0, 1])
-    params = {'layer': {'kernel': packed, 'bias': jnp.ones(3)}}
-    weights, indices = sparse_jax.partition_packed(params)
+  def test_any_optimizer_takes_the_blocks_without_their_places(self):
+    packed, x, _ = problem(forward=[0, 1, 3])
+    weights = stored(packed)
     self.assertEqual({leaf.dtype.kind for leaf in jax.tree.leaves(weights)},
                      {'f'})
-    self.assertEqual({leaf.dtype.kind for leaf in jax.tree.leaves(indices)},
-                     {'i'})
-    jax.tree.map(np.testing.assert_array_equal,
-                 sparse_jax.combine_packed(weights, indices), params)
-
-  def test_combine_names_what_is_missing(self):
-    packed, _, _ = problem()
-    weights, _ = sparse_jax.partition_packed({'kernel': packed})
-    with self.assertRaisesRegex(ValueError, 'kernel'):
-      sparse_jax.combine_packed(weights, {})
-
-  def test_any_optimizer_takes_the_weights(self):
-    packed, x, _ = problem()
-    weights, indices = sparse_jax.partition_packed({'kernel': packed})
     tx = optax.adamw(.01)
     state = tx.init(weights)
 
     @jax.jit
-    def step(weights, indices, state):
+    def step(weights, state):
       loss = lambda w: jnp.sum(sparse_jax.blocks.matmul(
-          x, sparse_jax.combine_packed(w, indices)['kernel'])**2)
+          x, placed_like(w, packed))**2)
       value, grads = jax.value_and_grad(loss)(weights)
       updates, state = tx.update(grads, state, weights)
       return optax.apply_updates(weights, updates), state, value
 
     losses = []
     for _ in range(3):
-      weights, state, value = step(weights, indices, state)
+      weights, state, value = step(weights, state)
       losses.append(float(value))
     self.assertEqual(step._cache_size(), 1)
     self.assertLess(losses[2], losses[0])

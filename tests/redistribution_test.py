@@ -27,7 +27,7 @@ def start(method):
   params = {'a': row(L1['weight']), 'b': row(L2['weight'])}
   tx = sparse_jax.sparsify(optax.sgd(0.), method)
   state = tx.init(params)
-  marks = {name: masking.mark(2 * row(leaf['mask']).astype(jnp.uint8))
+  marks = {name: marks_lib.mark(2 * row(leaf['mask']).astype(jnp.uint8))
            for name, leaf in (('a', L1), ('b', L2))}
   return tx, params, state._replace(sparse=state.sparse._replace(marks=marks))
 
@@ -156,11 +156,11 @@ class BudgetTest(parameterized.TestCase):
     self.assertEqual([int(n[0]) for n in counts_], [1, 1])
 
   def test_global_counts_keep_one_of_each(self):
-    leaves = {name: sites.Leaf(name, 0, masking.layout((2, 4)), .5)
-              for name in ('a', 'b')}
+    own = {name: leaves.Leaf(name, 0, layouts.layout((2, 4)), .5, .5)
+           for name in ('a', 'b')}
     scores = {'a': jnp.arange(8.).reshape(2, 4) + 10,
               'b': jnp.arange(8.).reshape(2, 4)}
-    seen = budget.global_counts(leaves, scores, 4)
+    seen = budget.global_counts(own, scores, 4)
     self.assertEqual({k: int(v[0, 0]) for k, v in seen.items()},
                      {'a': 3, 'b': 1})
 

@@ -25,12 +25,12 @@ V0 = np.array([1, 2, 3, 4, 0, 0], np.float32)
 
 
 def vector_leaf(size, sparsity):
-  return sites.Leaf('w', 0, masking.layout((size,)), sparsity)
+  return leaves.Leaf('w', 0, layouts.layout((size,)), sparsity, sparsity)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def traced_drop_and_grow(leaf, active, worth, growth, fraction):
-  return sites.drop_and_grow(leaf, active, worth, growth, fraction)
+  return leaves.drop_and_grow(leaf, active, worth, growth, fraction)
 
 
 def ranked(scores, allowed, count):
@@ -60,8 +60,8 @@ class DropAndGrowTest(parameterized.TestCase):
       ('rigl_regrows_what_it_drops', .3, np.abs(G0), [1, 1, 1, 1, 0, 0]),
       ('set', .5, [.9, .1, .8, .2, .7, .3], [1, 0, 1, 1, 1, 0]))
   def test_specified_examples(self, fraction, growth, want):
-    mask = sites.drop_and_grow(vector_leaf(6, 1 / 3), jnp.array(M0),
-                               jnp.abs(W0), jnp.array(growth), fraction)
+    mask = leaves.drop_and_grow(vector_leaf(6, 1 / 3), jnp.array(M0),
+                                jnp.abs(W0), jnp.array(growth), fraction)
     np.testing.assert_array_equal(mask, want)
 
   @parameterized.parameters(
@@ -73,8 +73,8 @@ class DropAndGrowTest(parameterized.TestCase):
     active = jnp.array([0, 1, 0, 1, 0, 1, 1, 0], bool)
     worth = jnp.array([-9., 1, 4, -1, 5, 8, -2, 3])
     for given in (fraction, jnp.float32(fraction)):
-      mask = sites.drop_and_grow(vector_leaf(8, .5), active, worth,
-                                 jnp.abs(worth), given)
+      mask = leaves.drop_and_grow(vector_leaf(8, .5), active, worth,
+                                  jnp.abs(worth), given)
       np.testing.assert_array_equal(mask, want)
 
   @parameterized.product(kind=('normal', 'ties', 'nan', 'all_zero', 'all_nan',
@@ -278,7 +278,7 @@ class RefreshTest(parameterized.TestCase):
                              is_sparse=lambda path, leaf: True)
     tx = sparse_jax.sparsify(optax.sgd(1., momentum=.9), method)
     state = tx.init(W0)
-    marks = masking.mark(jnp.array(M0 * 2, jnp.uint8))
+    marks = marks_lib.mark(jnp.array(M0 * 2, jnp.uint8))
     inner = (state.inner[0]._replace(trace=jnp.array(V0)), *state.inner[1:])
     state = state._replace(sparse=state.sparse._replace(marks=marks),
                            inner=inner)

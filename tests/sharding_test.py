@@ -245,7 +245,9 @@ class ShardedWeightsTest(parameterized.TestCase):
     batch = placed(methods_test.fake_batch(plain, 1), mesh)
     text = jax.jit(step, compiler_options=methods_test.QUICK).lower(
         params, state, batch).compile().as_text()
-    self.assertEqual(large_collectives(text, 192), [])
+    # Marks of groups have a shape of their own, and lie whole everywhere.
+    self.assertEqual([kind for kind in large_collectives(text, 192)
+                      if not kind[1].startswith('u8')], [])
 
 
 if __name__ == '__main__':

@@ -8,9 +8,7 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax.masks import layouts
 from sparse_jax.masks import marks as marks_lib
-from sparse_jax.rules import state as state_lib
 
 PARAMS = {'bias': jnp.array([1., 0., 2., 3.]), 'kernel': jnp.ones((2, 4)),
           'other': jnp.ones((4, 3))}
@@ -21,13 +19,13 @@ NEW = [[2, 2, 0, 0], [2, 2, 1, 0]]
 
 def hand_made():
   """Two of four of A are new; six entries were ever in A; `other` is 1 of 4."""
-  marks = masking.mark(jnp.array(OLD, jnp.uint8))
-  marks = masking.mark(jnp.array(NEW, jnp.uint8), marks)
+  marks = marks_lib.mark(jnp.array(OLD, jnp.uint8))
+  marks = marks_lib.mark(jnp.array(NEW, jnp.uint8), marks)
   other = jnp.zeros((4, 3), jnp.uint8).at[0].set(2)
-  return state_lib.SparseState(
-      jnp.int32(1), jnp.zeros(2, jnp.uint32),
-      {'bias': None, 'kernel': marks, 'other': masking.mark(other)},
-      jnp.bool_(True))
+  state = sparse_jax.static(.5).init(PARAMS)
+  return state._replace(
+      step=jnp.int32(1), refreshed=jnp.bool_(True),
+      marks={'bias': None, 'kernel': marks, 'other': marks_lib.mark(other)})
 
 
 class SummarizeTest(parameterized.TestCase):

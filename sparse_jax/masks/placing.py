@@ -49,6 +49,13 @@ def explicit(fn: Callable[[trees.PyTree], trees.PyTree], like: trees.PyTree
   return jax.sharding.explicit_axes(fn, in_sharding=(places,))
 
 
+def laid_like(array: jax.Array, like: jax.Array | None) -> jax.Array:
+  """The array as the other of its shape lies, where types say so."""
+  if like is None or not is_explicit(like):
+    return array
+  return jax.sharding.reshard(array, jax.typeof(like).sharding)
+
+
 def shapes_of(fn: Callable[..., trees.PyTree], *args: Any) -> trees.PyTree:
   """What jax.eval_shape gives where nothing is sharded."""
   bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),

@@ -68,7 +68,8 @@ def powerprop(method: SparseMethod, alpha: float = 2., *,
 
   def own_state(state):
     """The inner method's state."""
-    state = state_lib.get_state(state)
+    if not state_lib.is_state(state):  # Else its containers stay.
+      state = state_lib.get_state(state)
     if state.plan.method != name:
       raise ValueError(f'`opt_state` holds the state of {state.plan.method!r}, '
                        f'and this method is {name!r}.')

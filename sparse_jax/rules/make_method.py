@@ -258,8 +258,8 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
       updates = moved if moves else updates
     if zeros:
       updates = updates_lib.zero_outside(
-          updates, params, storage_lib.entry_marks(state, new.packed),
-          storage_lib.entry_marks(new))
+          updates, params, storage_lib.entry_marks(state, new.packed, params),
+          storage_lib.entry_marks(new, like=params))
     return updates, new._replace(step=state.step + 1)
 
   def pack(params, state):

@@ -220,7 +220,8 @@ class _PackedNow(now_lib.Now):
 
   @functools.cached_property
   def magnitudes(self):
-    scores = packing.tile_scores(self._weight, self.leaf.layout.structure.reduce)
+    scores = packing.tile_scores(self._weight,
+                                 self.leaf.layout.structure.reduce)
     return self._everywhere(scores, self._place.magnitudes)
 
   @functools.cached_property

@@ -83,7 +83,8 @@ def full_first(leaf: Leaf, now: Now) -> jax.Array:
   return leaf.full()
 
 
-def work_of(rule: Rule) -> Callable[[trees.PyTree, int], dict[trees.Path, Work]]:
+def work_of(rule: Rule
+            ) -> Callable[[trees.PyTree, int], dict[trees.Path, Work]]:
   """A method's `work`, from the groups that it keeps and trains.
 
   Where the gradient of all weights is needed at refreshes alone, one of

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from sparse_jax import trees
 from sparse_jax.masks import backward
 from sparse_jax.masks import marks as marks_lib
+from sparse_jax.masks import placing
 from sparse_jax.rules import now as now_lib
 from sparse_jax.rules import state as state_lib
 
@@ -61,8 +62,8 @@ MASKED = Storage('masked', place=lambda *_: None,
                  now=_masked_now, exchange=None, read=_read_masked, pack=None)
 
 
-def entry_marks(state: state_lib.SparseState, packed: Any = None
-                ) -> trees.PyTree:
+def entry_marks(state: state_lib.SparseState, packed: Any = None,
+                like: trees.PyTree = None) -> trees.PyTree:
   """Tree of uint8: the marks of groups, at every stored entry.
 
   They broadcast to the array of the leaf: of its shape where it is stored
@@ -71,18 +72,21 @@ def entry_marks(state: state_lib.SparseState, packed: Any = None
   Args:
     state: whose marks.
     packed: where the blocks belong, if not as `state.packed` says.
+    like: the parameters, on explicit meshes: marks are laid as they are.
   """
   places = state.packed if packed is None else packed
 
-  def spread(path, marks):
+  def spread(path, marks, weight=None):
     layout = state.plan.by_path[path].layout
     if path not in places:
-      return layout.spread(marks)
+      return placing.laid_like(layout.spread(marks), weight)
     ids = places[path].ids
     flat = marks.reshape(*ids.shape[:-1], -1)
     return jnp.take_along_axis(flat, ids, -1)[..., None, None]
 
-  return trees.map_leaves(spread, state.marks)
+  if like is None:
+    return trees.map_leaves(spread, state.marks)
+  return trees.map_leaves(spread, state.marks, like)
 
 
 def is_packed(path: trees.Path, state: state_lib.SparseState) -> bool:

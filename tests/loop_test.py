@@ -1,0 +1,134 @@
+"""Tests of `start` and `with_method` around functions nobody edited."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+from flax import linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sparse_jax
+
+BLOCK = sparse_jax.Block((4, 4))
+STATIC = sparse_jax.static(.5, structure=BLOCK)
+
+
+def normal(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape),
+                     jnp.float32)
+
+
+def scanned(params, x):
+  def body(h, x):
+    h = jnp.tanh(x @ params['input'] + h @ params['hidden'])
+    return h, h
+
+  return lax.scan(body, jnp.zeros((3, 8)), x)[1]
+
+
+USES = {
+    'tied': (lambda p, x: (x @ p['w']) @ p['w'].T, {'w': (8, 12)}, (3, 8)),
+    'einsum': (lambda p, x: jnp.einsum('bi,io->bo', x, p['w']),
+               {'w': (8, 12)}, (3, 8)),
+    'scan': (scanned, {'input': (4, 8), 'hidden': (8, 8)}, (5, 3, 4)),
+    'remat': (jax.checkpoint(lambda p, x: jnp.sin(x @ p['w']) @ p['v']),
+              {'w': (8, 12), 'v': (12, 4)}, (3, 8)),
+    'look_up': (lambda p, x: p['w'][jnp.array([0, 5, 2])] * x @ p['w'].T,
+                {'w': (8, 12)}, (3, 12)),
+}
+
+
+def begun(method, params):
+  tx = sparse_jax.sparsify(optax.sgd(.1), method)
+  return sparse_jax.start(tx, method, params)
+
+
+class WithMethodTest(parameterized.TestCase):
+
+  @parameterized.parameters(*USES)
+  def test_packed_weights_in_any_use(self, use):
+    """Outputs and gradients are those of the masked method."""
+    fn, shapes, inputs = USES[use]
+    params = {name: normal(*shape, seed=i + 1)
+              for i, (name, shape) in enumerate(shapes.items())}
+    results = []
+    # Said, not guessed: tied weights are summed over either axis.
+    masked = sparse_jax.static(.5, structure=BLOCK, contracting=(0,))
+    for method in (masked, sparse_jax.packed(masked)):
+      own, state = begun(method, params)
+
+      @jax.jit
+      def both(own, state, x):
+        apply = sparse_jax.with_method(fn, method, state)
+        loss = lambda own, x: jnp.sum(jnp.sin(apply(own, x)))
+        updates = jax.grad(loss)(own, x)
+        moved = jax.tree.map(lambda p, g: p - g, own, updates)
+        return apply(own, x), sparse_jax.dense_weights(method, moved, state)
+
+      results.append(both(own, state, normal(*inputs)))
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(
+        one, two, rtol=1e-4, atol=1e-5), *results)
+
+  def test_dense_is_the_function_itself(self):
+    fn, method = lambda params: params, sparse_jax.dense()
+    state = method.init({'w': jnp.ones((8, 8))})
+    self.assertIs(sparse_jax.with_method(fn, method, state), fn)
+
+  @parameterized.parameters((STATIC,), (sparse_jax.packed(STATIC),))
+  def test_other_arguments_pass_through(self, method):
+    class Net(nn.Module):
+
+      @nn.compact
+      def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+        return nn.Dropout(.5, deterministic=not train)(x)
+
+    model, x = Net(), normal(16, 4)
+    variables = model.init(jax.random.key(0), x, False)
+    params, state = begun(method, variables['params'])
+    apply = sparse_jax.with_method(model.apply, method, state)
+    given = {**variables, 'params': params}
+    _, moved = apply(given, x, True, rngs={'dropout': jax.random.key(1)},
+                     mutable=['batch_stats'])
+    weights = sparse_jax.dense_weights(method, params, state)
+    _, want = model.apply({**variables, 'params': weights}, x, True,
+                          rngs={'dropout': jax.random.key(1)},
+                          mutable=['batch_stats'])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+                 moved, want)
+
+  def test_a_wrong_guess_of_the_axes_names_leaf_and_axes(self):
+    fn = lambda params, x: x @ params['w'].T
+    params, x = {'w': normal(8, 12)}, normal(3, 12)
+    state = STATIC.init(params)
+    with self.assertRaisesRegex(ValueError, r"'w'.*\(1,\).*contracting"):
+      sparse_jax.with_method(fn, STATIC, state)(params, x)
+    axes = sparse_jax.contracting_axes(fn, params, x)
+    self.assertEqual(axes, {'w': (1,)})
+    method = sparse_jax.static(.5, structure=BLOCK,
+                               contracting=lambda path, leaf: axes[path])
+    got = sparse_jax.with_method(fn, method, method.init(params))(params, x)
+    self.assertEqual(got.shape, (3, 8))
+
+  def test_start_is_traced_and_works_twice(self):
+    method = sparse_jax.packed(STATIC)
+    tx = sparse_jax.sparsify(optax.adam(.1), method)
+    params = {'w': normal(8, 12)}
+    start = lambda params: sparse_jax.start(tx, method, params)
+    want = start(params)
+    for got in (start(params), jax.jit(start)(params)):
+      jax.tree.map(np.testing.assert_array_equal, got, want)
+    shapes = jax.eval_shape(start, params)
+    self.assertEqual(jax.tree.map(lambda leaf: leaf.shape, shapes),
+                     jax.tree.map(lambda leaf: leaf.shape, want))
+
+  def test_start_needs_the_method_in_the_optimizer(self):
+    with self.assertRaisesRegex(ValueError, '`tx`.*0 times'):
+      sparse_jax.start(optax.sgd(.1), sparse_jax.packed(STATIC),
+                       {'w': normal(8, 12)})
+
+
+if __name__ == '__main__':
+  absltest.main()
