@@ -248,11 +248,11 @@ def make_step(method, tx, loss=quadratic):
 
 def moment(params, state, grads, loss) -> Moment:
   sparse = sparse_jax.get_state(state)
-  trees = (params, sparse.forward_masks, sparse.backward_masks, grads)
+  parts = (params, sparse.forward_masks, sparse.backward_masks, grads)
   # Copies: the device's buffers are donated to the next step.
   return Moment(*({path: np.array(leaf)
                    for path, leaf in trees.leaves_by_path(tree).items()}
-                  for tree in trees), float(loss))
+                  for tree in parts), float(loss))
 
 
 def trainer(methods, *, optimizer=None, key=None, options=None):
