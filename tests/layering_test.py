@@ -17,11 +17,12 @@ LAYERS = (
     {'operators', 'cost'},
     {'methods'},
     {'packed_methods'},
-    {'transforms', 'getters', 'summary'},
+    {'transforms', 'aged_adam', 'getters', 'summary'},
     {'__init__'},
 )
 # Only these files may know these packages.
-OWNERS = {'optax': {'transforms'}, 'flax': {'getters', 'layers'}}
+OWNERS = {'optax': {'transforms', 'aged_adam'},
+          'flax': {'getters', 'layers'}}
 FOREIGN = {'jax', 'numpy', 'optax', 'flax'}
 
 

@@ -147,23 +147,29 @@ def counts(keys: jax.Array, probes: list[jax.Array], axes, lowest: int,
            ) -> list[jax.Array]:
   """How many keys reach each probe (a position), in one pass over the keys.
 
-  Within one device a reduction of several operands reads the keys once; XLA's
-  CPU compiler would turn a plain sum into several slower passes. Over several
-  devices a plain sum becomes one small all-reduce, the other a gather of each
-  device's counts.
+  XLA makes plain sums one pass and, over several devices, one small
+  all-reduce. Its CPU compiler makes them several slow passes, and one of a
+  reduction of several operands, which over devices would be gathers.
   """
-  word, probes = probes[0].dtype, [key_at(p, lowest) for p in probes]
+  probes = [key_at(probe, lowest) for probe in probes]
+  word = jnp.uint64 if keys.dtype.itemsize == 8 else jnp.uint32
+
+  def sums(keys, *probes):
+    return [jnp.sum(keys >= probe, axis=axes, keepdims=True, dtype=word)
+            for probe in probes]
+
+  def at_once(keys, *probes):
+    reach = tuple((keys >= probe).astype(word) for probe in probes)
+    totals = lax.reduce(reach, (word(0),) * len(reach), _add_all, axes)
+    return [lax.expand_dims(total, axes) for total in totals]
+
   if _may_be_split():
-    reach = keys[None] >= jnp.stack(probes)
-    return list(jnp.sum(reach, axis=tuple(a + 1 for a in axes), keepdims=True,
-                        dtype=word))
-  reach = tuple((keys >= probe).astype(word) for probe in probes)
-  totals = lax.reduce(reach, (word.type(0),) * len(reach), _add_all, axes)
-  return [lax.expand_dims(total, axes) for total in totals]
+    return sums(keys, *probes)
+  return lax.platform_dependent(keys, *probes, cpu=at_once, default=sums)
 
 
 def _may_be_split() -> bool:
-  """Whether the compiler may split an array over devices, for all we know."""
+  """Whether XLA may split an array over CPUs, as far as one can know here."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return jax.device_count() > 1
