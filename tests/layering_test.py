@@ -16,11 +16,11 @@ LAYERS = (
     {'jaxprs', 'rules'},
     {'operators', 'cost'},
     {'methods', 'loop'},
-    {'transforms', 'getters', 'summary'},
+    {'transforms', 'aged_adam', 'getters', 'summary'},
     {'__init__'},
 )
 # Only these files may know these packages.
-OWNERS = {'optax': {'transforms'}, 'flax': {'getters'}}
+OWNERS = {'optax': {'transforms', 'aged_adam'}, 'flax': {'getters'}}
 FOREIGN = {'jax', 'numpy', 'optax', 'flax'}
 
 

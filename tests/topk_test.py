@@ -1,7 +1,9 @@
 """Tests of the exact, sort-free choice of the k largest entries."""
 
+import contextlib
 import functools
 import re
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -12,9 +14,13 @@ from jax.sharding import PartitionSpec
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_jax.masks import search
 from sparse_jax.masks import topk
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+# Where infinity, NaN and -0 lie differs between them.
+EIGHTHS = (jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float8_e4m3fnuz,
+           jnp.float8_e5m2fnuz, jnp.float8_e4m3b11fnuz)
 GATHERS = r'= \S+ (all-gather|all-to-all|collective-permute)'
 
 
@@ -41,6 +47,10 @@ def slow_top_k_mask(scores, k):
     mask[best] = True
     left.remove(best)
   return mask.reshape(values.shape)
+
+
+def make_mesh(shape, names, axis_type=AxisType.Auto):
+  return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape))
 
 
 @functools.cache
@@ -105,6 +115,24 @@ class TopKMaskTest(parameterized.TestCase):
       np.testing.assert_array_equal(compiled(scores, k), want)
     np.testing.assert_array_equal(topk.top_k_mask(scores, size // 2),
                                   slow_top_k_mask(scores, size // 2))
+
+  @parameterized.product(dtype=DTYPES, kind=('normal', 'ties', 'nan'))
+  def test_one_device_of_many_gives_the_same(self, dtype, kind):
+    """There keys are counted by one reduction of several operands."""
+    scores = awkward_scores(np.random.default_rng(8), 150, kind).astype(dtype)
+    with jax.set_mesh(make_mesh((1,), ('x',))):
+      compiled = jax.jit(topk.top_k_mask)
+      for k in (0, 1, 40, 149, 150):
+        np.testing.assert_array_equal(compiled(scores, k),
+                                      slow_top_k_mask(scores, k))
+
+  @parameterized.parameters(*EIGHTHS)
+  def test_short_floats_are_ranked_and_nan_is_last(self, dtype):
+    scores = np.array([np.nan, 1, np.nan, 2, .5, -1, 0, -0., np.nan])
+    scores = np.tile(scores, 20).astype(dtype)
+    for k in (20, 70, 125, 165):
+      np.testing.assert_array_equal(topk.top_k_mask(scores, k),
+                                    slow_top_k_mask(scores, k))
 
   def test_subnormals_are_ordered(self):
     tiny = np.array([1e-45, 3e-45, 0., -1e-45, 1e-40, 2e-40], np.float32)
@@ -178,16 +206,85 @@ class TopKMaskTest(parameterized.TestCase):
     equal = mask[scores == cut]
     self.assertTrue(np.all(equal[:-1] >= equal[1:]), 'the earlier ties win')
 
+  @parameterized.parameters('normal', 'ties', 'extremes')
+  def test_passes_are_few(self, kind):
+    scores = awkward_scores(np.random.default_rng(9), 1000, kind)
+    passes = []
+
+    def counts(*args):
+      passes.append(0)
+      return search_counts(*args)
+
+    search_counts = search.counts
+    with mock.patch.object(search, 'counts', counts), jax.disable_jit():
+      topk.top_k_mask(scores.astype(np.float32), 300)
+    self.assertLessEqual(len(passes), 8 if kind == 'normal' else 16 + 6)
+
+  def test_gradients_pass_beside_the_mask(self):
+    scores = jnp.asarray(np.random.default_rng(10).normal(size=200))
+    mask = topk.top_k_mask(scores, 50)
+    grad = jax.jit(jax.grad(lambda x: jnp.sum(
+        jnp.where(topk.top_k_mask(x, 50), x, 0.))))(scores)
+    np.testing.assert_array_equal(grad, mask)
+
+  def test_strict_promotion_and_debug_flags_are_fine(self):
+    scores = jnp.linspace(-1, 1, 200)
+    axes = [(0,), (0,)]
+    with jax.numpy_dtype_promotion('strict'), jax.debug_infs(True), (
+        jax.debug_nans(True)):
+      self.assertEqual(int(topk.top_k_mask(scores, 9).sum()), 9)
+      self.assertEqual(int(topk.top_k_mask(scores[:20], 9).sum()), 9)
+      counts = topk.joint_counts([scores, scores.astype(jnp.bfloat16)], 9,
+                                 axes)
+      self.assertEqual(sum(int(count[0]) for count in counts), 9)
+      self.assertEqual(int(topk.keep_count(200, jnp.float32(.9))), 20)
+
   def test_compiles_to_no_sort(self):
     text = jax.jit(topk.top_k_mask).lower(
         jnp.zeros((300, 100)), 5).compile().as_text()
     self.assertEqual(re.findall(r'= \S+ (?:sort|topk|custom-call)\(', text), [])
 
+  @parameterized.parameters(jnp.float32, jnp.bfloat16)
+  def test_no_temporary_array_is_kept(self, dtype):
+    scores = jax.ShapeDtypeStruct((300, 1000), dtype)
+    with jax.set_mesh(make_mesh((1,), ('x',))):
+      compiled = jax.jit(topk.top_k_mask).lower(scores, 5).compile()
+    self.assertLess(compiled.memory_analysis().temp_size_in_bytes, 10_000)
+
+  @parameterized.parameters(True, False)
+  def test_inside_shard_map_each_device_chooses_its_own(self, check_vma):
+    mesh, spec = make_mesh((8,), ('x',)), PartitionSpec('x')
+    scores = np.round(np.random.default_rng(11).normal(size=(8, 200)) * 3)
+
+    def choose(scores):
+      scores = scores[0]
+      counts = topk.joint_counts([scores, scores[:30]], 50, [(0,), (0,)])
+      return topk.top_k_mask(scores, 50)[None], jnp.stack(counts).T
+
+    mapped = jax.jit(jax.shard_map(choose, mesh=mesh, in_specs=spec,
+                                   out_specs=spec, check_vma=check_vma))
+    masks, counts = mapped(scores)
+    np.testing.assert_array_equal(masks, topk.top_k_mask(scores, 50,
+                                                         axes=(1,)))
+    np.testing.assert_array_equal(counts.sum(1), 50)
+    text = mapped.lower(scores).compile().as_text()
+    self.assertEqual(re.findall(GATHERS + '|all-reduce', text), [])
+
+  def test_a_pass_is_one_all_reduce(self):
+    mesh = make_mesh((8,), ('x',))
+    scores = jax.ShapeDtypeStruct(
+        (64, 32), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec('x')))
+    for context in (contextlib.nullcontext(), jax.set_mesh(mesh)):
+      with context:
+        text = jax.jit(lambda scores: topk.top_k_mask(scores, 700)).lower(
+            scores).compile().as_text()
+      self.assertLen(re.findall(r' all-reduce(?:-start)?\(', text), 1)
+
   @parameterized.product(axis_type=(AxisType.Auto, AxisType.Explicit),
                          spec=(('x', None), (None, 'x'), ('x', 'y'),
                                (('x', 'y'), None)))
   def test_sharded_array_is_never_gathered(self, axis_type, spec):
-    mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(axis_type,) * 2)
+    mesh = make_mesh((4, 2), ('x', 'y'), axis_type)
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
     plain, want = ties_and_their_mask()
     with jax.set_mesh(mesh):

@@ -1,16 +1,8 @@
-"""Choosing the k largest entries of one array: exactly k, without sorting.
-
-A float is turned into an unsigned integer of the same order. The k-th largest
-integer is then found by narrowing an interval: each pass counts how many keys
-reach a candidate. A pass reads the array once and leaves one number, so the
-search costs a handful of reads, and on a sharded array each pass is a single
-scalar all-reduce; the array itself is never gathered.
-"""
+"""Choosing the k largest entries of one array: exactly k, without sorting."""
 
 from collections.abc import Sequence
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -18,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax import checks
+from sparse_jax.masks import search
 
 _LARGEST_SIZE = 2**31 - 1
 # Up to this many competitors along one axis, or entries in all, each is
@@ -71,7 +64,7 @@ def _traced_keep_count(size, sparsity: jax.Array) -> jax.Array:
   whole = (high << 1) | (low >> 31)
   rest, half = low & jnp.uint32(2**31 - 1), jnp.uint32(2**30)
   up = (rest > half) | ((rest == half) & (whole & 1 == 1))
-  return jnp.maximum(whole + up, 1).astype(jnp.int32)
+  return jnp.maximum(whole + up.astype(jnp.uint32), 1).astype(jnp.int32)
 
 
 def _wide_product(x: jax.Array, y) -> tuple[jax.Array, jax.Array]:
@@ -85,49 +78,18 @@ def _wide_product(x: jax.Array, y) -> tuple[jax.Array, jax.Array]:
   return high, (middle << 16) | (lowest & mask)
 
 
-def sortable_keys(scores: jax.Array) -> jax.Array:
-  """Unsigned integers in the order of the scores; NaN is 0, below them all.
-
-  Works on the bits alone: -0 equals +0, subnormals keep their order even
-  where arithmetic would flush them to zero.
-
-  Args:
-    scores: any floating dtype or int32, any shape.
-
-  Returns:
-    uint32 (uint64 for 64-bit scores), same shape, below 2**width - 1.
-  """
-  if scores.dtype == jnp.int32:  # The two lowest integers share a key.
-    above = lax.bitcast_convert_type(jnp.maximum(scores, -2**31 + 1),
-                                     jnp.uint32)
-    return above + jnp.uint32(2**31 - 1)
-  width, half, infinity = _key_constants(scores.dtype)
-  bits = lax.bitcast_convert_type(scores, jnp.dtype(f'uint{width}'))
-  bits = bits.astype(jnp.uint64 if width == 64 else jnp.uint32)
-  half, infinity = bits.dtype.type(half), bits.dtype.type(infinity)
-  magnitude = bits & (half - bits.dtype.type(1))
-  keys = jnp.where(bits >= half, half - magnitude, half + magnitude)
-  return jnp.where(magnitude > infinity, bits.dtype.type(0), keys)
-
-
-def _key_constants(dtype) -> tuple[int, int, int]:
-  """Bits of a dtype, the weight of its sign bit, its largest magnitude."""
-  if dtype == jnp.int32:
-    return 32, 2**31, 2**31 - 2
-  width = jnp.dtype(dtype).itemsize * 8
-  infinity = np.asarray(jnp.inf, dtype).view(f'uint{width}')
-  return width, 2**(width - 1), int(infinity)
-
-
 def _as_ordered(scores: jax.Array) -> jax.Array:
-  """Integers and bools in a form that `sortable_keys` reads in order."""
-  if jnp.issubdtype(scores.dtype, jnp.floating):
-    return scores
-  if scores.dtype == jnp.bool_ or scores.dtype.itemsize < 4:
+  """What has fewer than 16 bits, and bools and short integers, as float32.
+
+  Some 8-bit floats have no infinity, some no -0 but a NaN in its place.
+  """
+  kind = scores.dtype
+  floating = jnp.issubdtype(kind, jnp.floating)
+  if kind.itemsize < 2 or (kind.itemsize < 4 and not floating):
     return scores.astype(jnp.float32)
-  if scores.dtype != jnp.int32:
-    raise ValueError(f'`scores` (of dtype {scores.dtype}) must be floating, '
-                     'bool or an integer of at most 32 signed bits.')
+  if not floating and kind != jnp.int32:
+    raise ValueError(f'`scores` (of dtype {kind}) must be floating, bool or '
+                     'an integer of at most 32 signed bits.')
   return scores
 
 
@@ -185,13 +147,13 @@ def top_k_mask(scores: jax.Array, k: int | jax.Array, *,
 
 @functools.partial(jax.jit, static_argnums=2)
 def _mask(scores: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  keys = sortable_keys(scores)
+  scores = lax.stop_gradient(scores)
   if len(axes) == 1 and scores.shape[axes[0]] <= _FEW:
-    return _rank_mask(keys, k, axes[0])
-  if keys.size <= _TINY and k.ndim == 0 and len(axes) == keys.ndim:
-    return _rank_mask(keys.ravel(), k, 0).reshape(keys.shape)
-  _, half, infinity = _key_constants(scores.dtype)
-  return _search_mask(keys, k, axes, half + infinity + 1)
+    return _rank_mask(search.keys_of(scores), k, axes[0])
+  if scores.size <= _TINY and k.ndim == 0 and len(axes) == scores.ndim:
+    keys = search.keys_of(scores).ravel()
+    return _rank_mask(keys, k, 0).reshape(scores.shape)
+  return _search_mask(scores, k, axes)
 
 
 def _checked_k(k: int | jax.Array, size: int) -> jax.Array:
@@ -222,122 +184,54 @@ def _like(k: jax.Array, ndim: int) -> jax.Array:
   return k if k.ndim == ndim else jnp.broadcast_to(k, (1,) * ndim)
 
 
-def _search_mask(keys: jax.Array, k: jax.Array, axes, top: int) -> jax.Array:
+def _search_mask(scores: jax.Array, k: jax.Array, axes) -> jax.Array:
   """Keys above the k-th largest, and of its equals the earliest.
 
   One loop does both searches, first for the key and then, where more equals
   reach it than are wanted, for the place of the last: so that it compiles
-  once. `top` is a number above every key.
+  once.
   """
-  shape = tuple(1 if i in axes else n for i, n in enumerate(keys.shape))
-  k = jnp.broadcast_to(_like(k, keys.ndim), shape).astype(keys.dtype)
-  size = keys.dtype.type(math.prod(keys.shape[axis] for axis in axes))
-  place = size - _flat_index(keys.shape, axes, keys.dtype)
+  size = math.prod(scores.shape[axis] for axis in axes)
+  lowest = search.lowest_key(scores.dtype)
 
-  def settle(carry):
-    ends, ranked = carry
-    ends = lax.while_loop(lambda ends: jnp.any(_open(_Cut(*ends))),
-                          lambda ends: _narrow(ranked, ends, axes), ends)
-    cut = _turn_to_places(_Cut(*ends), size)
-    equals = jnp.where(keys == cut.key, place, jnp.zeros((), keys.dtype))
-    return jnp.stack(cut), jnp.where(cut.by_place > 0, equals, keys)
+  def ranked(scores, size, cut):
+    """The keys; then those equal to the one found, the earlier the higher."""
+    keys = search.keys_of(scores)
+    place = _countdown(size.astype(keys.dtype), keys.shape, axes)
+    equal = keys == search.key_at(cut.key, lowest)
+    places = jnp.where(equal, place, 0) + lowest
+    return keys, jnp.where(cut.by_place > 0, places, keys)
 
-  top, none = jnp.full(shape, top, keys.dtype), jnp.zeros(shape, keys.dtype)
-  # k = 0 wants an interval above every key.
-  start = _Cut(jnp.where(k > 0, none, top), top, jnp.where(k > 0, size, none),
-               none, k, none, none)
-  ends, ranked = lax.while_loop(
-      lambda carry: jnp.any(_open(_Cut(*carry[0]))), settle,
-      (jnp.stack(start), keys))
-  cut = _Cut(*ends)
-  above = (cut.by_place > 0) & (keys > cut.key)
-  return above | (ranked >= cut.low)
+  def count(operands, cut, probes):
+    return search.counts(ranked(*operands, cut)[1], probes, axes, lowest)
 
-
-class _Cut(NamedTuple):
-  """An interval that holds the k-th largest key, then the k-th place."""
-
-  low: jax.Array  # `reached` are >= low, at least k.
-  high: jax.Array  # `passed` are >= high, fewer than k.
-  reached: jax.Array
-  passed: jax.Array
-  k: jax.Array
-  by_place: jax.Array  # 1 once the key is found and places are searched.
-  key: jax.Array  # The key found.
+  cut = search.whole(search.zeros(scores, axes), _like(k, scores.ndim), size,
+                     lowest)
+  operands = scores, jnp.asarray(size, jnp.int32)
+  cut = search.narrow(cut, operands, count,
+                      functools.partial(_turn_to_places, size=size))
+  keys, values = ranked(*operands, cut)
+  above = (cut.by_place > 0) & (keys > search.key_at(cut.key, lowest))
+  return above | (values >= search.key_at(cut.low, lowest))
 
 
-def _narrow(ranked: jax.Array, ends: jax.Array, axes) -> jax.Array:
-  """One pass: counts what reaches some probes, and tightens the interval."""
-  cut = _Cut(*ends)
-  probes = _probes(cut)
-  for probe, reached in zip(probes, _counts(ranked, probes, axes)):
-    cut = _tighten(cut, probe, reached)
-  return jnp.stack(cut)
-
-
-def _open(cut: _Cut) -> jax.Array:
-  return (cut.reached != cut.k) & (cut.high - cut.low > 1)
-
-
-def _turn_to_places(cut: _Cut, size) -> _Cut:
+def _turn_to_places(cut: search.Cut, size: int) -> search.Cut:
   """Starts the second search where the first ended among equals."""
-  turns = (cut.reached != cut.k) & ~_open(cut) & (cut.by_place == 0)
+  turns = (cut.reached != cut.k) & ~search.is_open(cut) & (cut.by_place == 0)
   none = jnp.zeros_like(cut.k)
-  second = _Cut(none, none + (size + 1), none + size, none, cut.k - cut.passed,
-                none + 1, cut.low)
-  return _Cut(*(jnp.where(turns, new, old) for new, old in zip(second, cut)))
+  second = search.Cut(none, none + (size + 1), none + size, none,
+                      cut.k - cut.passed, none + 1, cut.low)
+  return search.Cut(*(jnp.where(turns, new, old)
+                      for new, old in zip(second, cut)))
 
 
-def _tighten(cut: _Cut, probe, reached) -> _Cut:
-  """Moves the end of the interval that the probe improves, if any."""
-  low = (reached >= cut.k) & (probe > cut.low)
-  high = (reached < cut.k) & (probe < cut.high)
-  return cut._replace(low=jnp.where(low, probe, cut.low),
-                      high=jnp.where(high, probe, cut.high),
-                      reached=jnp.where(low, reached, cut.reached),
-                      passed=jnp.where(high, reached, cut.passed))
-
-
-def _flat_index(shape, axes, dtype) -> jax.Array:
-  """Row-major position of each entry among those it competes with."""
-  index, stride = jnp.zeros(shape, dtype), 1
+def _countdown(size: jax.Array, shape, axes) -> jax.Array:
+  """`size` less the row-major index of each entry among its competitors."""
+  place, stride = jnp.broadcast_to(size, shape), 1
   for axis in sorted(axes, reverse=True):
-    index += lax.broadcasted_iota(dtype, shape, axis) * dtype.type(stride)
+    place -= lax.broadcasted_iota(size.dtype, shape, axis) * stride
     stride *= shape[axis]
-  return index
-
-
-def _probes(cut: _Cut) -> list[jax.Array]:
-  """The quarters of the interval: at most 16 passes for 32 bits.
-
-  Measured on CPU: interpolating halves the passes, but costs more in each
-  pass and in compile time than it saves.
-  """
-  width = cut.high - cut.low
-  step = (width >> 2) + (width & 3 > 0).astype(width.dtype)
-  return [jnp.minimum(cut.low + step * width.dtype.type(i), cut.high - 1)
-          for i in (1, 2, 3)]
-
-
-def _counts(keys: jax.Array, probes: list[jax.Array], axes) -> list[jax.Array]:
-  """How many keys reach each probe, in one pass over the keys.
-
-  On one device a reduction of several operands reads the keys once; XLA's
-  CPU compiler would turn a plain sum into several slower passes. On several
-  devices a plain sum becomes one small all-reduce.
-  """
-  if jax.device_count() > 1:
-    reach = keys[None] >= jnp.stack(probes)
-    return list(jnp.sum(reach, axis=tuple(a + 1 for a in axes), keepdims=True,
-                        dtype=keys.dtype))
-  reach = tuple((keys >= probe).astype(keys.dtype) for probe in probes)
-  zeros = (jnp.zeros((), keys.dtype),) * len(reach)
-  totals = lax.reduce(reach, zeros, _add_all, axes)
-  return [lax.expand_dims(total, axes) for total in totals]
-
-
-def _add_all(xs, ys):
-  return tuple(x + y for x, y in zip(xs, ys))
+  return place
 
 
 def joint_counts(scores: Sequence[jax.Array], k: int | jax.Array,
@@ -363,13 +257,19 @@ def joint_counts(scores: Sequence[jax.Array], k: int | jax.Array,
     >>> [int(count[0]) for count in counts]
     [1, 2]
   """
-  kind = jnp.result_type(*scores)
-  keys = [sortable_keys(each.astype(kind)) for each in scores]
-  k = jnp.asarray(k).astype(keys[0].dtype)
-  key = _joint_key(keys, k, kind)
-  above = [_tally(each > key, own) for each, own in zip(keys, axes)]
-  equal = [_tally(each == key, own) for each, own in zip(keys, axes)]
-  room, given = k.astype(jnp.int32) - sum(map(_whole, above)), []
+  with jax.numpy_dtype_promotion('standard'):  # Widening changes no order.
+    kind = jnp.result_type(*map(_as_ordered, scores))
+  scores = [lax.stop_gradient(each.astype(kind)) for each in scores]
+  lowest = search.lowest_key(kind)
+  cut = _joint_cut(scores, lowest, jnp.asarray(k))
+  exact = cut.reached == cut.k  # Then all that reach `low` stay.
+  first, last = (search.key_at(end, lowest) for end in (
+      jnp.where(exact, cut.low, cut.high), cut.low))
+  keys = [search.keys_of(each) for each in scores]
+  above = [_tally(each >= first, own) for each, own in zip(keys, axes)]
+  equal = [_tally((each == last) & ~exact, own)
+           for each, own in zip(keys, axes)]
+  room, given = cut.k.astype(jnp.int32) - sum(map(_whole, above)), []
   for more, same in zip(above, equal):
     flat = same.ravel()
     before = jnp.cumsum(flat, dtype=jnp.int32) - flat
@@ -388,29 +288,20 @@ def _tally(marked: jax.Array, axes) -> jax.Array:
   return jnp.sum(marked, axis=axes, keepdims=True, dtype=jnp.int32)
 
 
-def _joint_key(keys: list[jax.Array], k: jax.Array, kind) -> jax.Array:
-  """The k-th largest key of all arrays."""
-  _, half, infinity = _key_constants(kind)
-  word = keys[0].dtype.type
-  size = word(sum(each.size for each in keys))
-  none, top = jnp.zeros_like(k), jnp.full_like(k, half + infinity + 1)
-  start = _Cut(jnp.where(k > 0, none, top), top, jnp.where(k > 0, size, none),
-               none, k, none, none)
+def _joint_cut(scores: list[jax.Array], lowest: int,
+               k: jax.Array) -> search.Cut:
+  """An interval of scalars that holds the k-th largest key of all arrays."""
+  def of_all(each):
+    return tuple(range(each.ndim))
 
-  def narrow(ends):
-    cut = _Cut(*ends)
-    probes = _probes(cut)
-    reached = [0] * len(probes)
-    for each in keys:
-      shaped = [_like(probe, each.ndim) for probe in probes]
-      own = _counts(each, shaped, tuple(range(each.ndim)))
-      reached = [sum_ + n.reshape(()) for sum_, n in zip(reached, own)]
-    for probe, count in zip(probes, reached):
-      cut = _tighten(cut, probe, count)
-    return jnp.stack(cut)
+  def count(scores, cut, probes):
+    del cut
+    reached = [search.counts(search.keys_of(each),
+                             [_like(probe, each.ndim) for probe in probes],
+                             of_all(each), lowest) for each in scores]
+    return [sum(own.reshape(()) for own in counts)
+            for counts in zip(*reached)]
 
-  def search(ends):
-    cut = _Cut(*ends)
-    return cut.high - cut.low > 1
-
-  return _Cut(*lax.while_loop(search, narrow, jnp.stack(start))).low
+  none = sum(search.zeros(each, of_all(each)).reshape(()) for each in scores)
+  size = sum(each.size for each in scores)
+  return search.narrow(search.whole(none, k, size, lowest), scores, count)

@@ -1,0 +1,181 @@
+"""Narrowing an interval of integer keys down to the k-th largest.
+
+A float is turned into an integer of the same order. Each pass counts how many
+keys reach a few candidates. A pass reads the scores once, keeps nothing, and
+leaves a handful of numbers; where the scores are split over devices it is one
+small all-reduce, and they are never gathered.
+"""
+
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+
+def lowest_key(dtype) -> int:
+  """The key of NaN, a negative number n. The highest key is -2 - n."""
+  if dtype == jnp.int32:
+    return -2**31
+  bits = f'int{8 * dtype.itemsize}'
+  return -2 - int(np.asarray(jnp.inf, dtype).view(bits))
+
+
+def keys_of(scores: jax.Array) -> jax.Array:
+  """Integers in the order of the scores; NaN is below all.
+
+  Works on the bits alone: -0 equals +0, subnormals keep their order even
+  where arithmetic would flush them to zero. Signed: processors compare those
+  faster. The distance of a key from the lowest is its position, unsigned.
+
+  Args:
+    scores: float[...] of 16, 32 or 64 bits, or int32[...].
+
+  Returns:
+    int32[...] (int64 for 64-bit scores).
+  """
+  lowest, width = lowest_key(scores.dtype), 8 * scores.dtype.itemsize
+  if scores.dtype == jnp.int32:  # The two lowest share a key.
+    return jnp.maximum(scores, lowest + 1) - 1
+  bits = lax.bitcast_convert_type(scores, jnp.dtype(f'int{width}'))
+  bits = bits.astype(jnp.int64 if width == 64 else jnp.int32)
+  magnitude, sign = bits & (2**(width - 1) - 1), jnp.where(bits < 0, -1, 0)
+  return jnp.where(magnitude > -2 - lowest, lowest, (magnitude ^ sign) - sign)
+
+
+def key_at(position: jax.Array, lowest: int) -> jax.Array:
+  """The key at a position."""
+  width = 8 * position.dtype.itemsize
+  key = lax.bitcast_convert_type(position, jnp.dtype(f'int{width}'))
+  return key + lowest
+
+
+class Cut(NamedTuple):
+  """An interval that holds the k-th largest key, then the k-th place.
+
+  All are unsigned and of one shape, keys given by their positions.
+  """
+
+  low: jax.Array  # `reached` are >= low, at least k.
+  high: jax.Array  # `passed` are >= high, fewer than k.
+  reached: jax.Array
+  passed: jax.Array
+  k: jax.Array
+  by_place: jax.Array  # 1 once the key is found and places are searched.
+  key: jax.Array  # The key found.
+
+
+def zeros(scores: jax.Array, axes) -> jax.Array:
+  """0 for each competition.
+
+  Made from the scores, so that inside `shard_map` it varies over the mesh like
+  what the loop makes of it; the compiler sees that it is 0.
+  """
+  keys = keys_of(scores)
+  word = jnp.uint64 if keys.dtype.itemsize == 8 else jnp.uint32
+  return jnp.sum(keys * 0, axis=axes, keepdims=True, dtype=word)
+
+
+def whole(none: jax.Array, k: jax.Array, size: int, lowest: int) -> Cut:
+  """The interval of all keys; k = 0 wants one above every key."""
+  k, top = none + k.astype(none.dtype), none + none.dtype.type(-1 - 2 * lowest)
+  return Cut(jnp.where(k > 0, none, top), top, jnp.where(k > 0, size, none),
+             none, k, none, none)
+
+
+def narrow(cut: Cut, operands, count, settle=lambda cut: cut) -> Cut:
+  """Narrows an interval, pass by pass, until it is closed.
+
+  Args:
+    cut: where to start.
+    operands: what is counted, a tree of arrays.
+    count: from `operands`, the interval and a list of probes, both given by
+      positions, to how many reach each probe.
+    settle: what to do with the interval after a pass.
+
+  Returns:
+    An interval of which `reached` is k, or that holds one key.
+  """
+  def one_pass(ends):
+    # XLA would do before the loop, and keep, what does not depend on the
+    # interval: whole arrays of keys and places. So let all depend on it.
+    held, ends = lax.optimization_barrier((operands, ends))
+    cut = Cut(*ends)
+    probes = _probes(cut)
+    for probe, reached in zip(probes, count(held, cut, probes)):
+      cut = _tighten(cut, probe, reached)
+    return jnp.stack(settle(cut))
+
+  return Cut(*lax.while_loop(lambda ends: jnp.any(is_open(Cut(*ends))),
+                             one_pass, jnp.stack(cut)))
+
+
+def is_open(cut: Cut) -> jax.Array:
+  return (cut.reached != cut.k) & (cut.high - cut.low > 1)
+
+
+def _tighten(cut: Cut, probe, reached) -> Cut:
+  """Moves the end of the interval that the probe improves, if any."""
+  low = (reached >= cut.k) & (probe > cut.low)
+  high = (reached < cut.k) & (probe < cut.high)
+  return cut._replace(low=jnp.where(low, probe, cut.low),
+                      high=jnp.where(high, probe, cut.high),
+                      reached=jnp.where(low, reached, cut.reached),
+                      passed=jnp.where(high, reached, cut.passed))
+
+
+def _probes(cut: Cut) -> list[jax.Array]:
+  """The quarters of the interval, and two around the place to expect.
+
+  The quarters need at most 16 passes for 32 bits, whatever the scores. Where
+  keys lie evenly in the interval, as they nearly do once it is short, the
+  k-th of them is where its rank says, and the others save a third of these.
+  """
+  width, kind = cut.high - cut.low, cut.low.dtype
+  step = (width >> 2) + (width & 3 > 0).astype(kind)
+  inside = jnp.maximum(cut.reached - cut.passed, 1).astype(jnp.float32)
+  share = (cut.reached - cut.k).astype(jnp.float32) / inside
+  offsets = [step, step * 2, step * 3]
+  for guess in (share - 2.**-6, share + 2.**-6):
+    guess = jnp.clip(guess, 0., 1. - 2.**-20) * width.astype(jnp.float32)
+    offsets.append(guess.astype(kind))
+  return [jnp.minimum(cut.low + offset, cut.high - 1) for offset in offsets]
+
+
+def counts(keys: jax.Array, probes: list[jax.Array], axes, lowest: int,
+           ) -> list[jax.Array]:
+  """How many keys reach each probe (a position), in one pass over the keys.
+
+  XLA makes plain sums one pass and, over several devices, one small
+  all-reduce. Its CPU compiler makes them several slow passes, and one of a
+  reduction of several operands, which over devices would be gathers.
+  """
+  probes = [key_at(probe, lowest) for probe in probes]
+  word = jnp.uint64 if keys.dtype.itemsize == 8 else jnp.uint32
+
+  def sums(keys, *probes):
+    return [jnp.sum(keys >= probe, axis=axes, keepdims=True, dtype=word)
+            for probe in probes]
+
+  def at_once(keys, *probes):
+    reach = tuple((keys >= probe).astype(word) for probe in probes)
+    totals = lax.reduce(reach, (word(0),) * len(reach), _add_all, axes)
+    return [lax.expand_dims(total, axes) for total in totals]
+
+  if _may_be_split():
+    return sums(keys, *probes)
+  return lax.platform_dependent(keys, *probes, cpu=at_once, default=sums)
+
+
+def _may_be_split() -> bool:
+  """Whether XLA may split an array over CPUs, as far as one can know here."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return jax.device_count() > 1
+  return any(size > 1 for name, size in mesh.shape.items()
+             if name not in mesh.manual_axes)
+
+
+def _add_all(xs, ys):
+  return tuple(x + y for x, y in zip(xs, ys))
