@@ -4,6 +4,7 @@ Every binary reports these; they are arithmetic, not measurements.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -39,12 +40,13 @@ def figures(apply: Callable[..., Any], params: Any, inputs: Any,
   at_end = {row.path: state.Work(row.forward_density, row.forward_density,
                                  row.backward_density)
             for row in summary.rows if row.sparse}
-  counts = [sparse_jax.count_flops(apply, shapes, inputs, convention=convention)
+  counts = [sparse_jax.cost.count_flops(apply, shapes, inputs,
+                                        convention=convention)
             for convention in ('multiply_adds', 'rigl')]
-  ours, rigl = (sparse_jax.training_cost(
+  ours, rigl = (sparse_jax.cost.training_cost(
       count, method if method.work else at_end, steps=steps)
                 for count in counts)
-  inference = sparse_jax.training_cost(counts[0], at_end)
+  inference = sparse_jax.cost.training_cost(counts[0], at_end)
   stored = {path: work.forward for path, work in at_end.items()}
   return {
       'flops': ours.dense.forward,
@@ -76,23 +78,49 @@ def forecast(loss: Callable[..., Any], state: Any, one: Any, two: Any,
     included) and `activation_bytes` (saved for the backward pass of a whole
     batch), as dense arrays.
   """
-  weights = jax.eval_shape(method.read, state.params, state.opt_state)
-  flops = sparse_jax.count_flops(loss, weights, *one)
-  cost = sparse_jax.training_cost(flops, method if method.work else {},
-                                  steps=steps)
-  first, second = (sparse_jax.memory_cost(loss, weights, *inputs)
+  weights = jax.eval_shape(functools.partial(sparse_jax.dense_weights, method),
+                           state.params, state.opt_state)
+  flops = sparse_jax.cost.count_flops(loss, weights, *one)
+  cost = sparse_jax.cost.training_cost(flops, method if method.work else {},
+                                       steps=steps)
+  first, second = (sparse_jax.cost.memory_cost(loss, weights, *inputs)
                    for inputs in (one, two))
   each = second.saved_activations - first.saved_activations
   return {
       'parameters': sum(leaf.size for leaf in jax.tree.leaves(weights)),
       'training_flops': cost.sparse.total * batch_size * steps,
       'weight_bytes': first.weights,
-      'optimizer_bytes': sum(leaf.size * leaf.dtype.itemsize
-                             for leaf in jax.tree.leaves(state.opt_state)),
+      'optimizer_bytes': _size(state.opt_state),
       'activation_bytes': first.saved_activations + (batch_size - 1) * each}
+
+
+def held(weights: Any, params: Any, opt_state: Any, optimizer: Any
+         ) -> dict[str, int]:
+  """Bytes that training holds from step to step, beside those of dense.
+
+  Args:
+    weights: shapes of the model's dense weights.
+    params: as the optimizer holds them.
+    opt_state: likewise; a packed method's reservoir is in host memory.
+    optimizer: the Optax optimizer inside `sparsify`.
+
+  Returns:
+    `params_bytes`, `slots_bytes` (masks and positions included),
+    `host_bytes`; `dense_params_bytes`, `dense_slots_bytes`.
+  """
+  packed = sparse_jax.get_state(opt_state).packed.values()
+  host = _size([place.reservoir for place in packed])
+  return {'params_bytes': _size(params),
+          'slots_bytes': _size(opt_state) - host, 'host_bytes': host,
+          'dense_params_bytes': _size(weights),
+          'dense_slots_bytes': _size(jax.eval_shape(optimizer.init, weights))}
+
+
+def _size(tree) -> int:
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _bytes(shapes, stored) -> int:
   """Bytes of weights, those of `stored` as kept values and a bit an entry."""
-  return sparse_jax.memory_cost(lambda params: params, shapes,
-                                stored=stored).weights
+  return sparse_jax.cost.memory_cost(lambda params: params, shapes,
+                                     stored=stored).weights

@@ -37,6 +37,8 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import files
+
 # EX_TEMPFAIL of sysexits.h: "try again later". A launcher requeues on it.
 REQUEUE_EXIT_CODE = 75
 
@@ -127,6 +129,15 @@ def open(directory: str | os.PathLike, *, save_every: int,
   path = _as_path(directory)
   _enter(path, config, free)
   return Checkpoints(path, save_every, keep, guard)
+
+
+def check(directory: str | os.PathLike, *, config: Mapping[str, Any],
+          free: Sequence[str] = ()) -> None:
+  """Raises what `open` would for a directory of another run; writes nothing."""
+  path, config = _as_path(directory), _as_json(config)
+  stored = _read_config(path)
+  if stored is not None:
+    _check_config(stored, config, free, path)
 
 
 class Checkpoints:
@@ -301,7 +312,8 @@ class Checkpoints:
   def _named_failure(self, step):
     try:
       yield
-    except jax.errors.JaxRuntimeError:  # Of a device, or of another process.
+    # Of a device, or of another process.
+    except (jax.errors.JaxRuntimeError, TimeoutError):
       raise
     except Exception as error:
       raise OSError(
@@ -329,9 +341,11 @@ def _enter(path, config, free):
     return
   if jax.process_index() == 0:
     path.mkdir(parents=True, exist_ok=True)
-    temporary = path / (_CONFIG + '.tmp')
-    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
-    temporary.replace(path / _CONFIG)
+    text = json.dumps(config, indent=2, sort_keys=True) + '\n'
+    if '://' in os.fspath(path):  # There an object is whole or absent.
+      (path / _CONFIG).write_text(text)
+    else:
+      files.write_text(path / _CONFIG, text)
   _sync('checkpoint directory entered')
   if not (path / _CONFIG).exists():
     raise RuntimeError(f'directory (={path}) must be seen by all processes: '
@@ -354,7 +368,8 @@ def _read_config(path):
     return None
   if not (path / _CONFIG).exists():
     # A process killed before the rename leaves only the temporary file.
-    others = sorted({p.name for p in path.iterdir()} - {_CONFIG + '.tmp'})
+    others = sorted(p.name for p in path.iterdir()
+                    if not p.name.startswith(f'.{_CONFIG}.'))
     if others:
       raise RuntimeError(f'directory (={path}) holds no {_CONFIG} but other '
                          f'files: {_few(others)}')

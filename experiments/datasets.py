@@ -5,13 +5,17 @@ written without network and without TensorFlow, and what TFDS itself prepared in
 that format is read the same way.
 """
 
-import json
+from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
 import os
 import pathlib
 import tempfile
 from typing import Any
 
 import tensorflow_datasets as tfds
+
+from experiments import files
 
 FILE_FORMAT = 'array_record'
 
@@ -37,7 +41,8 @@ class LocalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     source = None
     if self.MANUAL_DOWNLOAD_INSTRUCTIONS:
       source = pathlib.Path(dl_manager.manual_dir)
-    splits = self.read(source)
+    with reading(source, ValueError, OSError):
+      splits = self.read(source)
     for split, examples in splits.items():
       self.check(split, examples)
     return {split: self._generate_examples(examples)
@@ -79,7 +84,7 @@ def stored_formats(
   folder = pathlib.Path(data_dir, name).expanduser()
   for path in folder.glob('*/dataset_info.json'):
     if tfds.core.Version.is_valid(path.parent.name):
-      info = json.loads(path.read_text())
+      info = files.read_json(path)
       formats[path.parent] = [info.get('fileFormat', 'tfrecord'),
                               *info.get('alternativeFileFormats', ())]
   return formats
@@ -89,6 +94,54 @@ def cache_dir() -> pathlib.Path:
   """Returns the folder in which embedded sets are made at first use."""
   cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
   return pathlib.Path(cache, 'sparse_jax', 'tfds')
+
+
+def cached(prepare_in: Callable[[pathlib.Path], pathlib.Path]) -> pathlib.Path:
+  """Makes an embedded set in the cache folder, unless it is there.
+
+  Args:
+    prepare_in: makes it in a folder.
+
+  Returns:
+    Its own folder.
+
+  Raises:
+    ValueError: if the cache folder cannot be used, naming it.
+  """
+  place = 'the cache folder'
+  try:
+    folder = cache_dir()
+    place = f'the cache folder {folder}'
+    return prepare_in(folder)
+  except FileNotFoundError:
+    raise
+  except (OSError, RuntimeError) as error:  # RuntimeError: there is no home.
+    raise ValueError(f'{place} cannot be used: {error}. Set XDG_CACHE_HOME to '
+                     'one that can be written.') from error
+
+
+@contextlib.contextmanager
+def reading(what: str | os.PathLike, *clear: type[Exception]
+            ) -> Iterator[None]:
+  """Says what cannot be read, in one line, whatever its reader may raise.
+
+  Args:
+    what: a file or folder.
+    *clear: kinds of errors that say so by themselves.
+
+  Raises:
+    ValueError: in place of other errors.
+  """
+  try:
+    yield
+  except (FileNotFoundError, PermissionError, MemoryError, ModuleNotFoundError,
+          *clear):
+    raise
+  except Exception as error:  # Readers raise what they like.
+    text = ' '.join(str(error).split())[:300]
+    raise ValueError(
+        f'{what} cannot be read ({type(error).__name__}: {text}); if it is '
+        'damaged, delete it and make it again.') from error
 
 
 def require(

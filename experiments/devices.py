@@ -6,14 +6,26 @@ The rule looks at the shape alone, so a weight, its masks and its optimizer
 slots lie alike, and no weight is gathered.
 """
 
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import json
+import socket
 from typing import Any
 
 from absl import flags
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+import numpy as np
+
+from experiments import locking
+
+# What a process may find wrong before it starts.
+_ERRORS = (ValueError, OSError, locking.Held)
 
 
 def define_flags() -> None:
@@ -43,9 +55,78 @@ def join(values: dict[str, Any]) -> None:
   seconds = values['heartbeat_timeout']
   if seconds < 1:
     raise ValueError(f'`heartbeat_timeout` (={seconds}) must be at least 1.')
+  if values['coordinator'] is not None:
+    _check_address(values['coordinator'])
   if values['distributed']:
     jax.distributed.initialize(*(values[name] for name in names),
                                heartbeat_timeout_seconds=seconds)
+
+
+def _check_address(address: str) -> None:
+  """Raises ValueError for what JAX would fail at after minutes."""
+  host, _, port = address.rpartition(':')
+  if not host or not port.isdecimal() or int(port) >= 2**16:
+    raise ValueError(f'`coordinator` (={address!r}) must be HOST:PORT.')
+  try:
+    socket.getaddrinfo(host.strip('[]'), int(port))
+  except OSError as error:
+    raise ValueError(f'`coordinator` (={address!r}): there is no such host '
+                     f'({error.strerror}).') from None
+
+
+def gather(value: Any) -> list[Any]:
+  """What each process gives, in their order.
+
+  Args:
+    value: what JSON can hold.
+  """
+  if jax.process_count() == 1:
+    return [value]
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(text.size)).reshape(-1)
+  padded = np.pad(text, (0, sizes.max() - text.size))
+  rows = multihost_utils.process_allgather(padded)
+  return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+
+
+def agree(call: Callable[[], Any]) -> Any:
+  """What the call returns, unless it fails in any process: then in all.
+
+  Raises:
+    ValueError, OSError, Held: as the call does here; in the other processes
+      with the number of the one that failed.
+  """
+  result = error = None
+  try:
+    result = call()
+  except _ERRORS as found:
+    error = found
+  held = isinstance(error, locking.Held)
+  outcomes = gather(None if error is None else [held, str(error)])
+  if error is not None:
+    raise error
+  for index, outcome in enumerate(outcomes):
+    if outcome is not None:
+      kind = locking.Held if outcome[0] else ValueError
+      raise kind(f'process {index} cannot start: {outcome[1]}')
+  return result
+
+
+def check_equal(values: Mapping[str, Any], free: Sequence[str] = ()) -> None:
+  """Raises ValueError in every process if flags differ between any two.
+
+  Args:
+    values: flags by name.
+    free: those that may differ.
+  """
+  first, *others = gather(dict(values))
+  for index, other in enumerate(others, 1):
+    for name in sorted(first.keys() | other.keys()):
+      if name not in free and first.get(name) != other.get(name):
+        raise ValueError(
+            f'`{name}` must be the same in all processes; it is '
+            f'{first.get(name)!r} in process 0 and {other.get(name)!r} in '
+            f'process {index}.')
 
 
 def mesh(model_parallel: int = 1) -> Mesh:
@@ -67,8 +148,11 @@ def split(mesh_: Mesh, axis: int = 0) -> NamedSharding:
   return NamedSharding(mesh_, PartitionSpec(*[None] * axis, 'data'))
 
 
-def place(mesh_: Mesh, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+def place(mesh_: Mesh, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct
+          ) -> NamedSharding:
   """Where a parameter, or what has its shape, lies."""
+  if getattr(path[-1], 'name', '') == 'reservoir':  # Of packed blocks.
+    return replicated(mesh_).with_memory_kind('pinned_host')
   parts = mesh_.shape['model']
   axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
   if parts == 1 or len(leaf.shape) < 2 or not axes:

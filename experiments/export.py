@@ -7,7 +7,8 @@ The forms, of each weight that has a mask:
   sparse  `path:values`, those kept in order, `path:bits`, the mask eight
           entries a byte, and `path:shape`
   packed  `path:blocks`, `path:rows`, `path:columns`, `path:shape`: the kept
-          blocks of a run with --structure=block, as `sparse_jax.PackedBlocks`
+          blocks of a run with --structure=block, as in
+          `sparse_jax.blocks.PackedBlocks`
   dense   `path`, with its zeros, as all other arrays are in every form
 
 This is all that a program needs to read a sparse one back:
@@ -27,7 +28,6 @@ This is all that a program needs to read a sparse one back:
 
 from collections.abc import Mapping
 import importlib
-import json
 import os
 import sys
 from typing import Any
@@ -40,8 +40,13 @@ import numpy as np
 
 import sparse_jax
 from sparse_jax import trees
+from experiments import files
+from experiments import programs
+from experiments import results
 from experiments import training
 
+# Whose runs can be read; result.json names one, and no other is imported.
+PROGRAMS = ('experiments.image.train', 'experiments.language.train')
 FORMS = ('sparse', 'packed', 'dense')
 _FORM = flags.DEFINE_enum('form', 'sparse', FORMS, 'How weights with a mask '
                           'are written.')
@@ -91,7 +96,7 @@ def _sparse(path, weight, mask):
 
 
 def _packed(path, weight, mask, block):
-  packed = sparse_jax.pack(weight, block=block, mask=mask, pad=True)
+  packed = sparse_jax.blocks.pack(weight, block=block, mask=mask, pad=True)
   return {f'{path}:blocks': np.asarray(packed.blocks),
           f'{path}:rows': np.asarray(packed.rows),
           f'{path}:columns': np.asarray(packed.columns),
@@ -104,16 +109,21 @@ def from_run(workdir: str, form: str) -> dict[str, np.ndarray]:
   Raises:
     ValueError, FileNotFoundError: naming what is missing or does not fit.
   """
-  path = os.path.join(workdir, 'result.json')
-  if not os.path.exists(path):
+  path = os.path.join(workdir, results.NAME)
+  result = results.read(workdir)
+  if result is None:
     raise FileNotFoundError(f'{path}: there is no finished run.')
-  with open(path) as file:
-    result = json.load(file)
-  values = result['flags']
-  binary = importlib.import_module(result['program']).BINARY
-  run = binary.prepare(values, workdir)
+  values, program = result['flags'], result.get('program')
+  if program not in PROGRAMS:
+    raise ValueError(f'{path}: `program` (={program!r}) must be one of '
+                     f'{", ".join(PROGRAMS)}.')
+  try:
+    run = importlib.import_module(program).BINARY.prepare(values, workdir)
+  except KeyError as error:
+    raise ValueError(f'{path} is damaged, it has no flag {error}.') from error
   state = training.last_state(run)
-  weights = run.task.method.read(state.params, state.opt_state)
+  weights = sparse_jax.dense_weights(run.task.method, state.params,
+                                     state.opt_state)
   masks = sparse_jax.get_state(state.opt_state).forward_masks
   block = (tuple(map(int, values['block_shape']))
            if values['structure'] == 'block' else None)
@@ -134,13 +144,14 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file at INFO.
   try:
     found = from_run(argv[1], _FORM.value)
-    np.savez(argv[2], **found)
+    with files.replacing(argv[2]) as file:
+      np.savez(file, **found)
   except (ValueError, OSError) as error:
     logging.error('%s', error)
-    sys.exit(2)
+    sys.exit(programs.BAD)
   print(f'{argv[2]}: {len(found)} arrays, '
         f'{sum(array.nbytes for array in found.values()):,} bytes')
 
 
 if __name__ == '__main__':
-  app.run(main)
+  programs.run(main)

@@ -12,11 +12,12 @@ import collections
 from collections.abc import Mapping, Sequence
 import math
 import os
-import pathlib
 from typing import Any
 from typing import NamedTuple
 
 import numpy as np
+
+from experiments import files
 
 _BLUE, _ORANGE, _GREEN = '#0072b2', '#d55e00', '#009e73'
 _COLOURS = (_BLUE, _ORANGE, _GREEN, '#cc79a7', '#e69f00', '#56b4e9', '#222222',
@@ -472,18 +473,15 @@ def _format_percent(value, _):
 
 
 def _save(path, size, draw):
-  """Draws on a fresh figure and writes it under a temporary name first."""
+  """Draws on a fresh figure and writes it whole or not at all."""
   import matplotlib
   from matplotlib.backends import backend_agg
   from matplotlib.figure import Figure
-  path = pathlib.Path(path)
-  temporary = path.with_name(path.name + '.tmp')
   with matplotlib.rc_context(_STYLE):
     figure = Figure(figsize=size, layout='constrained')
     backend_agg.FigureCanvasAgg(figure)
     draw(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A tight box: names beside the axes would otherwise be cut.
-    figure.savefig(temporary, format='png', dpi=150, facecolor='white',
-                   bbox_inches='tight', pad_inches=0.12)
-  temporary.replace(path)
+    with files.replacing(path) as file:
+      # A tight box: names beside the axes would otherwise be cut.
+      figure.savefig(file, format='png', dpi=150, facecolor='white',
+                     bbox_inches='tight', pad_inches=0.12)

@@ -13,8 +13,6 @@ checkpoint N therefore starts at step N + 1 and drops the rows from there on:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import contextlib
-import io
 import json
 import math
 import os
@@ -27,18 +25,14 @@ from absl import logging
 import jax
 import numpy as np
 
+from experiments import files
+
 
 class Writer(Protocol):
-  """Where metrics go. A writer ignores the kinds that it cannot hold."""
+  """Where metrics go."""
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]):
     """Writes numbers by name."""
-
-  def write_image(self, step: int, name: str, image: Any):
-    """Writes a picture: see TensorBoardWriter."""
-
-  def write_histogram(self, step: int, name: str, values: Any):
-    """Writes the distribution of an array's entries."""
 
   def flush(self):
     """Hands what was written to the operating system."""
@@ -72,29 +66,16 @@ class JsonlWriter:
     row = {'step': int(step), 'time': round(time.time(), 3)}
     for name, value in scalars.items():
       row[name] = _as_number(name, value)
-    with self._named_failure():
+    with files.naming(self._file.name):
       self._file.write(json.dumps(row, allow_nan=False) + '\n')
 
-  def write_image(self, step: int, name: str, image: Any):
-    del step, name, image
-
-  def write_histogram(self, step: int, name: str, values: Any):
-    del step, name, values
-
   def flush(self):
-    with self._named_failure():
+    with files.naming(self._file.name):
       self._file.flush()
 
   def close(self):
-    with self._named_failure():
+    with files.naming(self._file.name):
       self._file.close()
-
-  @contextlib.contextmanager
-  def _named_failure(self):
-    try:
-      yield
-    except OSError as error:
-      raise OSError(error.errno, error.strerror, self._file.name) from error
 
 
 class TensorBoardWriter:
@@ -112,56 +93,30 @@ class TensorBoardWriter:
     from tensorboard.summary.writer import event_file_writer
     self._event = event_pb2.Event
     self._summary = summary_pb2.Summary
-    self._histogram = summary_pb2.HistogramProto
-    self._writer = event_file_writer.EventFileWriter(os.fspath(logdir))
+    self._logdir = os.fspath(logdir)
     session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._writer.add_event(event_pb2.Event(
-        wall_time=time.time(), step=int(start_step), session_log=session))
+    with files.naming(self._logdir):
+      self._writer = event_file_writer.EventFileWriter(self._logdir)
+      self._writer.add_event(event_pb2.Event(
+          wall_time=time.time(), step=int(start_step), session_log=session))
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]):
     self._add(step, [self._summary.Value(tag=name, simple_value=float(value))
                      for name, value in scalars.items()])
 
-  def write_image(self, step: int, name: str, image: Any):
-    """Writes a picture.
-
-    Args:
-      step: the step it belongs to.
-      name: its tag.
-      image: a path to a PNG file, its bytes, or uint8[height, width] or
-        uint8[height, width, 3].
-
-    Raises:
-      ValueError: if it is an array of another kind.
-    """
-    png = _as_png(image)
-    # A PNG states its size at a fixed place.
-    width, height = (int.from_bytes(png[i:i + 4], 'big') for i in (16, 20))
-    self._add(step, [self._summary.Value(tag=name, image=self._summary.Image(
-        height=height, width=width, encoded_image_string=png))])
-
-  def write_histogram(self, step: int, name: str, values: Any):
-    """Writes the distribution of the finite entries, if there are any."""
-    values = np.asarray(values, np.float64).ravel()
-    values = values[np.isfinite(values)]
-    if not values.size:
-      return
-    counts, edges = np.histogram(values, bins=30)
-    self._add(step, [self._summary.Value(tag=name, histo=self._histogram(
-        min=values.min(), max=values.max(), num=values.size,
-        sum=values.sum(), sum_squares=np.square(values).sum(),
-        bucket_limit=edges[1:].tolist(), bucket=counts.tolist()))])
-
   def flush(self):
-    self._writer.flush()
+    with files.naming(self._logdir):
+      self._writer.flush()
 
   def close(self):
-    self._writer.close()
+    with files.naming(self._logdir):
+      self._writer.close()
 
   def _add(self, step, values):
-    self._writer.add_event(self._event(
-        wall_time=time.time(), step=int(step),
-        summary=self._summary(value=values)))
+    with files.naming(self._logdir):
+      self._writer.add_event(self._event(
+          wall_time=time.time(), step=int(step),
+          summary=self._summary(value=values)))
 
 
 class Writers:
@@ -179,14 +134,6 @@ class Writers:
   def write_scalars(self, step: int, scalars: Mapping[str, float]):
     for writer in self._writers:
       writer.write_scalars(step, scalars)
-
-  def write_image(self, step: int, name: str, image: Any):
-    for writer in self._writers:
-      writer.write_image(step, name, image)
-
-  def write_histogram(self, step: int, name: str, values: Any):
-    for writer in self._writers:
-      writer.write_histogram(step, name, values)
 
   def flush(self):
     for writer in self._writers:
@@ -314,7 +261,7 @@ def write_json(path: str | os.PathLike, value: Any):
       infinite or undefined number becomes null.
   """
   text = json.dumps(_as_json(value), indent=2, allow_nan=False) + '\n'
-  _replace(pathlib.Path(path), text)
+  files.write_text(path, text)
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -416,21 +363,6 @@ def _as_json(value):
   return value
 
 
-def _as_png(image):
-  if isinstance(image, bytes):
-    return image
-  if isinstance(image, (str, os.PathLike)):
-    return pathlib.Path(image).read_bytes()
-  from PIL import Image
-  image = np.asarray(image)
-  if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)):
-    raise ValueError(f'image (={image.dtype}{list(image.shape)}) must be '
-                     'uint8[height, width] or uint8[height, width, 3]')
-  buffer = io.BytesIO()
-  Image.fromarray(image).save(buffer, 'PNG')
-  return buffer.getvalue()
-
-
 def _parse_lines(path) -> list[tuple[str, dict[str, Any]]]:
   """The lines that hold a row, each with its row."""
   lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
@@ -457,16 +389,7 @@ def _drop_lines(path, start_step):
           if row.get('step', -1) < start_step]
   text = ''.join(line + '\n' for line in kept)
   if text.encode() != path.read_bytes():
-    _replace(path, text)
-
-
-def _replace(path, text):
-  temporary = path.with_name(path.name + '.tmp')
-  with temporary.open('w', encoding='utf-8') as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
+    files.write_text(path, text)
 
 
 def _values_text(values: Mapping[str, float]) -> str:

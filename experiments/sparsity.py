@@ -52,8 +52,8 @@ WINDOWS = {'rigl': (0., .75), 'set': (0., .75), 'snfs': (0., .75),
 # Refreshes a run, where they are rare by design: AC/DC's phases are 5 of 100
 # epochs, ITOP's 4000 of 78000 steps.
 REFRESHES = {'ac_dc': 20, 'itop': 20}
-SCORES = {'magnitude': sparse_jax.magnitude, 'random': sparse_jax.random,
-          'saliency': sparse_jax.saliency}
+SCORES = {name: getattr(sparse_jax.scores, name)
+          for name in ('magnitude', 'random', 'saliency')}
 # Flags, and what the methods that have them call them.
 ARGUMENTS = {name: name for name in (
     'sparsity', 'backward_sparsity', 'penalty_weight', 'backward_selection',
@@ -126,7 +126,7 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
                        'masks change no more.')
   flags.DEFINE_list('operands', [], 'Sparse operands of every product of a '
                     'method without its own, as name=sparsity. The names: '
-                    f'{", ".join(sparse_jax.Operands._fields)}. '
+                    f'{", ".join(sparse_jax.operators.Operands._fields)}. '
                     'output_gradient=0.9 is meProp.')
   flags.DEFINE_enum('activation_scope', 'tensor', ['tensor', 'example'],
                     'swat, --operands: among what activations compete.')
@@ -160,9 +160,10 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
                     'magnitudes in a block make its score.')
   flags.DEFINE_list('nm', ['2', '4'], 'For --structure=nm: N kept of every M '
                     'along the inputs.')
-  flags.DEFINE_bool('packed', False, 'Multiply by the blocks that are kept and '
-                    'nothing else, with --structure=block: the same run, in '
-                    'less time where blocks are large.')
+  flags.DEFINE_enum('storage', 'masked', ['masked', 'packed'], 'masked: dense '
+                    'weights and masks. packed: weights, gradients and slots '
+                    'hold the kept blocks alone, with --structure=block: the '
+                    'same run, in less memory, and time if blocks are large.')
   flags.DEFINE_list('dense_layers', [], 'Regular expressions; parameters whose '
                     'path has a match stay dense. For example: stem,head.')
 
@@ -197,13 +198,12 @@ def from_flags(values: Mapping[str, Any], train_steps: int
                        f'{values["structure"] or "element"}.')
   method = constructor(**_arguments(values, name, known, train_steps))
   if values['operands']:
-    method = sparse_jax.add_operands(method, _operands(values),
-                                     is_sparse=_dense_rules(values))
+    method = sparse_jax.operators.add_operands(method, _operands(values),
+                                               is_sparse=_dense_rules(values))
   _check_operator_flags(values, method)
   if values['powerprop_alpha'] is not None:
     method = sparse_jax.powerprop(method, values['powerprop_alpha'])
-  _check_packed(values, method)
-  return method
+  return _packed(values, method) if values['storage'] == 'packed' else method
 
 
 def operator_options(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,10 +218,10 @@ def has_target(method: str) -> bool:
   return 'sparsity' in inspect.signature(METHODS[method]).parameters
 
 
-def _operands(values) -> sparse_jax.Operands:
+def _operands(values) -> sparse_jax.operators.Operands:
   """What --operands asks for."""
   given = f'`operands` (={",".join(values["operands"])!r})'
-  names = sparse_jax.Operands._fields
+  names = sparse_jax.operators.Operands._fields
   found = {}
   for part in values['operands']:
     match = re.fullmatch(r'(\w+)=([\d.]+)', part)
@@ -229,7 +229,7 @@ def _operands(values) -> sparse_jax.Operands:
       raise ValueError(f'{given} has {part!r}; it must be name=sparsity with a '
                        f'name of {", ".join(names)}.')
     found[match[1]] = float(match[2])
-  return sparse_jax.Operands(**found)
+  return sparse_jax.operators.Operands(**found)
 
 
 def _check_operator_flags(values, method) -> None:
@@ -247,27 +247,24 @@ def _check_operator_flags(values, method) -> None:
                        'operands, of --method=swat or --operands.')
 
 
-def _check_packed(values, method) -> None:
-  """Raises ValueError where there are no packed products to be had."""
-  if not values['packed']:
-    return
-  given = '`packed` (=True)'
-  if values['structure'] != 'block':
-    raise ValueError(f'{given} needs --structure=block, not '
-                     f'{values["structure"] or "element"}.')
-  if method.kept is None or method.operators is not None:
-    raise ValueError(f'{given} needs a method that keeps the same number of '
-                     f'blocks throughout, not --method={values["method"]} with '
-                     'these flags.')
+def _packed(values, method) -> sparse_jax.SparseMethod:
+  """The method with packed storage, or a ValueError that names the flag."""
   if values.get('model_parallel', 1) > 1:
-    raise ValueError(f'{given} needs whole weights, not `model_parallel` '
-                     f'(={values["model_parallel"]}).')
+    raise ValueError('`storage` (=\'packed\') needs whole weights, not '
+                     f'`model_parallel` (={values["model_parallel"]}).')
+  try:
+    return sparse_jax.packed(method)
+  except ValueError as error:
+    raise ValueError(f'`storage` (=\'packed\') with --method='
+                     f'{values["method"]}: {error}') from None
 
 
 def _is_given(flag, values) -> bool:
-  """Whether it differs from the default; a dense run may be at sparsity 0."""
-  unset = (None, flags.FLAGS[flag].default, 0. if flag == 'sparsity' else None)
-  return values[flag] not in unset
+  """Whether it was typed or is no default; a dense run may be at sparsity 0."""
+  typed = flags.FLAGS[flag].present and values[flag] == flags.FLAGS[flag].value
+  unset = (None, 0. if flag == 'sparsity' else None)
+  return values[flag] not in unset and (
+      typed or values[flag] != flags.FLAGS[flag].default)
 
 
 def _arguments(values, name, known, train_steps) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 from typing import NamedTuple
 from typing import Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -67,7 +66,6 @@ class Task(NamedTuple):
   tx: optax.GradientTransformation
   operator_options: Mapping[str, Any]
   operand_period: int
-  packed: bool  # Whether products are those of the blocks that are kept.
   log_every: int
   compare_masks_every: int
 
@@ -76,10 +74,10 @@ def init_state(task: Task, seed: int) -> TrainState:
   """The state before the first step."""
   init_key, key = jax.random.split(jax.random.key(seed))
   params, model_state = task.problem.init(init_key)
-  params = task.method.parametrize(params)
-  opt_state = task.tx.init(params)
+  params, opt_state = sparse_jax.start(task.tx, task.method, params)
   thresholds = {} if task.operand_period == 1 else (
-      sparse_jax.first_operator_thresholds(task.method, params, opt_state))
+      sparse_jax.operators.first_operator_thresholds(task.method, params,
+                                                     opt_state))
   sums = {name: jnp.zeros(()) for name in ('loss', *task.problem.metrics,
                                            'weight')}
   masks = (mask_comparison.first(opt_state) if task.compare_masks_every
@@ -91,14 +89,10 @@ def init_state(task: Task, seed: int) -> TrainState:
 def apply_method(fn, task: Task, state: TrainState, params, thresholds,
                  due=False):
   """fn(weights), weights and products being those of the task's method."""
-  if task.packed:
-    with nn.intercept_methods(sparse_jax.packed_interceptor):
-      return fn(sparse_jax.read_packed(task.method, params, state.opt_state))
-  computed = sparse_jax.with_operators(
+  return sparse_jax.with_method(
       fn, task.method, state.opt_state, thresholds=thresholds or None,
       due=due & (state.step % task.operand_period == 0),
-      **task.operator_options)
-  return computed(task.method.read(params, state.opt_state))
+      **task.operator_options)(params)
 
 
 def loss_fn(params, thresholds, task: Task, state: TrainState, batch):

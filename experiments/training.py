@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import contextlib
 import functools
 import itertools
-import json
 import math
 import os
 import statistics
@@ -32,8 +31,12 @@ import sparse_jax
 from experiments import accounting
 from experiments import checkpointing
 from experiments import devices
+from experiments import files
+from experiments import locking
 from experiments import optimization
+from experiments import programs
 from experiments import reporting
+from experiments import results
 from experiments import sparsity
 from experiments import tasks
 from experiments.tasks import Problem
@@ -130,8 +133,8 @@ def make_task(problem: Problem, values: Mapping[str, Any],
   tx = sparse_jax.sparsify(optimization.make(values, train_steps), method,
                            key=values['seed'])
   return Task(problem, method, tx, sparsity.operator_options(values),
-              values['operand_period'], values['packed'],
-              values['log_every'], values['compare_masks_every'])
+              values['operand_period'], values['log_every'],
+              values['compare_masks_every'])
 
 
 def make_run(values: Mapping[str, Any], workdir: str, task: Task,
@@ -139,9 +142,12 @@ def make_run(values: Mapping[str, Any], workdir: str, task: Task,
   """Traces the functions of a run; `data` are the last fields of `Run`."""
   mesh = devices.mesh(values['model_parallel'])
   first = functools.partial(tasks.init_state, task, values['seed'])
-  state, carry = jax.eval_shape(first), jax.eval_shape(task.problem.first_carry)
+  with _naming_dense_layers(values['dense_layers']):
+    state = jax.eval_shape(first)
+  carry = jax.eval_shape(task.problem.first_carry)
   axes = task.problem.batch_axes
-  places = jax.tree.map(lambda x: devices.place(mesh, x), state)._replace(
+  places = jax.tree.map_with_path(functools.partial(devices.place, mesh),
+                                  state)._replace(
       model_state=_places(mesh, state.model_state, axes(state.model_state)))
   carried = _places(mesh, carry, axes(carry))
   rows, whole = devices.split(mesh), devices.replicated(mesh)
@@ -156,6 +162,18 @@ def make_run(values: Mapping[str, Any], workdir: str, task: Task,
       jax.jit(functools.partial(tasks.eval_step, task),
               in_shardings=(places, carried, rows),
               out_shardings=(carried, whole)), **data)
+
+
+@contextlib.contextmanager
+def _naming_dense_layers(rules):
+  """Says which flag made the rules that the library calls `is_sparse`."""
+  try:
+    yield
+  except ValueError as error:
+    if not rules or '`is_sparse`' not in str(error):
+      raise
+    raise ValueError(f'`dense_layers` (={",".join(rules)!r}): {error}'
+                     ) from error
 
 
 def _places(mesh, carried, axes):
@@ -206,14 +224,43 @@ def train(binary: Binary, values: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     ValueError: naming the flag and its value; FileNotFoundError likewise for
       data that is not there. Nothing has then been written.
+    locking.Held: if another process is at this run.
   """
   workdir = values['workdir'] or binary.default_workdir(values)
-  result = finished(values, workdir)
+  devices.check_equal(values, free=('data_dir',))
+  result = devices.gather(results.finished(workdir, values, FREE))[0]
   if result is None:
-    check_workdir(workdir)
-    result = run_steps(binary, binary.prepare(values, workdir))
+    run = devices.agree(lambda: _ready(binary, values, workdir))
+    with _held(workdir), files.naming(workdir):
+      result = run_steps(binary, run)
   show(binary, result, workdir)
   return result
+
+
+def _ready(binary: Binary, values: Mapping[str, Any], workdir: str) -> Run:
+  """A run of which nothing is left to be refused; nothing is written."""
+  check_workdir(workdir)
+  run = binary.prepare(values, workdir)
+  with _naming_workdir(workdir):
+    checkpointing.check(_checkpoints_of(run), config=_config(run), free=FREE)
+  return run
+
+
+def _checkpoints_of(run: Run) -> str:
+  return os.path.join(run.workdir, 'checkpoints')
+
+
+def _config(run: Run) -> dict[str, Any]:
+  return {**run.values, 'data': run.data}
+
+
+@contextlib.contextmanager
+def _held(workdir: str):
+  """Holds the folder for all processes, by the lock of the first."""
+  with contextlib.ExitStack() as stack:
+    devices.agree(lambda: jax.process_index() or stack.enter_context(
+        locking.hold(workdir)))
+    yield
 
 
 def run_steps(binary: Binary, run: Run) -> dict[str, Any]:
@@ -279,8 +326,7 @@ def open_checkpoints(run: Run, guard) -> checkpointing.Checkpoints:
   """The checkpoints of a run, by default one with each evaluation."""
   with _naming_workdir(run.workdir):
     return checkpointing.open(
-        os.path.join(run.workdir, 'checkpoints'),
-        config={**run.values, 'data': run.data}, free=FREE, guard=guard,
+        _checkpoints_of(run), config=_config(run), free=FREE, guard=guard,
         save_every=steps_between('checkpoint', run.values))
 
 
@@ -318,6 +364,8 @@ def _naming_workdir(workdir: str):
   """Says which flag led to checkpoints that cannot be used."""
   try:
     yield
+  except jax.errors.JaxRuntimeError:  # Of a device, or of another process.
+    raise
   except RuntimeError as error:
     raise ValueError(f'`workdir` (={workdir!r}): {error}') from error
 
@@ -431,10 +479,14 @@ def report(binary: Binary, run: Run, state: TrainState,
 
 def cost(run: Run, state: TrainState, summary) -> dict[str, Any]:
   """FLOPs and bytes, by arithmetic."""
-  weights = jax.eval_shape(run.task.method.read, state.params, state.opt_state)
+  weights = jax.eval_shape(functools.partial(
+      sparse_jax.dense_weights, run.task.method), state.params,
+                           state.opt_state)
   apply, inputs = run.apply(state)
-  return accounting.figures(apply, weights, inputs, run.task.method, summary,
-                            run.train_steps)
+  optimizer = optimization.make(run.values, run.train_steps)
+  return accounting.figures(
+      apply, weights, inputs, run.task.method, summary, run.train_steps
+  ) | accounting.held(weights, state.params, state.opt_state, optimizer)
 
 
 def speed(rows, per_step: int) -> float | None:
@@ -474,19 +526,6 @@ def show(binary: Binary, result: Mapping[str, Any], workdir: str) -> None:
     print(f'pictures and metrics: {workdir}', flush=True)
 
 
-def finished(values: Mapping[str, Any], workdir: str) -> dict[str, Any] | None:
-  """What result.json holds, if a run of these flags has written one."""
-  try:
-    with open(os.path.join(workdir, 'result.json')) as file:
-      result = json.load(file)
-    theirs = dict(result['flags'])
-  except (OSError, ValueError, TypeError, KeyError):
-    return None  # None, or not ours: the checks to come say so.
-  both = theirs.keys() | values.keys()
-  differ = {flag for flag in both if theirs.get(flag) != values.get(flag)}
-  return None if differ - set(FREE) else result
-
-
 def workdir_name(values: Mapping[str, Any]) -> str:
   """Names a run by its data set, model, method and sparsity."""
   name = f'{values["dataset"]}_{values["model"]}_{values["method"]}'
@@ -508,26 +547,34 @@ def run_config(module: str) -> dict[str, Any]:
 
 
 def main(binary: Binary, values: Callable[[], Mapping[str, Any]], argv) -> None:
-  """What a program does.
-
-  Status 2 is for what somebody must mend: bad flags, absent data, a full disk,
-  a lost loss; status 1 for one of several processes that lost another.
-  """
+  """What a program does; its statuses are those of `programs`."""
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file at INFO.
+  programs.say_it_once()
   try:
     devices.join(flags.FLAGS.flag_values_dict())
     train(binary, values())
-  except (ValueError, OSError, FloatingPointError) as error:
+  except locking.Held as error:
+    logging.error('%s', error)
+    sys.exit(locking.EXIT_CODE)
+  except (jax.errors.JaxRuntimeError, ValueError, OSError,
+          FloatingPointError) as error:
+    broken = isinstance(error, jax.errors.JaxRuntimeError)
+    if jax.process_count() > 1 and (broken or isinstance(error, TimeoutError)):
+      _leave_the_lost(error)
+    if broken:
+      raise
     logging.error('%s', error)
     logging.debug('It came from here:', exc_info=True)
-    sys.exit(2)
-  except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1:
-      raise
-    logging.error('Process %d stops, since another one has probably died (%s); '
-                  'start all of them again with the same flags to continue.',
-                  jax.process_index(), error)
-    sys.exit(1)
+    sys.exit(programs.BAD)
+
+
+def _leave_the_lost(error: Exception) -> None:
+  """Ends as JAX ends a process that lost another: by SIGABRT, status 134."""
+  logging.error('Process %d stops, since another one has probably died (%s); '
+                'start all of them again with the same flags to continue.',
+                jax.process_index(), error)
+  logging.flush()
+  os.abort()

@@ -11,10 +11,9 @@ import shlex
 import sys
 from typing import NamedTuple
 
+from experiments import locking
 from launch.table import Run
 
-# Of a cell that another process already runs.
-ELSEWHERE_EXIT_CODE = 76
 # Seconds between the request to leave and the end: a checkpoint takes some.
 _GRACE = 120
 # Restarts of a stopped cell before someone should look at it.
@@ -57,6 +56,24 @@ def log_path(sweep_dir: str, name: str) -> str:
   return os.path.join(sweep_dir, 'logs', f'{name}.log')
 
 
+def join(words: Sequence[str]) -> str:
+  """Words as a shell takes them back, on one line.
+
+  Raises:
+    ValueError: if a word has a line break or another control character, of
+      which a script, a job file and a remote shell each make something else.
+
+  Example:
+    >>> join(['echo', 'a b', '$(date)'])
+    "echo 'a b' '$(date)'"
+  """
+  for word in words:
+    if not word.isprintable():
+      raise ValueError(f'{word!r} has a line break or another control '
+                       'character, and cannot go through a shell.')
+  return shlex.join(words)
+
+
 def local(run: Run, sweep_dir: str, python: str = sys.executable) -> list[str]:
   """A cell in a process of this machine."""
   return [python, '-m', run.binary,
@@ -68,30 +85,37 @@ def tpu_vm(run: Run, sweep_dir: str, where: TpuVm, worker: int) -> list[str]:
 
   A host holds a lock of its own, so that a connection that broke leaves no
   second run beside the first.
+
+  Raises:
+    ValueError: if scp would not take the folder of the results as it is.
   """
   name, zone = where.names[worker], f'--zone={where.zone}'
-  inner = shlex.join([
+  inner = join([
       'env', 'ACCELERATOR=tpu', 'launch/run.sh', 'python', '-m', run.binary,
       *run.arguments(workdir(sweep_dir, run.name)), '--distributed'])
-  lock = f'flock --nonblock --conflict-exit-code={ELSEWHERE_EXIT_CODE}'
-  held = f'{os.path.basename(sweep_dir)}_{run.name}.lock'
-  remote = (f'cd {shlex.quote(where.folder)} && {lock} "$HOME/{held}" {inner}')
+  lock = f'flock --nonblock --conflict-exit-code={locking.EXIT_CODE}'
+  held = join([f'{os.path.basename(sweep_dir)}_{run.name}.lock'])
+  remote = f'cd {join([where.folder])} && {lock} "$HOME"/{held} {inner}'
   gcloud = ['gcloud', 'compute', 'tpus', 'tpu-vm']
   folder = workdir(sweep_dir, run.name)
   found = os.path.join(where.folder, folder)
-  ssh = shlex.join([*gcloud, 'ssh', name, zone, '--worker=all',
-                    f'--command={remote}'])
+  if not re.fullmatch('[A-Za-z0-9_./~=+-]+', found):  # scp: perhaps a shell.
+    raise ValueError(f'`sweep_dir` (={sweep_dir!r}) in `remote_dir` '
+                     f'(={where.folder!r}) must have no letters but A-Z, a-z, '
+                     '0-9 and _./~=+- for --backend=tpu_vm.')
+  ssh = join([*gcloud, 'ssh', name, zone, '--worker=all',
+              f'--command={remote}'])
   # The first host alone writes results.
-  copies = [shlex.join([*gcloud, 'scp', zone, '--worker=0',
-                        f'{name}:{os.path.join(found, file)}', folder])
+  copies = [join([*gcloud, 'scp', zone, '--worker=0',
+                  f'{name}:{os.path.join(found, file)}', folder])
             for file in ('metrics.jsonl', 'result.json')]
   return ['bash', '-c', ' && '.join([
-      ssh, f'mkdir -p {shlex.quote(folder)}', *copies])]
+      ssh, join(['mkdir', '-p', '--', folder]), *copies])]
 
 
 def xpk(run: Run, sweep_dir: str, where: Xpk, table: str) -> list[str]:
   """A cell as a workload; a second one of its name is refused by xpk."""
-  command = shlex.join(['python3', '-m', run.binary, *run.arguments(
+  command = join(['python3', '-m', run.binary, *run.arguments(
       workdir(sweep_dir, run.name)), '--distributed'])
   return ['xpk', 'workload', 'create', f'--cluster={where.cluster}',
           f'--workload={_workload(run, table)}', f'--tpu-type={where.tpu_type}',
@@ -111,14 +135,8 @@ def _workload(run, table) -> str:
 
 _SLURM = """\
 #!/usr/bin/env bash
-#SBATCH --job-name={job}
-#SBATCH --array=0-{last}%{workers}
-#SBATCH --ntasks={tasks}
-#SBATCH --output={output}
-#SBATCH --open-mode=append
-#SBATCH --signal=TERM@{grace}
-#SBATCH --requeue
-{options}names=(
+{options}
+names=(
 {names}
 )
 commands=(
@@ -146,15 +164,34 @@ def slurm(runs: Sequence[Run], sweep_dir: str, where: Slurm, *, job: str,
 
   Slurm keeps the script as it was submitted, so the cells of a task stay what
   they were when the table changes.
+
+  Raises:
+    ValueError: if a value cannot stand in the script.
   """
+  if '\\' in sweep_dir:
+    raise ValueError(f'`sweep_dir` (={sweep_dir!r}) must have no backslash for '
+                     '--backend=slurm.')
   more = ['--distributed'] if where.tasks > 1 else []
-  commands = [shlex.join([*local(run, sweep_dir, python), *more])
-              for run in runs]
-  lines = lambda texts: '\n'.join(f'  {shlex.quote(text)}' for text in texts)
+  commands = [join([*local(run, sweep_dir, python), *more]) for run in runs]
+  logs = os.path.join(sweep_dir, 'logs').replace('%', '%%')
+  options = [f'--job-name={job}', f'--array=0-{len(runs) - 1}%{workers}',
+             f'--ntasks={where.tasks}',
+             f'--output={os.path.join(logs, "slurm_%A_%a.log")}',
+             '--open-mode=append', f'--signal=TERM@{_GRACE}', '--requeue',
+             *where.options]
+  lines = lambda texts: '\n'.join(f'  {join([text])}' for text in texts)
   return _SLURM.format(
-      job=job, last=len(runs) - 1, workers=workers, tasks=where.tasks,
-      output=os.path.join(sweep_dir, 'logs', 'slurm_%A_%a.log'), grace=_GRACE,
-      options=''.join(f'#SBATCH {option}\n' for option in where.options),
+      options='\n'.join(map(_directive, options)),
       names=lines(run.name for run in runs), commands=lines(commands),
-      retries=retries, elsewhere=ELSEWHERE_EXIT_CODE,
-      locks=shlex.quote(os.path.join(sweep_dir, 'locks')))
+      retries=retries, elsewhere=locking.EXIT_CODE,
+      locks=join([os.path.join(sweep_dir, 'locks')]))
+
+
+def _directive(option: str) -> str:
+  """A line for sbatch, whose quotes are its own and not the shell's."""
+  if not option.isprintable():
+    raise ValueError(f'`sbatch` (={option!r}) must be one line.')
+  name, equals, value = option.partition('=')
+  if re.search(r'[\s"\'\\#]', value):
+    value = '"' + re.sub(r'(["\\])', r'\\\1', value) + '"'
+  return f'#SBATCH {name}{equals}{value}'

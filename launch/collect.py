@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import csv
 import io
-import json
 import os
 import statistics
 import sys
@@ -24,7 +23,10 @@ from absl import app
 from absl import flags
 from absl import logging
 
+from experiments import files
+from experiments import programs
 from experiments import reporting
+from experiments import results as results_lib
 from launch import backends
 from launch import figures
 from launch import run as run_lib
@@ -70,7 +72,7 @@ def results(table: table_lib.Table, sweep_dir: str,
   """The finished cells of the table's runs, by name without the seed.
 
   Raises:
-    ValueError: if a result is no JSON, naming its file.
+    ValueError: if a result is damaged, naming its file.
   """
   seeds = table.seeds if seeds is None else seeds
   return {name: [found for seed in seeds if (found := _read(os.path.join(
@@ -79,13 +81,9 @@ def results(table: table_lib.Table, sweep_dir: str,
 
 
 def _read(path: str) -> Found | None:
-  try:
-    with open(path, encoding='utf-8') as file:
-      result = json.load(file)
-  except FileNotFoundError:
+  result = results_lib.read(os.path.dirname(path))
+  if result is None:
     return None
-  except ValueError as error:
-    raise ValueError(f'{path} is no JSON: {error}') from error
   steps = os.path.join(os.path.dirname(path), 'metrics.jsonl')
   metrics = {}
   for row in reporting.read_jsonl(steps) if os.path.exists(steps) else ():
@@ -253,8 +251,7 @@ def write(table: table_lib.Table, measured: Sequence[Measured], folder: str,
   writer.writeheader()
   writer.writerows(rows(measured))
   for name, content in (('table.md', text), ('table.csv', lines.getvalue())):
-    with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
-      file.write(content)
+    files.write_text(os.path.join(folder, name), content)
   if table.figure:
     figures.draw(rows(measured), os.path.join(folder, 'figure.png'),
                  table.title, table.figure, published)
@@ -285,7 +282,7 @@ def main(argv):
     print(collect(values, tables.get(values['table'], values['scale'])))
   except (ValueError, OSError) as error:
     logging.error('%s', error)
-    sys.exit(2)
+    sys.exit(programs.BAD)
 
 
 def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
@@ -297,4 +294,4 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
 
 if __name__ == '__main__':
   define_flags()
-  app.run(main)
+  programs.run(main)

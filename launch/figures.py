@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from collections.abc import Sequence
 import os
-import pathlib
 from typing import Any
 
+from experiments import files
 from launch.table import Figure
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -50,7 +50,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
   axes.set_axisbelow(True)
   axes.spines[['top', 'right']].set_visible(False)
   _add_legend(axes, published)
-  _save(canvas, pathlib.Path(path))
+  with files.replacing(path) as file:
+    canvas.savefig(file, format='png', dpi=150, facecolor='white')
 
 
 def series(rows: Sequence[Mapping[str, Any]], x: str, y: str
@@ -94,9 +95,3 @@ def _add_legend(axes, published) -> None:
               markersize=5, markerfacecolor='white', label='as published')
   axes.legend(loc='center left', bbox_to_anchor=(1.01, .5), frameon=False,
               fontsize=8, handlelength=3)
-
-
-def _save(canvas, path) -> None:
-  temporary = path.with_name(f'{path.name}.tmp')
-  canvas.savefig(temporary, format='png', dpi=150, facecolor='white')
-  temporary.replace(path)

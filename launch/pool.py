@@ -13,10 +13,8 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
-import fcntl
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +22,7 @@ from typing import Any
 from typing import NamedTuple
 from typing import TextIO
 
+from experiments import locking
 from launch import backends
 
 # What a stopped run leaves with, EX_TEMPFAIL: start it again.
@@ -150,18 +149,21 @@ class _Pool:
     if job.is_finished():
       self._done(job, 'was finished')
       return
-    lock = _lock(job.lock_path)
-    if lock is None:
+    try:
+      lock = locking.acquire(job.lock_path)
+    except locking.Held as owner:
       self.queue.append(job)
       if job.name not in self._waited:
         self._waited.add(job.name)
-        self._say(f'waits for {job.name}: {_owner(job.lock_path)} runs it')
+        self._say(f'waits for {job.name}: {owner} runs it')
       return
-    with lock:
+    try:
       if job.is_finished():  # By who held the lock until now.
         self._done(job, 'was finished')
         return
       self.running[worker] = self._process(job, worker, lock)
+    finally:
+      os.close(lock)  # The cell's own copy holds it from now on.
     self._say(f'started {job.name}')
 
   def _process(self, job, worker, lock) -> _Child:
@@ -171,7 +173,7 @@ class _Pool:
       # the cells to save.
       process = subprocess.Popen(
           job.command(worker), stdin=subprocess.DEVNULL, stdout=log,
-          stderr=subprocess.STDOUT, pass_fds=[lock.fileno()],
+          stderr=subprocess.STDOUT, pass_fds=[lock],
           start_new_session=True,
           env={**os.environ, **self._environment(worker)})
     return _Child(job, process, time.monotonic())
@@ -181,9 +183,9 @@ class _Pool:
     if code == 0 and job.is_finished():
       self._seconds.append(time.monotonic() - child.begin)
       self._done(job, 'finished')
-    elif code == backends.ELSEWHERE_EXIT_CODE:
+    elif code == locking.EXIT_CODE:
       self._due[job.name] = time.monotonic() + PAUSE
-      self._again(job, 'runs on its host already')
+      self._again(job, 'runs elsewhere already')
     elif code == REQUEUE_EXIT_CODE and (
         self._requeues[job.name] < backends.MAX_REQUEUES):
       self._requeues[job.name] += 1
@@ -219,23 +221,3 @@ class _Pool:
       mean = sum(self._seconds) / len(self._seconds)
       line += f', {mean * left / self._workers / 60:.1f} min to go'
     print(f'{line}: {what}', file=self._stream, flush=True)
-
-
-def _lock(path: str):
-  """The locked file, or None if another process holds it."""
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  file = open(path, 'a+', encoding='utf-8')
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    file.close()
-    return None
-  file.truncate(0)
-  file.write(f'process {os.getpid()} of {socket.gethostname()}')
-  file.flush()
-  return file
-
-
-def _owner(path: str) -> str:
-  with open(path, encoding='utf-8') as file:
-    return file.read() or 'another process'

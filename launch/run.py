@@ -13,15 +13,14 @@ prints every command, builds each model, method and optimizer from shapes, and
 prints what the cells cost in arithmetic and memory; nothing runs. A flag that
 the cells' binary does not have is an error before anything starts.
 
-Status: 0 if every cell is finished or submitted, 1 if one failed or a flag
-cannot be read, 2 for flags that make no run, 75 if stopped by SIGTERM or Ctrl-C
+Status: 0 if every cell is finished or submitted, 1 if one failed, 2 for flags
+that make no run, 75 if stopped by SIGTERM or Ctrl-C
 with work left.
 """
 
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
-import json
 import os
 import shlex
 import subprocess
@@ -33,6 +32,9 @@ from absl import app
 from absl import flags
 from absl import logging
 
+from experiments import files
+from experiments import programs
+from experiments import results
 from launch import backends
 from launch import describe
 from launch import pool
@@ -122,16 +124,8 @@ def cells(runs: Sequence[table_lib.Run], sweep_dir: str, figures: bool
 
 def is_finished(cell: Cell, sweep_dir: str) -> bool:
   """Whether a run of these flags has left its result."""
-  path = os.path.join(backends.workdir(sweep_dir, cell.run.name), 'result.json')
-  try:
-    with open(path, encoding='utf-8') as file:
-      theirs = dict(json.load(file)['flags'])
-  except (OSError, ValueError, TypeError, KeyError):
-    return False
-  both = theirs.keys() | cell.values.keys()
-  differ = {name for name in both
-            if theirs.get(name) != cell.values.get(name)}
-  return not differ - {*cell.free, 'workdir'}
+  return results.finished(backends.workdir(sweep_dir, cell.run.name),
+                          cell.values, cell.free) is not None
 
 
 def job(cell: Cell, sweep_dir: str, command) -> pool.Job:
@@ -272,8 +266,7 @@ def _submit(values, runs, sweep_dir) -> int:
     os.makedirs(os.path.join(sweep_dir, folder), exist_ok=True)
   if values['backend'] == 'slurm':
     path = os.path.join(sweep_dir, 'array.sh')
-    with open(path, 'w', encoding='utf-8') as file:
-      file.write(script(values, runs, sweep_dir))
+    files.write_text(path, script(values, runs, sweep_dir))
     return subprocess.run(['sbatch', path], check=False).returncode and 1
   command = commander(values, sweep_dir)
   codes = [subprocess.run(command(run, 0), check=False).returncode
@@ -346,9 +339,9 @@ def main(argv):
     sys.exit(run(values, tables.get(values['table'], values['scale'])))
   except (ValueError, OSError) as error:
     logging.error('%s', error)
-    sys.exit(2)
+    sys.exit(programs.BAD)
 
 
 if __name__ == '__main__':
   define_flags()
-  app.run(main)
+  programs.run(main)

@@ -46,6 +46,19 @@ def check_count(name: str, value: int, *, least: int = 0) -> int:
   return int(value)
 
 
+def check_backward(sparsity: float, backward_sparsity: float,
+                   backward_selection: str) -> None:
+  """Raises ValueError naming the argument of a backward set out of range."""
+  check_sparsity('backward_sparsity', backward_sparsity)
+  if backward_sparsity > sparsity:
+    raise ValueError(f'`backward_sparsity` (={backward_sparsity!r}) must not '
+                     f'be above `sparsity` (={sparsity!r}): the backward set '
+                     'contains the forward set.')
+  if backward_selection not in ('magnitude', 'random'):
+    raise ValueError(f'`backward_selection` (={backward_selection!r}) must be '
+                     '\'magnitude\' or \'random\'.')
+
+
 def _check(name, value, accepts: Callable[[float], bool], wanted: str) -> float:
   try:
     number = float('nan' if isinstance(value, (bool, str)) else value)

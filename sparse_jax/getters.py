@@ -2,10 +2,15 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import functools
+import types
 from typing import Any
 
 from flax import nnx
 
+from sparse_jax import loop
+from sparse_jax import trees
+from sparse_jax.blocks import packing
 from sparse_jax.rules import state as state_lib
 
 
@@ -50,12 +55,12 @@ def linen_getter(method: state_lib.SparseMethod, opt_state: Any
 
 
 def nnx_getter(method: state_lib.SparseMethod, opt_state: Any
-               ) -> Callable[[nnx.Module], nnx.Module]:
-  """A function from an NNX module to one that computes with sparse weights.
+               ) -> Callable[[nnx.Module], Callable[..., Any]]:
+  """A function from an NNX module to one that computes by the method.
 
-  The caller's module is untouched: the new one has its own variables, so what
-  it updates while running (batch statistics) is to be copied back with
-  `nnx.update(model, nnx.state(sparse_model, nnx.BatchStat))`.
+  What it gives is called like the model, and its methods too. It shares
+  everything that is no parameter: batch statistics move and dropout draws
+  anew. Sparse operators and packed blocks work through it.
 
   Args:
     method: a sparse method.
@@ -63,7 +68,7 @@ def nnx_getter(method: state_lib.SparseMethod, opt_state: Any
       `nnx.Optimizer` that holds it.
 
   Returns:
-    `getter(model) -> model`, to be used inside the loss.
+    `getter(model) -> callable`, to be used inside the loss and in evaluation.
 
   Example:
     >>> from flax import nnx
@@ -71,7 +76,7 @@ def nnx_getter(method: state_lib.SparseMethod, opt_state: Any
     >>> model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
     >>> method = sparse_jax.static(sparsity=0.75)
     >>> tx = sparse_jax.sparsify(optax.sgd(0.1), method)
-    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    >>> model, optimizer = sparse_jax.nnx_start(model, tx, method)
     >>> def loss(model):
     ...   sparse = sparse_jax.nnx_getter(method, optimizer)(model)
     ...   return sparse(jnp.ones((1, 8))).sum()
@@ -80,48 +85,96 @@ def nnx_getter(method: state_lib.SparseMethod, opt_state: Any
     >>> int((model.kernel[...] != 0).sum())
     8
   """
-  def getter(model):
+  return lambda model: _Computed(model, method, opt_state)
+
+
+class _Computed:
+  """A module's methods, computed with a sparse method's weights."""
+
+  def __init__(self, model, method, opt_state):
+    self._parts = model, method, opt_state
+
+  def __call__(self, *args, **kwargs):
+    return self._call('__call__', *args, **kwargs)
+
+  def __getattr__(self, name):
+    if name.startswith('_'):
+      raise AttributeError(name)
+    value = getattr(self._parts[0], name)
+    if not isinstance(value, types.MethodType):
+      return value
+    return functools.partial(self._call, name)
+
+  def _call(self, name, *args, **kwargs):
+    model, method, opt_state = self._parts
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    weights = method.read(params, opt_state)
-    # What `nnx_parametrize` has added stays as it is.
-    weights = nnx.State({**params, **weights})
-    return nnx.merge(graph, weights, rest, copy=True)
 
-  return getter
+    def call(weights, rest, *args):
+      # What `nnx_start` has added beside the model's own stays as it is.
+      whole = nnx.State({**params, **weights})
+      module = nnx.merge(graph, whole, rest)
+      out = getattr(module, name)(*args, **kwargs)
+      return out, nnx.state(module, nnx.Not(nnx.Param))
+
+    computed = loop.with_method(call, method, opt_state)
+    out, rest = computed(params, rest, *args)
+    nnx.update(model, rest)
+    return out
 
 
-def nnx_parametrize(method: state_lib.SparseMethod, model: nnx.Module
-                    ) -> nnx.Module:
-  """`method.parametrize` for an NNX module, in place.
+def nnx_start(model: nnx.Module, tx: Any, method: state_lib.SparseMethod
+              ) -> tuple[nnx.Module, nnx.Optimizer]:
+  """`start` for an NNX module: what its method trains, and its optimizer.
 
-  Thresholds and gates become attributes of the module, `nnx.Param`s like any
-  other, so that `nnx.Optimizer(..., wrt=nnx.Param)` trains them. For methods
-  that add nothing it does nothing.
+  Thresholds and gates become attributes of the module; of a packed leaf its
+  variable holds the blocks. All are `nnx.Param`s like any other.
 
   Args:
+    model: the module, changed in place.
+    tx: an Optax transformation that contains `sparsify(optimizer, method)`.
     method: a sparse method.
-    model: the module; call before making its optimizer.
 
   Returns:
-    The same module.
+    The same module, and `nnx.Optimizer(model, tx, wrt=nnx.Param)`.
+
+  Raises:
+    ValueError: as `start`.
 
   Example:
-    >>> import sparse_jax
-    >>> model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
-    >>> model = nnx_parametrize(sparse_jax.str_(), model)
+    >>> import optax, sparse_jax
+    >>> method = sparse_jax.str_()
+    >>> tx = sparse_jax.sparsify(optax.sgd(0.1), method)
+    >>> model, optimizer = nnx_start(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), tx,
+    ...                              method)
     >>> model.thresholds['kernel'].shape
     (1, 1)
   """
-  params = nnx.state(model, nnx.Param)
-  for key, value in method.parametrize(params).items():
-    if key in params:
-      nnx.update(model, nnx.State({key: value}))
-    else:
-      setattr(model, key, _as_params(value))
-  return model
+  params = nnx.as_pure(nnx.state(model, nnx.Param))
+  held, state = loop.first_params(tx, method, params)
+  growth = {}
+
+  def bare(path, leaf):
+    if not packing.is_packed(leaf):
+      return leaf
+    if leaf.growth is not None:
+      growth[path] = leaf.growth
+    return leaf.blocks
+
+  held = trees.map_leaves(bare, held, is_leaf=packing.is_packed)
+  added = {key: value for key, value in held.items() if key not in params}
+  if growth:
+    added[packing.GROWTH] = growth
+  nnx.update(model, nnx.State({key: value for key, value in held.items()
+                               if key in params}))
+  for key, value in added.items():
+    setattr(model, key, _as_params(value))
+  make = (lambda own, key: state) if state else method.init
+  with state_lib.making_states_by(make):
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
 def _as_params(tree):
   if isinstance(tree, Mapping):
-    return nnx.Dict({key: _as_params(value) for key, value in tree.items()})
+    return nnx.Dict({str(key): _as_params(value)
+                     for key, value in tree.items()})
   return nnx.Param(tree)

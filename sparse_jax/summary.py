@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax import trees
-from sparse_jax.masks import masking
+from sparse_jax.blocks import packing
+from sparse_jax.masks import marks as marks_lib
 from sparse_jax.rules import state as state_lib
 
 
@@ -74,28 +75,32 @@ def summarize(params: trees.PyTree, opt_state: Any,
     total                32   25.00%    25.00%   0.00%       25.00%
   """
   state = state_lib.get_state(opt_state)
-  weights = method.read(params, state)
-  counts = _counts(weights, state.marks)
-  marks = trees.leaves_by_path(state.marks)
-  rows = tuple(
-      _row(path, tuple(leaf.shape), masking.is_marked(marks.get(path)), counts)
-      for path, leaf in trees.leaves_by_path(weights).items())
+  weights = trees.leaves_by_path(method.read(params, opt_state),
+                                 packing.is_packed)
+  counts = _counts(weights, state)
+  sparse = state.plan.by_path
+  rows = tuple(_row(path, sparse[path].layout.shape if path in sparse
+                    else tuple(leaf.shape), path in sparse, counts)
+               for path, leaf in weights.items())
   return Summary(rows, _total(rows, counts))
 
 
 @jax.jit
-def _counts(weights, marks):
+def _counts(weights, state):
   """int32[4] of each leaf: entries in A, in B, new in A, ever in A."""
-  def count(path, weight, mark):
-    del path
-    if not masking.is_marked(mark):
+  marks = trees.leaves_by_path(state.marks)
+  sets = (marks_lib.forward_mask, marks_lib.backward_mask,
+          marks_lib.newly_active, marks_lib.ever_active)
+
+  def count(path, weight):
+    if path not in marks:
       used = jnp.count_nonzero(weight)
       return jnp.array([used, weight.size, 0, used])
-    sets = (masking.forward_mask, masking.backward_mask, masking.newly_active,
-            masking.ever_active)
-    return jnp.stack([jnp.sum(of(mark), dtype=jnp.int32) for of in sets])
+    spread = state.plan.by_path[path].layout.spread
+    return jnp.stack([jnp.sum(spread(of(marks[path])), dtype=jnp.int32)
+                      for of in sets])
 
-  return trees.leaves_by_path(trees.map_leaves(count, weights, marks))
+  return {path: count(path, weight) for path, weight in weights.items()}
 
 
 def _row(path, shape, sparse, counts) -> Row:

@@ -11,8 +11,10 @@ from sparse_jax import checks
 
 from sparse_jax import trees
 from sparse_jax.rules import losses
-from sparse_jax.masks import masking
+from sparse_jax.blocks import packing
+from sparse_jax.masks import marks as marks_lib
 from sparse_jax.rules import state as state_lib
+from sparse_jax.rules import storage
 
 
 class SparsifyState(NamedTuple):
@@ -71,7 +73,8 @@ def sparsify(optimizer: optax.GradientTransformation,
   optimizer = optax.with_extra_args_support(optimizer)
 
   def init_fn(params):
-    return SparsifyState(method.init(params, key), optimizer.init(params))
+    sparse = state_lib.first_state(method, params, key)
+    return SparsifyState(sparse, optimizer.init(packing.without_growth(params)))
 
   def update_fn(grads, state, params=None, **extra_args):
     if params is None:
@@ -79,21 +82,24 @@ def sparsify(optimizer: optax.GradientTransformation,
     sparse, slots = state
     if penalty:
       grads = _add_penalty(method, grads, params, sparse)
+    given, all_grads = params, grads
+    params, grads = map(packing.without_growth, (params, grads))
+    marks = storage.entry_marks(sparse)
     updates, new_slots = optimizer.update(
-        _mask(grads, sparse.marks), _fresh_outside(
-            slots, optimizer.init(params), params, sparse), params,
+        _mask(grads, marks), _fresh_outside(
+            slots, optimizer.init(params), params, sparse, marks), params,
         **extra_args)
-    updates = _mask(updates, sparse.marks, still=-0.)
+    updates = _mask(updates, marks, still=-0.)
     if method.skips is not None:
       updates, new_slots = _skip(method.skips(sparse), updates,
                                  (slots, new_slots))
     renewed = method.resets and method.resets(sparse)
-    updates, sparse = method.settle(params, updates, grads, sparse,
+    updates, sparse = method.update(updates, all_grads, sparse, params,
                                     **extra_args)
     if renewed is not None:
       fresh = optimizer.init(optax.apply_updates(params, updates))
       new_slots = _renew(renewed, new_slots, fresh, params)
-    return updates, SparsifyState(sparse, new_slots)
+    return _like(given, updates), SparsifyState(sparse, new_slots)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -180,6 +186,18 @@ def add_exploration_decay(
   return optax.GradientTransformationExtraArgs(_no_state, update_fn)
 
 
+def _like(params, updates):
+  """Updates of the parameters' own structure: growth scores stay 0."""
+  if packing.has_bare_growth(params):
+    raw = lambda tree: dict(getattr(tree, 'raw_mapping', tree))
+    still = jax.tree.map(jnp.zeros_like, raw(params)[packing.GROWTH])
+    return type(updates)({**raw(updates), packing.GROWTH: still})
+  return jax.tree.map(
+      lambda leaf, update: update.replace(growth=leaf.growth)
+      if packing.is_packed(leaf) else update, params, updates,
+      is_leaf=packing.is_packed)
+
+
 def _no_state(params):
   del params
   return optax.EmptyState()
@@ -193,10 +211,10 @@ def _add_penalty(method, grads, params, sparse):
 def _mask(tree, marks, still=0.):
   """Zeros (or -0) outside B."""
   def mask(leaf, marks):
-    return jnp.where(masking.backward_mask(marks), leaf,
+    return jnp.where(marks_lib.backward_mask(marks), leaf,
                      jnp.asarray(still, leaf.dtype))
 
-  return masking.map_marked(mask, tree, marks)
+  return marks_lib.map_marked(mask, tree, marks)
 
 
 def _where_masked(masks, tree, other):
@@ -208,21 +226,22 @@ def _where_masked(masks, tree, other):
   return trees.map_leaves(mask, tree, masks)
 
 
-def _fresh_outside(slots, fresh, params, sparse):
+def _fresh_outside(slots, fresh, params, sparse, marks):
   """Slots of entries that are or were outside B as `optimizer.init` makes them.
 
   So an entry that enters B starts anew, whatever the optimizer keeps or adds
   outside B (weight decay reaches momentum there). Before the step, not after
   it: XLA then reads and writes each slot once.
   """
-  levels = trees.leaves_by_path(sparse.marks)
+  levels = trees.leaves_by_path(marks)
 
   def visit(path, slot, new):
     own = levels.get(path)
-    if not masking.is_marked(own):
+    if not marks_lib.is_marked(own):
       return slot
-    inside = jnp.where(sparse.refreshed, masking.stays_backward(own),
-                       masking.backward_mask(own))
+    inside = jnp.where(sparse.refreshed_at(path),
+                       marks_lib.stays_backward(own),
+                       marks_lib.backward_mask(own))
     return jnp.where(inside, slot, new)
 
   return _map_slots(visit, params, slots, fresh)

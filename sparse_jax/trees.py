@@ -9,8 +9,9 @@ import jax
 PyTree = Any
 Path = str
 
-# Attribute keys that a framework adds below the name of a parameter (NNX).
-_WRAPPERS = ('value', 'raw_value')
+# Attribute keys below the name of a parameter: NNX's, and that of the array in
+# a PackedBlocks.
+_WRAPPERS = ('value', 'raw_value', 'blocks')
 
 
 def path_name(path: tuple[Any, ...]) -> Path:
@@ -22,9 +23,9 @@ def path_name(path: tuple[Any, ...]) -> Path:
     ['Dense_0/kernel']
   """
   names = [_key_name(key) for key in path]
-  if path and isinstance(path[-1], jax.tree_util.GetAttrKey):
-    if names[-1] in _WRAPPERS:
-      names = names[:-1]
+  while names and names[-1] in _WRAPPERS and isinstance(
+      path[len(names) - 1], jax.tree_util.GetAttrKey):
+    names.pop()
   return '/'.join(names)
 
 
@@ -49,12 +50,25 @@ def owner_of(name: Path, paths: Collection[Path]) -> Path | None:
   return next((end for end in ends if end in paths), None)
 
 
-def leaves_by_path(tree: PyTree) -> dict[Path, Any]:
-  """The leaves of a tree as `{path: leaf}`, in the tree's own order."""
-  return {path_name(p): leaf for p, leaf in jax.tree.leaves_with_path(tree)}
+def leaves_by_path(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+                   ) -> dict[Path, Any]:
+  """The leaves of a tree as `{path: leaf}`, in the tree's own order.
+
+  Raises:
+    ValueError: if two leaves have one path, as those of
+      `{'a': {'b': w}, 'a/b': v}`.
+  """
+  pairs = jax.tree.leaves_with_path(tree, is_leaf=is_leaf)
+  table = {path_name(path): leaf for path, leaf in pairs}
+  if len(table) < len(pairs):
+    names = [path_name(path) for path, _ in pairs]
+    double = sorted({name for name in names if names.count(name) > 1})
+    raise ValueError(f'`params` has two leaves of one path: {double}.')
+  return table
 
 
-def map_leaves(fn: Callable[..., Any], params: PyTree, *others: PyTree):
+def map_leaves(fn: Callable[..., Any], params: PyTree, *others: PyTree,
+               is_leaf: Callable[[Any], bool] | None = None):
   """Maps `fn(path, leaf, *other leaves)` over the leaves of `params`.
 
   The other trees are matched by path, not by structure, and a leaf that one
@@ -62,10 +76,10 @@ def map_leaves(fn: Callable[..., Any], params: PyTree, *others: PyTree):
   `nnx.State` and its pure dict), or with leaves left out by `optax.masked`,
   still fit together.
   """
-  tables = [leaves_by_path(tree) for tree in others]
+  tables = [leaves_by_path(tree, is_leaf) for tree in others]
 
   def visit(path, leaf):
     name = path_name(path)
     return fn(name, leaf, *(table.get(name) for table in tables))
 
-  return jax.tree.map_with_path(visit, params)
+  return jax.tree.map_with_path(visit, params, is_leaf=is_leaf)

@@ -203,11 +203,11 @@ class DsgTest(parameterized.TestCase):
                                 sparsity=.7)
 
     def normalised(extra, mask):
-      y = sparse_jax.gate(sparse_jax.relu(x @ w + extra), mask)
+      y = sparse_jax.operators.gate(sparse_jax.operators.relu(x @ w + extra), mask)
       return (y - y.mean(0, keepdims=True)) / (y.std(0, keepdims=True) + 1)
 
     def layer(extra, mask):
-      return sparse_jax.gate(normalised(extra, mask), mask)
+      return sparse_jax.operators.gate(normalised(extra, mask), mask)
 
     @jax.jit
     def run(mask):

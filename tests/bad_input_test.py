@@ -214,8 +214,8 @@ class PartTest(parameterized.TestCase):
       ('erk', 'sparsity', lambda s: sparse_jax.erk({'w': (4, 6)}, s)),
       ('erdos_renyi', 'sparsity', lambda s: sparse_jax.erdos_renyi(
           {'w': (4, 6)}, s)),
-      ('cubic_final', 'final', lambda s: sparse_jax.cubic_sparsity(s, end=5)),
-      ('cubic_initial', 'initial', lambda s: sparse_jax.cubic_sparsity(
+      ('cubic_final', 'final', lambda s: sparse_jax.schedules.cubic_sparsity(s, end=5)),
+      ('cubic_initial', 'initial', lambda s: sparse_jax.schedules.cubic_sparsity(
           .5, end=5, initial=s)))
   def test_bad_sparsities_are_named_by_the_parts(self, argument, call):
     problems = {repr(s): complaint(argument, s, lambda: call(s))
@@ -228,15 +228,15 @@ class PartTest(parameterized.TestCase):
   def test_bad_steps_of_schedules_are_named(self, argument, value):
     with self.assertRaisesRegex(
         ValueError, f'`{argument}` .*{re.escape(repr(value))}'):
-      sparse_jax.cubic_sparsity(.5, **{'end': 5} | {argument: value})
+      sparse_jax.schedules.cubic_sparsity(.5, **{'end': 5} | {argument: value})
     if argument == 'end':
       with self.assertRaisesRegex(ValueError, '`end` '):
-        sparse_jax.cosine_drop(.5, end=value)
+        sparse_jax.schedules.cosine_drop(.5, end=value)
 
   @parameterized.parameters(*NOT_FRACTIONS)
   def test_bad_drop_fractions_are_named(self, value):
     with self.assertRaisesRegex(ValueError, '`fraction` '):
-      sparse_jax.cosine_drop(value, end=5)
+      sparse_jax.schedules.cosine_drop(value, end=5)
 
   @parameterized.parameters(
       ('penalty_weight', NAN), ('penalty_weight', -1.),
@@ -250,7 +250,7 @@ class PartTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, pattern):
       sparse_jax.exploration_loss(PARAMS, masks, masks, **{argument: value})
     with self.assertRaisesRegex(ValueError, pattern):
-      sparse_jax.add_exploration_decay(**{argument: value})
+      sparse_jax.transforms.add_exploration_decay(**{argument: value})
 
   @parameterized.parameters((None,), (optax.sgd(.1),), ('top_kast',),
                             (sparse_jax.top_kast,))
@@ -263,8 +263,8 @@ class PartTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, '`params` '):
       tx.update(PARAMS, tx.init(PARAMS))
     for part, masks in (
-        (sparse_jax.keep_params_sparse(), ('forward_masks',)),
-        (sparse_jax.add_exploration_decay(), ('forward_masks',
+        (sparse_jax.transforms.keep_params_sparse(), ('forward_masks',)),
+        (sparse_jax.transforms.add_exploration_decay(), ('forward_masks',
                                               'backward_masks'))):
       with self.assertRaisesRegex(ValueError, '`params` '):
         part.update(PARAMS, part.init(PARAMS),

@@ -414,7 +414,7 @@ class OpenTest(CheckpointingTestCase):
 
   def test_killed_while_writing_the_config_is_a_new_directory(self):
     self.directory.mkdir()
-    (self.directory / 'config.json.tmp').write_text('{"meth')
+    (self.directory / '.config.json.0f').write_text('{"meth')
     self.save_steps(1)
     self.assertEqual(self.steps(), [1])
 

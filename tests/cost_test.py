@@ -14,7 +14,7 @@ from experiments.image import models
 from sparse_jax import trees
 from sparse_jax.cost import flops as cost
 
-Work = sparse_jax.Work
+Work = sparse_jax.rules.Work
 STEM, HEAD = ('stem/kernel',), ('stem/kernel', 'head/kernel')
 CONVENTIONS = ('multiply_adds', 'rigl')
 
@@ -275,7 +275,7 @@ class PlanTest(parameterized.TestCase):
   def test_fits_and_is_the_densest_that_does(self):
     def bytes_of(backward):
       stored = {path: 1 - backward for path in 'abc'}
-      return sparse_jax.memory_cost(mlp, *mlp_args(), stored=stored,
+      return sparse_jax.cost.memory_cost(mlp, *mlp_args(), stored=stored,
                                     optimizer=optax.adam(1e-3)).total
 
     budget = .6 * bytes_of(0.)

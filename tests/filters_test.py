@@ -51,7 +51,7 @@ class PruneFiltersTest(parameterized.TestCase):
 
   def test_smaller_net_computes_what_the_larger_does_without_them(self):
     x, variables = start()
-    small, kept = sparse_jax.prune_filters(variables, {
+    small, kept = sparse_jax.methods.filters.prune_filters(variables, {
         'params/conv_1/kernel': .5, 'params/conv_2/kernel': .25}, FOLLOWERS)
     gone = {path: np.setdiff1d(np.arange(n), kept[path]) for path, n in (
         ('params/conv_1/kernel', 6), ('params/conv_2/kernel', 8))}
@@ -71,7 +71,7 @@ class PruneFiltersTest(parameterized.TestCase):
     _, variables = start()
     kernel = np.asarray(variables['params']['conv_1']['kernel'])
     norms = np.abs(kernel).sum(axis=(0, 1, 2))
-    _, kept = sparse_jax.prune_filters(
+    _, kept = sparse_jax.methods.filters.prune_filters(
         variables, {'params/conv_1/kernel': .5}, FOLLOWERS)
     np.testing.assert_array_equal(kept['params/conv_1/kernel'],
                                   np.sort(np.argsort(-norms)[:3]))
@@ -81,13 +81,13 @@ class PruneFiltersTest(parameterized.TestCase):
     net = {'a': jnp.array([[3., .1]]),
            'b': jnp.array([[1., .5], [0., 2.]])}
     for greedy, want in ((False, [1]), (True, [0])):
-      _, kept = sparse_jax.prune_filters(
+      _, kept = sparse_jax.methods.filters.prune_filters(
           net, {'a': .5, 'b': .5}, {'a': {'b': 0}}, greedy=greedy)
       self.assertEqual(kept['b'].tolist(), want)
 
   def test_smaller_net_trains(self):
     x, variables = start()
-    small, _ = sparse_jax.prune_filters(variables, {
+    small, _ = sparse_jax.methods.filters.prune_filters(variables, {
         'params/conv_1/kernel': .5}, FOLLOWERS)
     net, params = Net((3, 8)), small['params']
     tx = optax.sgd(.01)
@@ -115,7 +115,7 @@ class PruneFiltersTest(parameterized.TestCase):
   def test_what_does_not_fit_is_named(self, sparsities, followers, named):
     _, variables = start()
     with self.assertRaisesRegex(ValueError, named):
-      sparse_jax.prune_filters(variables, sparsities, followers)
+      sparse_jax.methods.filters.prune_filters(variables, sparsities, followers)
 
 
 if __name__ == '__main__':

@@ -381,7 +381,7 @@ class EffectTest(parameterized.TestCase):
               'head': {'kernel': jnp.ones((6, 2))}}
     self.assertEqual(
         method.operators(params, method.init(params)),
-        {'head/kernel': sparse_jax.Operands(.5, output_gradient=.9)})
+        {'head/kernel': sparse_jax.operators.Operands(.5, output_gradient=.9)})
 
   @parameterized.parameters(*LENGTH_FLAGS)
   def test_length_flag_changes_the_length(self, flag, one, other, context):

@@ -119,7 +119,7 @@ class ScheduleTest(parameterized.TestCase):
                        sparse_jax.keep_count(size, .8))
 
   @parameterized.named_parameters(
-      ('optax', lambda: sparse_jax.constant(.5)),
+      ('optax', lambda: sparse_jax.schedules.constant(.5)),
       ('float', lambda: lambda step: .5),
       ('numpy', lambda: lambda step: np.float32(.5)))
   def test_a_schedule_may_be_given(self, make):

@@ -441,7 +441,7 @@ class PrepareTest(parameterized.TestCase):
         '-m', 'experiments.image.prepare', '--dataset=cifar10',
         f'--data_dir={_temporary_folder(self)}')
     _, errors = process.communicate(timeout=120)
-    self.assertEqual(process.returncode, 1)
+    self.assertEqual(process.returncode, 2)
     self.assertIn('source must be given for cifar10', errors)
     self.assertNotIn('Traceback', errors)
 

@@ -69,7 +69,7 @@ def along_last(bias, ndim):
 def grads_of(method, apply, params, *args, **options):
   """Gradients of sum(outputs**2) with the method's operators."""
   def loss_fn(params, state, *args):
-    run = sparse_jax.with_operators(apply, method, state, **options)
+    run = sparse_jax.operators.with_operators(apply, method, state, **options)
     return jnp.sum(run(method.read(params, state), *args)**2)
 
   return jax.jit(lambda params, *args: jax.grad(loss_fn)(
@@ -80,9 +80,9 @@ class WithOperatorsTest(parameterized.TestCase):
 
   @parameterized.parameters(
       (sparse_jax.swat(.5, activation_sparsity=.75), .5, .5, .75, 0.),
-      (sparse_jax.add_operands(sparse_jax.dense(), Operands(
+      (sparse_jax.operators.add_operands(sparse_jax.dense(), Operands(
           backward_weight=.5, backward_activation=.5)), 0., .5, .5, 0.),
-      (sparse_jax.add_operands(sparse_jax.dense(), Operands(
+      (sparse_jax.operators.add_operands(sparse_jax.dense(), Operands(
           output_gradient=.75)), 0., 0., 0., .75))
   def test_gradients_are_those_written_by_hand(self, method, forward, back,
                                                saved, error):
@@ -133,7 +133,7 @@ class WithOperatorsTest(parameterized.TestCase):
     def both(params, images):
       state = method.init(params)
       weights = method.read(params, state)
-      run = sparse_jax.with_operators(apply, method, state)
+      run = sparse_jax.operators.with_operators(apply, method, state)
       return run(weights, images), apply(weights, images)
 
     np.testing.assert_array_equal(*both(params, images))
@@ -142,13 +142,13 @@ class WithOperatorsTest(parameterized.TestCase):
     fn = lambda params, x: x @ params
     method = sparse_jax.rigl(.5)
     state = method.init(jnp.ones((4, 4)))
-    self.assertIs(sparse_jax.with_operators(fn, method, state), fn)
-    self.assertEqual(sparse_jax.first_operator_thresholds(
+    self.assertIs(sparse_jax.operators.with_operators(fn, method, state), fn)
+    self.assertEqual(sparse_jax.operators.first_operator_thresholds(
         method, jnp.ones((4, 4)), state), {})
 
   def test_dense_operands_change_nothing(self):
     apply, params, images = plain()
-    method = sparse_jax.add_operands(sparse_jax.dense(), Operands())
+    method = sparse_jax.operators.add_operands(sparse_jax.dense(), Operands())
     chex.assert_trees_all_equal(
         grads_of(method, apply, params, images),
         grads_of(sparse_jax.dense(), apply, params, images))
@@ -177,7 +177,7 @@ class WithOperatorsTest(parameterized.TestCase):
 
     params, x = normal((3, 4, 4), (5, 4))
     dense = grads_of(sparse_jax.dense(), apply, params, x)
-    method = sparse_jax.add_operands(
+    method = sparse_jax.operators.add_operands(
         sparse_jax.dense(), Operands(backward_activation=.5),
         is_sparse=lambda path, leaf: True)
     sparse = grads_of(method, apply, params, x)
@@ -223,10 +223,10 @@ class ThresholdsTest(parameterized.TestCase):
     model, params, images = plain()
     tx = sparse_jax.sparsify(optax.sgd(.01), method)
     state = jax.jit(tx.init)(params)
-    thresholds = sparse_jax.first_operator_thresholds(method, params, state)
+    thresholds = sparse_jax.operators.first_operator_thresholds(method, params, state)
 
     def loss_fn(params, thresholds, state, due):
-      apply = sparse_jax.with_operators(
+      apply = sparse_jax.operators.with_operators(
           model, method, state,
           thresholds=thresholds if period else None, due=due)
       return jnp.mean((apply(method.read(params, state), images) - 1)**2)
@@ -263,13 +263,13 @@ class ThresholdsTest(parameterized.TestCase):
     params = {'kernel': jnp.ones((4, 4))}
     method = sparse_jax.swat(.5)
     state = method.init(params)
-    thresholds = sparse_jax.first_operator_thresholds(method, params, state)
-    twice = sparse_jax.with_operators(
+    thresholds = sparse_jax.operators.first_operator_thresholds(method, params, state)
+    twice = sparse_jax.operators.with_operators(
         lambda p, x: x @ p['kernel'] @ p['kernel'], method, state,
         thresholds=thresholds)
     with self.assertRaisesRegex(ValueError, r"'kernel'.*\[1, 1\] times"):
       twice(params, jnp.ones((2, 4)))
-    lacking = sparse_jax.with_operators(
+    lacking = sparse_jax.operators.with_operators(
         lambda p, x: x @ p['kernel'], method, state, thresholds={})
     with self.assertRaisesRegex(ValueError, "`thresholds`.*'kernel'"):
       lacking(params, jnp.ones((2, 4)))
@@ -281,7 +281,7 @@ class ThresholdsTest(parameterized.TestCase):
     stacked, x = normal((3, 6, 6), (8, 6))
     scanned = lambda p, x: lax.scan(layer, x, p['kernel'], reverse=reverse)[0]
     order = range(3)[::-1] if reverse else range(3)
-    method = sparse_jax.add_operands(
+    method = sparse_jax.operators.add_operands(
         sparse_jax.dense(), Operands(backward_activation=.5),
         is_sparse=lambda path, leaf: True)
 
@@ -292,13 +292,13 @@ class ThresholdsTest(parameterized.TestCase):
 
     def run(fn, params):
       state, times = method.init(params), {
-          p.path: p.times for p in sparse_jax.find_products(fn, params, x)}
-      thresholds = sparse_jax.first_operator_thresholds(
+          p.path: p.times for p in sparse_jax.jaxprs.find_products(fn, params, x)}
+      thresholds = sparse_jax.operators.first_operator_thresholds(
           method, params, state, times=times)
 
       @jax.jit
       def grads(params, thresholds, x, due):
-        apply = lambda p, t: jnp.sum(jnp.sin(sparse_jax.with_operators(
+        apply = lambda p, t: jnp.sum(jnp.sin(sparse_jax.operators.with_operators(
             fn, method, state, thresholds=t, due=due)(p, x)))
         return jax.grad(apply, (0, 1))(params, thresholds)
 
@@ -318,9 +318,9 @@ class ThresholdsTest(parameterized.TestCase):
     stacked, x = normal((3, 4, 4), (5, 4))
     method, params = sparse_jax.swat(.5), {'kernel': stacked}
     state = method.init(params)
-    apply = sparse_jax.with_operators(
+    apply = sparse_jax.operators.with_operators(
         lambda p, x: lax.scan(lambda x, w: (x @ w, None), x, p['kernel'])[0],
-        method, state, thresholds=sparse_jax.first_operator_thresholds(
+        method, state, thresholds=sparse_jax.operators.first_operator_thresholds(
             method, params, state))
     with self.assertRaisesRegex(ValueError, r"'kernel'.*shape \(\).*\[3\]"):
       apply(params, x)
@@ -330,7 +330,7 @@ class AddOperandsTest(parameterized.TestCase):
 
   def test_is_sparse_says_whose_products(self):
     _, params, _ = setup()
-    method = sparse_jax.add_operands(
+    method = sparse_jax.operators.add_operands(
         sparse_jax.dense(), Operands(output_gradient=.5),
         is_sparse=[('stem', False)])
     self.assertEqual(set(method.operators(params, method.init(params))),
@@ -338,19 +338,19 @@ class AddOperandsTest(parameterized.TestCase):
 
   def test_it_goes_with_a_sparse_method(self):
     _, params, _ = setup()
-    method = sparse_jax.add_operands(sparse_jax.static(.5),
+    method = sparse_jax.operators.add_operands(sparse_jax.static(.5),
                                      Operands(backward_activation=.75))
     self.assertEqual(set(method.work(params, 10).values()),
-                     {sparse_jax.Work(.5, .5, .125)})
+                     {sparse_jax.rules.Work(.5, .5, .125)})
 
   @parameterized.parameters(
-      (lambda: sparse_jax.add_operands(sparse_jax.swat(.5), Operands()),
+      (lambda: sparse_jax.operators.add_operands(sparse_jax.swat(.5), Operands()),
        '`method`'),
-      (lambda: sparse_jax.add_operands('dense', Operands()),
+      (lambda: sparse_jax.operators.add_operands('dense', Operands()),
        "`method` .*dense"),
-      (lambda: sparse_jax.add_operands(sparse_jax.dense(), .5),
+      (lambda: sparse_jax.operators.add_operands(sparse_jax.dense(), .5),
        r'`operands` \(=0.5\)'),
-      (lambda: sparse_jax.add_operands(
+      (lambda: sparse_jax.operators.add_operands(
           sparse_jax.dense(), Operands(output_gradient=1.)),
        r'`output_gradient` \(=1.0\)'))
   def test_a_bad_argument_is_named_with_its_value(self, call, message):

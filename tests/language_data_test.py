@@ -276,7 +276,7 @@ class PrepareTest(absltest.TestCase):
     done = _python(
         '-m', 'experiments.language.prepare', '--dataset=enwik8',
         f'--data_dir={_temporary_folder(self)}')
-    self.assertEqual(done.returncode, 1)
+    self.assertEqual(done.returncode, 2)
     self.assertIn('source must be given for enwik8', done.stderr)
     self.assertNotIn('Traceback', done.stderr)
 

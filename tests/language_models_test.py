@@ -293,7 +293,7 @@ class TransformerXLTest(parameterized.TestCase):
                      (jnp.float32, jnp.float32, jnp.int32))
     np.testing.assert_allclose(
         losses, run(plain, params, tokens, tokens, memory)[0], atol=.2)
-    products = sparse_jax.find_products(
+    products = sparse_jax.jaxprs.find_products(
         lambda params: model.apply({'params': params}, tokens, tokens, memory,
                                    train=False), params)
     for product in products:
@@ -370,7 +370,7 @@ class SparseTest(parameterized.TestCase):
     model = create(cutoffs=(3, 6), d_embed=4)
     leaves = trees.leaves_by_path(random_params(model))
     chosen = {path for path, leaf in leaves.items()
-              if sparse_jax.is_kernel(path, leaf)}
+              if sparse_jax.masks.is_kernel(path, leaf)}
     self.assertEqual(chosen, {path for path in leaves if path.endswith(
         ('/kernel', '/embedding'))})
     self.assertEqual(models.kernel_count(model),
@@ -379,7 +379,7 @@ class SparseTest(parameterized.TestCase):
   def test_each_kernel_of_a_layer_serves_one_product(self):
     model, tokens = create(remat=True), tokens_of(2, 3)
     memory, params = models.init_memory(model, 2), random_params(model)
-    products = sparse_jax.find_products(
+    products = sparse_jax.jaxprs.find_products(
         lambda params: model.apply({'params': params}, tokens, tokens, memory,
                                    train=False), params)
     found = sorted(product.path for product in products if product.path)
@@ -420,7 +420,7 @@ class SparseTest(parameterized.TestCase):
     @jax.jit
     def slopes(params, noise):
       def run(params, noise):
-        fn = sparse_jax.with_operators(loss, method, state, pack=False)
+        fn = sparse_jax.operators.with_operators(loss, method, state, pack=False)
         return fn(method.read(params, state), noise)
 
       return jax.grad(run, (0, 1), has_aux=True)(params, noise)

@@ -144,7 +144,7 @@ class CollectTest(parameterized.TestCase):
       self.collect()
     path = pathlib.Path(self.sweep, 'cells', 'rigl_80_seed0', 'result.json')
     path.write_text('{')
-    with self.assertRaisesRegex(ValueError, 'result.json is no JSON'):
+    with self.assertRaisesRegex(ValueError, 'result.json is damaged'):
       self.collect()
 
   def test_the_program_says_what_it_lacks(self):

@@ -15,6 +15,7 @@ from absl import flags
 from absl.testing import absltest
 from absl.testing import parameterized
 
+from experiments import locking
 from launch import backends
 from launch import pool
 from launch import run
@@ -376,7 +377,7 @@ class DryRunTest(RunTestCase):
                                  '--zone=us-z'])
     self.assertEqual(words[7], '--command=cd sparse_jax && flock --nonblock '
                      '--conflict-exit-code=76 '
-                     '"$HOME/sweep_a_value_seed0.lock" env ACCELERATOR=tpu '
+                     '"$HOME"/sweep_a_value_seed0.lock env ACCELERATOR=tpu '
                      'launch/run.sh python -m launched '
                      '--mode=a --seed=0 --workdir=sweep/cells/a_value_seed0 '
                      '--distributed')
@@ -454,9 +455,10 @@ class SlurmScriptTest(RunTestCase):
     self.assertEqual(self.notes('fail'), ['begin', 'end'] * 3)
 
   def test_a_cell_that_runs_is_left_alone(self):
-    os.makedirs(os.path.join(self.sweep, 'locks'))
-    with pool._lock(os.path.join(self.sweep, 'locks', 'good_value_seed0.lock')):
-      self.assertEqual(self.submit(_table('good')), 0)
+    lock = locking.acquire(os.path.join(self.sweep, 'locks',
+                                        'good_value_seed0.lock'))
+    self.addCleanup(os.close, lock)
+    self.assertEqual(self.submit(_table('good')), 0)
     self.assertEqual(self.notes('good'), [])
 
   def test_sbatch_gets_the_cells_that_are_left(self):

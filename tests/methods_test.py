@@ -31,7 +31,7 @@ METHODS = {
         sparse_jax.gmp, sparsity=.75, update_every=2, update_end=5),
     'gmp_saliency': functools.partial(
         sparse_jax.gmp, sparsity=.75, update_every=2,
-        score=sparse_jax.saliency),
+        score=sparse_jax.scores.saliency),
     'dnw': functools.partial(sparse_jax.dnw, sparsity=.75),
     'top_kast': functools.partial(
         sparse_jax.top_kast, sparsity=.75, backward_sparsity=.5,
@@ -124,8 +124,8 @@ ARGUMENTS = {
     'update_end': (None, 3, {}),
     'drop_fraction': (.3, .6, {}),
     'skip_step': (False, True, {}),
-    'schedule': (None, sparse_jax.cubic_sparsity(.75, end=6), {}),
-    'score': (sparse_jax.magnitude, sparse_jax.random, {}),
+    'schedule': (None, sparse_jax.schedules.cubic_sparsity(.75, end=6), {}),
+    'score': (sparse_jax.scores.magnitude, sparse_jax.scores.random, {}),
     'backward_sparsity': (.5, .25, {}),
     'penalty_weight': (1e-2, 1., {}),
     'backward_selection': ('magnitude', 'random', {}),
@@ -155,11 +155,11 @@ ARGUMENTS = {
 OWN_ARGUMENTS = {
     # At a constant sparsity its mask would stay even where it may move.
     ('gmp', 'update_every'): (2, 3, dict(
-        schedule=sparse_jax.cubic_sparsity(.75, end=6))),
+        schedule=sparse_jax.schedules.cubic_sparsity(.75, end=6))),
     ('gmp', 'update_begin'): (0, 4, dict(
-        schedule=sparse_jax.cubic_sparsity(.75, end=6))),
+        schedule=sparse_jax.schedules.cubic_sparsity(.75, end=6))),
     ('gmp', 'update_end'): (None, 3, dict(
-        schedule=sparse_jax.cubic_sparsity(.75, end=6))),
+        schedule=sparse_jax.schedules.cubic_sparsity(.75, end=6))),
     ('ste', 'structure'): (sparse_jax.NM(1, 4), sparse_jax.NM(2, 4), {}),
     ('sr_ste', 'structure'): (sparse_jax.NM(1, 4), sparse_jax.NM(2, 4), {}),
     ('ste', 'contracting'): (None, (0,), {}),
@@ -367,7 +367,7 @@ class TableTest(absltest.TestCase):
               is sparse_jax.SparseMethod}
     rows = {getattr(row, 'func', row) for row in METHODS.values()}
     # It says what products do, and leaves masks and weights as they are.
-    rows.add(sparse_jax.add_operands)
+    rows.add(sparse_jax.operators.add_operands)
     self.assertEqual(public - rows, set())
 
   def test_every_argument_is_varied(self):

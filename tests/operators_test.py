@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparse_jax
-from sparse_jax.masks import masking
+from sparse_jax.masks import layouts
+from sparse_jax.masks import marks as marks_lib
 from sparse_jax.operators.operands import Operands
 from sparse_jax.operators.sparse_products import first_thresholds
 from sparse_jax.operators.sparse_products import sparse_conv_general_dilated
@@ -377,7 +378,7 @@ class TransformTest(parameterized.TestCase):
   def test_scan_with_remat_equals_the_unrolled_layers(self):
     weights, x = normal(3, 8, 8), normal(6, 8, seed=1)
     dot = sparse_dot_general(SWAT)
-    layer = lambda x, w: sparse_jax.relu(dot(x, w, MATMUL))
+    layer = lambda x, w: sparse_jax.operators.relu(dot(x, w, MATMUL))
     body = jax.checkpoint(layer)
 
     def scanned(weights, x):

@@ -29,7 +29,7 @@ PROMISED = (
     'cs', 'dst', 'sr_ste', 'powerprop', 'swat', 'Operands',
     'sparse_dot_general', 'sparse_conv_general_dilated', 'count_flops',
     'training_cost', 'plan', 'pack', 'unpack', 'PackedBlocks',
-    'packed_matmul')
+    'matmul')
 HEAVY = ('tensorflow', 'tensorflow_datasets', 'orbax', 'grain', 'chex',
          'matplotlib', 'sklearn', 'PIL', 'experiments')
 

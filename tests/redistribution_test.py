@@ -9,8 +9,9 @@ import optax
 
 import sparse_jax
 from sparse_jax.rules import budgets as budget
-from sparse_jax.masks import masking
-from sparse_jax.rules import sites
+from sparse_jax.masks import layouts
+from sparse_jax.masks import marks as marks_lib
+from sparse_jax.rules import leaves
 from sparse_jax.masks import topk
 
 L1 = dict(weight=[.5, -.1, .3, -.8, 0, 0], mask=[1, 1, 1, 1, 0, 0])

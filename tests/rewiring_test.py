@@ -11,8 +11,9 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax.masks import masking
-from sparse_jax.rules import sites
+from sparse_jax.masks import layouts
+from sparse_jax.masks import marks as marks_lib
+from sparse_jax.rules import leaves
 from sparse_jax.masks.structures import Block
 from sparse_jax.masks.structures import NM
 

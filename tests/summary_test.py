@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax.masks import masking
+from sparse_jax.masks import layouts
+from sparse_jax.masks import marks as marks_lib
 from sparse_jax.rules import state as state_lib
 
 PARAMS = {'bias': jnp.array([1., 0., 2., 3.]), 'kernel': jnp.ones((2, 4)),

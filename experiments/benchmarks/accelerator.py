@@ -90,7 +90,7 @@ class State(NamedTuple):
   stats: Any  # Of batch norm.
 
 
-def machines(values: Mapping[str, Any]) -> dict[str, sparse_jax.Machine]:
+def machines(values: Mapping[str, Any]) -> dict[str, sparse_jax.cost.Machine]:
   """The array of the flags, or DNNsim's and three that reach further.
 
   Raises:
@@ -103,14 +103,14 @@ def machines(values: Mapping[str, Any]) -> dict[str, sparse_jax.Machine]:
   return {_name(machine): machine for machine in map(_machine, fields)}
 
 
-def _machine(fields: Mapping[str, int]) -> sparse_jax.Machine:
-  machine = sparse_jax.Machine()._replace(**fields)
+def _machine(fields: Mapping[str, int]) -> sparse_jax.cost.Machine:
+  machine = sparse_jax.cost.Machine()._replace(**fields)
   if machine.rows < 1 or ALL_ROWS % machine.rows:
     raise ValueError(f'`rows` (={machine.rows}) must divide {ALL_ROWS}.')
   return machine._replace(tiles=ALL_ROWS // machine.rows).checked()
 
 
-def _name(machine: sparse_jax.Machine) -> str:
+def _name(machine: sparse_jax.cost.Machine) -> str:
   rows = '1 row' if machine.rows == 1 else f'{machine.rows} rows'
   return f'{rows}, {machine.lookahead} ahead, {machine.lookaside} aside'
 
@@ -179,7 +179,7 @@ def operands(study: Study, state: State, images):
         mutable=['batch_stats'])
 
   weights = study.method.read(state.params, state.opt_state)
-  sparse_jax.replace_products(apply, note)(weights, images)
+  sparse_jax.jaxprs.replace_products(apply, note)(weights, images)
   return seen
 
 
@@ -200,10 +200,10 @@ def seen_operands(values: Mapping[str, Any], data, sparsity: float):
   return operands(study, state, next(batches)['image'][:values['images']])
 
 
-def cycles(seen, sparsity: float, machine: sparse_jax.Machine):
+def cycles(seen, sparsity: float, machine: sparse_jax.cost.Machine):
   """(path, LayerCycles) of each layer."""
-  return [(path, sparse_jax.layer_cycles(product, lhs, rhs, machine=machine,
-                                         saved=saved(path, lhs, sparsity)))
+  return [(path, sparse_jax.cost.layer_cycles(product, lhs, rhs, machine=machine,
+                                              saved=saved(path, lhs, sparsity)))
           for path, product, lhs, rhs in seen]
 
 

@@ -6,7 +6,7 @@ Steps of experiments.image.train on made-up CIFAR-10 images, interleaved in one
 process: dense; SWAT's weights alone; SWAT with activations chosen exactly every
 step, or by a threshold that is kept for 20; activations packed or kept with
 their zeros. Memory is what XLA allots for temporary arrays, beside what the
-program asks to keep for its backward pass (`sparse_jax.memory_cost`). A first
+program asks to keep for its backward pass (`sparse_jax.cost.memory_cost`). A first
 table has the memory of twelve ReLU layers. Recorded results: README.md beside
 this file.
 """
@@ -52,7 +52,7 @@ def runner(settings: dict[str, Any], common: dict[str, Any]):
   batch = {'image': random.randint(0, 256, (values['batch_size'], 32, 32, 3),
                                    np.uint8),
            'label': random.randint(0, 10, values['batch_size'], np.int32)}
-  asked = sparse_jax.memory_cost(
+  asked = sparse_jax.cost.memory_cost(
       lambda params, state, batch: tasks.loss_fn(
           params, state.thresholds, task, state, batch)[0],
       state.params, state, batch).saved_activations
@@ -90,8 +90,8 @@ def chain_bytes(dot, relu, scanned: bool) -> int:
 
 def chains() -> list[dict[str, Any]]:
   """Rows of the first table."""
-  sparse = sparse_jax.sparse_dot_general(
-      sparse_jax.Operands(backward_activation=.9))
+  sparse = sparse_jax.operators.sparse_dot_general(
+      sparse_jax.operators.Operands(backward_activation=.9))
   return [{'twelve layers': 'scanned' if scanned else 'unrolled',
            'temporary bytes of dense': (
                chain_bytes(sparse, residuals.relu, scanned)

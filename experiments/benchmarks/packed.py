@@ -55,8 +55,8 @@ def problem(size: int, block: int, sparsity: float):
   """An input, a cotangent, and a weight: packed, and with zeros."""
   random = np.random.RandomState(0)
   draw = lambda *shape: random.randn(*shape).astype(np.float32)
-  packed = sparse_jax.pack(draw(size, size), block=(block, block),
-                           sparsity=sparsity)
+  packed = sparse_jax.blocks.pack(draw(size, size), block=(block, block),
+                                  sparsity=sparsity)
   x, dy = draw(_BATCH.value, size), draw(_BATCH.value, size)
   return jnp.asarray(x), jnp.asarray(dy), packed
 
@@ -75,9 +75,9 @@ def forward_and_both(product, x, dy, weight):
 
 def ways(x, dy, packed) -> dict[str, tuple]:
   """Contenders as (forward, forward and both gradients)."""
-  weight, mask, _ = sparse_jax.packed_to_dense(packed)
+  weight, mask, _ = sparse_jax.blocks.to_dense(packed)
   masked = lambda x, w: x @ sparse_jax.masked_weight(w, mask, mask)
-  loop, batched = (functools.partial(sparse_jax.packed_matmul,
+  loop, batched = (functools.partial(sparse_jax.blocks.matmul,
                                      implementation=name)
                    for name in ('loop', 'batched'))
   return {
@@ -89,8 +89,8 @@ def ways(x, dy, packed) -> dict[str, tuple]:
 
 def other_libraries(x, packed):
   """Forward passes of jax.experimental.sparse and of PyTorch."""
-  turned = sparse_jax.to_bcsr(packed, transpose=True)
-  bcoo = sparse_jax.to_bcoo(packed)
+  turned = sparse_jax.blocks.to_bcsr(packed, transpose=True)
+  bcoo = sparse_jax.blocks.to_bcoo(packed)
   by_bcsr = jax.jit(lambda x, m: (m @ x.T).T)
   by_bcoo = jax.jit(lambda x, m: x @ m)
   found = {'jax BCSR': lambda: by_bcsr(x, turned),
@@ -99,7 +99,7 @@ def other_libraries(x, packed):
     import torch
   except ImportError:
     return found
-  dense = torch.tensor(np.asarray(sparse_jax.unpack(packed)).T.copy())
+  dense = torch.tensor(np.asarray(sparse_jax.blocks.unpack(packed)).T.copy())
   bsr, rows = dense.to_sparse_bsr(packed.block[::-1]), torch.tensor(
       np.asarray(x).T.copy())
   return found | {'torch BSR': lambda: (bsr @ rows).numpy()}
@@ -203,22 +203,21 @@ def transformer() -> list[dict]:
       _BATCH.value // 64, 64, 512), jnp.float32)
   model, tx = Transformer(), optax.adam(1e-3)
   params = jax.jit(model.init)(jax.random.key(0), x)['params']
-  block = (_BLOCK.value, _BLOCK.value)
+  block = dict(structure=sparse_jax.Block((_BLOCK.value, _BLOCK.value)))
+  pack = sparse_jax.packed
   methods = {
-      'dense': None,
-      'packed static': sparse_jax.packed_static(_SPARSITY.value, block=block),
-      'packed top_kast': sparse_jax.packed_top_kast(
+      'dense': sparse_jax.dense(),
+      'packed static': pack(sparse_jax.static(_SPARSITY.value, **block)),
+      'packed rigl': pack(sparse_jax.rigl(
+          _SPARSITY.value, update_every=10**6, **block)),
+      'packed top_kast': pack(sparse_jax.top_kast(
           _SPARSITY.value, backward_sparsity=2 * _SPARSITY.value - 1,
-          block=block, update_every=10**6),
-      'one block a kernel': sparse_jax.packed_static(.999, block=block)}
-
-  def loss(params, x):
-    with nn.intercept_methods(sparse_jax.packed_interceptor):
-      return jnp.mean(model.apply({'params': params}, x)**2)
+          update_every=10**6, **block)),
+      'one block a kernel': pack(sparse_jax.static(.999, **block))}
 
   runs, stored = {}, {}
   for name, method in methods.items():
-    runs[name], stored[name] = runner(loss, tx, method, params, x)
+    runs[name], stored[name] = runner(model.apply, tx, method, params, x)
   times = medians(runs, _ROUNDS.value)
   bytes_ = 'bytes of weights, gradients, slots'
   return [{'step': name, 'milliseconds': f'{1e3 * times[name]:.1f}',
@@ -226,38 +225,34 @@ def transformer() -> list[dict]:
            bytes_: f'{stored[name] / stored["dense"]:.3f}'} for name in runs]
 
 
-def runner(loss, tx, method, params, x):
+def runner(fn, optimizer, method, params, x):
   """A function that does one step, and the bytes that it holds.
 
-  Bytes are those of packed kernels (of all leaves, for the dense model), their
-  gradients, Adam's slots and the indices.
+  Bytes are those of parameters, gradients, the optimizer's slots, marks and
+  positions on the device.
   """
-  if method is None:
-    method, state = sparse_jax.packed_static(0., block=(1, 1)), None
-    held = params
-  else:
-    held, state = method.pack(jax.tree.map(np.asarray, params))
-  weights, indices = sparse_jax.partition_packed(held)
-  slots = tx.init(weights)
+  tx = sparse_jax.sparsify(optimizer, method)
+  params = jax.tree.map(jnp.copy, params)  # A step takes its own.
+  state = list(sparse_jax.start(tx, method, params))
   size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-  stored = 2 * size(weights) + size(slots) + size(indices)
+  packed = sparse_jax.get_state(state[1]).packed.values()
+  stored = 2 * size(state[0]) + size(state[1]) - size(
+      [place.reservoir for place in packed])
 
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(weights, slots):
-    def total(weights):
-      params = sparse_jax.combine_packed(weights, indices)
-      return loss(params, x) + (method.penalty(params, state) if state else 0.)
+  def step(params, opt_state):
+    def loss(params):
+      apply = sparse_jax.with_method(fn, method, opt_state)
+      return jnp.mean(apply({'params': params}, x)**2)
 
-    grads = jax.grad(total)(weights)
-    updates, new_slots = tx.update(grads, slots, weights)
-    return optax.apply_updates(weights, updates), new_slots
+    grads = jax.grad(loss)(params)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
-  kept = [jax.tree.map(jnp.copy, weights), slots]
-  compiled = step.lower(*kept).compile()
+  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state).compile()
 
   def run():
-    kept[:] = compiled(*kept)
-    return kept
+    state[:] = compiled(*state)
+    return state
 
   return run, stored
 

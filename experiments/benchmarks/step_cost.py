@@ -9,11 +9,10 @@ all methods at 90% in one process, steps interleaved.
 The second is the `small` Transformer-XL on bytes: 16 streams of 128 with as
 long a memory. Prints two ratios of each method: an ordinary step (median), and
 the mean over a whole period with its refresh. Rows with 'packed' multiply by
-blocks of --block (`sparse_jax.read_packed`). Recorded results: README.md beside
+blocks of --block (`sparse_jax.packed`). Recorded results: README.md beside
 this file.
 """
 
-import functools
 import statistics
 import time
 
@@ -61,11 +60,12 @@ def methods() -> dict[str, sparse_jax.SparseMethod]:
       'set': sparse_jax.set_(0.9, **every),
       'rigl': sparse_jax.rigl(0.9, **every),
       'rigl_skip_step': sparse_jax.rigl(0.9, skip_step=True, **every),
-      'static_packed': sparse_jax.static(0.9, **blocks),
-      'set_packed': sparse_jax.set_(0.9, **blocks, **every),
-      'top_kast_packed': sparse_jax.top_kast(
-          0.9, backward_sparsity=0.8, **blocks, **every),
-  }
+  } | {f'{name}_packed': sparse_jax.packed(method) for name, method in {
+      'static': sparse_jax.static(0.9, **blocks),
+      'set': sparse_jax.set_(0.9, **blocks, **every),
+      'rigl': sparse_jax.rigl(0.9, **blocks, **every),
+      'top_kast': sparse_jax.top_kast(0.9, backward_sparsity=0.8, **blocks,
+                                      **every)}.items()}
 
 
 def mlp():
@@ -100,25 +100,21 @@ def transformer_xl():
   return params, loss, inputs.size
 
 
-def runner(method: sparse_jax.SparseMethod, params, loss, packed: bool):
+def runner(method: sparse_jax.SparseMethod, params, loss):
   """A function that does one step and keeps its own state between calls."""
-  read = functools.partial(sparse_jax.read_packed, method) if packed else (
-      method.read)
   tx = sparse_jax.sparsify(optax.adam(1e-3), method)
   params = jax.tree.map(jnp.copy, params)  # A step takes its own.
 
   def loss_fn(params, opt_state):
-    with nn.intercept_methods(sparse_jax.packed_interceptor):
-      return loss(read(params, opt_state))
+    return sparse_jax.with_method(loss, method, opt_state)(params)
 
   def step(params, opt_state):
     grads = jax.grad(loss_fn)(params, opt_state)
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
-  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(
-      params, tx.init(params)).compile()
-  state = [params, tx.init(params)]
+  state = list(sparse_jax.start(tx, method, params))
+  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state).compile()
 
   def run():
     state[:] = compiled(*state)
@@ -133,7 +129,7 @@ def main(_):
             if name == 'dense' or not _METHODS.value or name in _METHODS.value}
   params, loss, examples = {'mlp': mlp, 'transformer_xl': transformer_xl}[
       _NETWORK.value]()
-  runs = {name: runner(method, params, loss, name.endswith('_packed'))
+  runs = {name: runner(method, params, loss)
           for name, method in chosen.items()}
   times = {name: [] for name in runs}
   for _ in range(_ROUNDS.value):

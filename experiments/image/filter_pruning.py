@@ -121,7 +121,7 @@ def followers(name: str, variables: Mapping[str, Any]
     variables: its parameters and batch statistics.
 
   Returns:
-    The `followers` of `sparse_jax.prune_filters`.
+    The `followers` of `sparse_jax.methods.filters.prune_filters`.
   """
   paths = {_path(path) for path, _ in
            jax.tree_util.tree_leaves_with_path(variables)}
@@ -142,8 +142,8 @@ def prune(name: str, variables: Mapping[str, Any], share: float,
           untouched: Sequence[str] = ()) -> Any:
   """The variables without that share of the filters of each layer."""
   shares = dict.fromkeys(touched(name, variables, untouched), share)
-  return sparse_jax.prune_filters(variables, shares,
-                                  followers(name, variables))[0]
+  return sparse_jax.methods.filters.prune_filters(variables, shares,
+                                                  followers(name, variables))[0]
 
 
 def touched(name: str, variables: Mapping[str, Any],
@@ -299,7 +299,7 @@ def size(run: training.Run, variables: Mapping[str, Any]) -> dict[str, int]:
     return run.task.problem.model.apply({**variables, 'params': params},
                                         images, train=False)
 
-  count = sparse_jax.count_flops(
+  count = sparse_jax.cost.count_flops(
       apply, variables['params'],
       jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32),
       convention='multiply_adds')

@@ -107,13 +107,15 @@ def load(
   """
   _check_name(name)
   import tensorflow_datasets as tfds
-  builder = tfds.builder_from_directory(
-      _find(name, data_dir), file_format='array_record')
-  if not DATASETS[name].augmentation.resized_crop:
-    return _in_memory(name, builder.as_data_source(split))
-  as_bytes = {'image': tfds.decode.SkipDecoding()}
-  source = builder.as_data_source(split, decoders=as_bytes)
-  return Split(name, None, None, source)
+  from experiments import datasets
+  folder = _find(name, data_dir)
+  with datasets.reading(folder):
+    builder = tfds.builder_from_directory(folder, file_format='array_record')
+    if not DATASETS[name].augmentation.resized_crop:
+      return _in_memory(name, builder.as_data_source(split))
+    as_bytes = {'image': tfds.decode.SkipDecoding()}
+    source = builder.as_data_source(split, decoders=as_bytes)
+    return Split(name, None, None, source)
 
 
 def train_batches(
@@ -218,7 +220,7 @@ def _find(name, data_dir):
   from experiments import datasets
   from experiments.image import builders
   if name == 'digits' and data_dir is None:
-    return builders.prepare(name, None, datasets.cache_dir())
+    return datasets.cached(lambda folder: builders.prepare(name, None, folder))
   source = '' if name == 'digits' else ' --source=DIR'
   advice = f'Run: python -m experiments.image.prepare --dataset={name}{source}'
   if name == 'imagenet2012':

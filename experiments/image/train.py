@@ -34,7 +34,6 @@ import math
 from typing import Any
 from typing import NamedTuple
 
-from absl import app
 from absl import flags
 import jax
 import jax.numpy as jnp
@@ -42,6 +41,7 @@ import optax
 
 from experiments import batching
 from experiments import devices
+from experiments import programs
 from experiments import tasks
 from experiments import training
 from experiments.image import input_pipeline
@@ -282,4 +282,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  programs.run(main)

@@ -233,7 +233,8 @@ def _find(dataset, data_dir):
   from experiments import datasets
   from experiments.language import corpora
   if dataset == 'stdlib' and data_dir is None:
-    return corpora.prepare(dataset, None, datasets.cache_dir())
+    return datasets.cached(
+        lambda folder: corpora.prepare(dataset, None, folder))
   source = '' if dataset == 'stdlib' else ' --source=DIR'
   return datasets.require(
       corpora.builder_class(dataset).name, data_dir,
@@ -243,10 +244,12 @@ def _find(dataset, data_dir):
 
 def _read_records(folder, split):
   import tensorflow_datasets as tfds
-  source = tfds.builder_from_directory(
-      folder, file_format='array_record').as_data_source(split)
-  chunks = source.__getitems__(range(len(source)))
-  return b''.join(chunk['bytes'].tobytes() for chunk in chunks)
+  from experiments import datasets
+  with datasets.reading(folder):
+    source = tfds.builder_from_directory(
+        folder, file_format='array_record').as_data_source(split)
+    chunks = source.__getitems__(range(len(source)))
+    return b''.join(chunk['bytes'].tobytes() for chunk in chunks)
 
 
 def _open_text(text_file):

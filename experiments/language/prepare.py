@@ -25,13 +25,14 @@ killed run may leave a scratch folder <data_dir>/.<dataset>.*, which is to be
 deleted by hand.
 """
 
-import sys
-
 from absl import app
 from absl import flags
 
-from experiments import datasets
-from experiments.language import corpora
+from experiments import programs
+
+with programs.extra():
+  from experiments import datasets
+  from experiments.language import corpora
 
 _DATASET = flags.DEFINE_string(
     'dataset', None,
@@ -55,12 +56,12 @@ def run(dataset: str, source: str | None, data_dir: str | None) -> str:
 
 def main(argv):
   if len(argv) > 1:
-    raise app.UsageError(f'Arguments that are no flags: {argv[1:]}')
+    raise app.UsageError(f'unknown arguments: {argv[1:]}')
   try:
     print(run(_DATASET.value, _SOURCE.value, _DATA_DIR.value))
   except (ValueError, OSError) as error:
-    sys.exit(f'Not prepared: {error}')
+    programs.stop(f'not prepared: {error}')
 
 
 if __name__ == '__main__':
-  app.run(main)
+  programs.run(main)

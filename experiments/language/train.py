@@ -38,7 +38,9 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 
+import sparse_jax
 from experiments import devices
+from experiments import programs
 from experiments import tasks
 from experiments import training
 from experiments.language import input_pipeline
@@ -162,6 +164,7 @@ def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
                                                   values['eval_split']))
   task = make_task(values, len(text.vocabulary))
   problem, part = task.problem, devices.part(values['model_parallel'])
+  check_length(problem, text.tokens, test.tokens)
   return training.make_run(
       values, workdir, task, values['train_steps'],
       train_batches=functools.partial(train_batches, problem, text.tokens,
@@ -209,9 +212,23 @@ def describe(values: Mapping[str, Any]) -> dict[str, Any]:
 def check(values: Mapping[str, Any]) -> None:
   """Raises what `train` would for bad flags or absent data; makes no arrays."""
   check_values(values)
-  text = load(values, 'train')
+  text, test = (load(values, split) for split in ('train',
+                                                  values['eval_split']))
   task = make_task(values, len(text.vocabulary))
-  next(train_batches(task.problem, text.tokens, (0, 1), 0))
+  check_length(task.problem, text.tokens, test.tokens)
+
+
+def check_length(problem: Prediction, tokens, test_tokens) -> None:
+  """Raises ValueError if a text has not enough for a batch."""
+  needed = problem.batch_size * problem.segment_length
+  if len(tokens) <= needed:
+    raise ValueError(
+        f'`batch_size` (={problem.batch_size}) times `segment_length` '
+        f'(={problem.segment_length}) must be less than the {len(tokens)} '
+        'tokens of the text.')
+  if len(test_tokens) < 2:
+    raise ValueError('`eval_split`: its text must have at least 2 tokens; it '
+                     f'has {len(test_tokens)}.')
 
 
 def check_values(values: Mapping[str, Any]) -> None:
@@ -332,7 +349,8 @@ def sample(values: Mapping[str, Any], count: int, prompt: str,
   vocabulary = load(values, 'train').vocabulary
   first = jnp.asarray(vocabulary.encode(prompt), jnp.int32)
   tokens = sampling.generate(
-      problem.model, run.task.method.read(state.params, state.opt_state),
+      problem.model, sparse_jax.dense_weights(run.task.method, state.params,
+                                              state.opt_state),
       first, count=count, memory_length=problem.eval_memory_length,
       temperature=temperature, key=jax.random.key(values['seed']))
   return vocabulary.decode(jax.device_get(jnp.concatenate([first, tokens])))
@@ -351,4 +369,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  programs.run(main)

@@ -8,12 +8,12 @@ as an adaptive softmax needs them.
 import collections
 from collections.abc import Iterator
 from collections.abc import Sequence
-import os
 import pathlib
 import re
-import uuid
 
 import numpy as np
+
+from experiments import files
 
 EOS, UNKNOWN = '<eos>', '<unk>'
 _PIECE = 1 << 20  # Bytes cut into words at once, which bounds the memory.
@@ -152,16 +152,18 @@ def write_counts(counts: dict[str, int], path: pathlib.Path) -> None:
   The bytes depend on the counts alone.
   """
   lines = (f'{counts[word]}\t{word}\n' for word in _sorted(counts))
-  scratch = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
-  scratch.write_bytes(''.join(lines).encode())
-  os.replace(scratch, path)
+  files.write_text(path, ''.join(lines))
 
 
 def read_counts(path: pathlib.Path) -> dict[str, int]:
-  """Reads what `write_counts` wrote."""
-  lines = path.read_bytes().decode().split('\n')[:-1]
-  pairs = (line.split('\t') for line in lines)
-  return {word: int(count) for count, word in pairs}
+  """Reads what `write_counts` wrote; a ValueError names a damaged file."""
+  try:
+    lines = path.read_bytes().decode().split('\n')[:-1]
+    pairs = (line.split('\t') for line in lines)
+    return {word: int(count) for count, word in pairs}
+  except ValueError as error:
+    raise ValueError(f'{path} is damaged; delete it, it is made anew: '
+                     f'{error}') from error
 
 
 def _sorted(counts):

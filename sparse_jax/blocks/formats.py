@@ -6,21 +6,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax import checks
-from sparse_jax.blocks import packing as packed_lib
+from sparse_jax.blocks import packing
 from sparse_jax.blocks.packing import check_block
 from sparse_jax.blocks.packing import PackedBlocks
 from sparse_jax.blocks.packing import spread
 from sparse_jax.blocks.packing import tile_mask
 
 
-def packed_from_dense(weight: jax.Array | np.ndarray,
-                      forward_mask: jax.Array | np.ndarray,
-                      backward_mask: jax.Array | np.ndarray, *,
-                      block: tuple[int, int],
-                      pad: bool = False) -> PackedBlocks:
+def from_dense(weight: jax.Array | np.ndarray,
+               forward_mask: jax.Array | np.ndarray,
+               backward_mask: jax.Array | np.ndarray, *,
+               block: tuple[int, int],
+               pad: bool = False) -> PackedBlocks:
   """Packs a weight as the masks of a simulated run say.
 
-  Law: packed_to_dense gives back the weight on B and both masks.
+  Law: to_dense gives back the weight on B and both masks.
 
   Args:
     weight: float[..., in, out].
@@ -33,7 +33,7 @@ def packed_from_dense(weight: jax.Array | np.ndarray,
 
   Example:
     >>> mask = jnp.array([[True, False]])
-    >>> packed_from_dense(jnp.ones((1, 2)), mask, mask, block=(1, 1)).columns
+    >>> from_dense(jnp.ones((1, 2)), mask, mask, block=(1, 1)).columns
     Array([0], dtype=int32)
   """
   check_block(block, np.shape(weight), pad)
@@ -41,20 +41,20 @@ def packed_from_dense(weight: jax.Array | np.ndarray,
   outer = tile_mask(backward_mask, np.shape(weight), block, 'backward_mask')
   if np.any(inner & ~outer):
     raise ValueError('`forward_mask` must lie inside `backward_mask`.')
-  tiles = packed_lib.tile(packed_lib.on_host(weight), block)
-  return packed_lib.of_tiles(tiles, inner, outer, int(inner.sum()),
-                             int(outer.sum()), shape=np.shape(weight),
-                             block=block)
+  tiles = packing.tile(packing.on_host(weight), block)
+  return packing.of_tiles(tiles, inner, outer, int(inner.sum()),
+                          int(outer.sum()), shape=np.shape(weight),
+                          block=block)
 
 
-def packed_to_dense(packed: PackedBlocks
-                    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+def to_dense(packed: PackedBlocks
+             ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The weight on B (0 elsewhere), and the masks of A and of B.
 
   Example:
-    >>> packed = packed_lib.pack(jnp.array([[1., 3., 2.]]), block=(1, 1),
+    >>> packed = packing.pack(jnp.array([[1., 3., 2.]]), block=(1, 1),
     ...                          sparsity=0.6, backward_sparsity=0.3)
-    >>> weight, forward_mask, backward_mask = packed_to_dense(packed)
+    >>> weight, forward_mask, backward_mask = to_dense(packed)
     >>> weight, forward_mask
     (Array([[0., 3., 2.]], dtype=float32), Array([[False,  True, False]],
       dtype=bool))
@@ -71,7 +71,7 @@ def to_bcoo(packed: PackedBlocks) -> jax_sparse.BCOO:
     ValueError: if the weight is no matrix, or its tiles hang over the edge.
 
   Example:
-    >>> packed = packed_lib.pack(jnp.eye(4), block=(2, 2), sparsity=0.5)
+    >>> packed = packing.pack(jnp.eye(4), block=(2, 2), sparsity=0.5)
     >>> jnp.ones(4) @ to_bcoo(packed)
     Array([1., 1., 1., 1.], dtype=float32)
   """
@@ -102,7 +102,7 @@ def to_bcsr(packed: PackedBlocks, *, transpose: bool = False
     ValueError: as `to_bcoo`.
 
   Example:
-    >>> packed = packed_lib.pack(jnp.eye(4), block=(2, 2), sparsity=0.5)
+    >>> packed = packing.pack(jnp.eye(4), block=(2, 2), sparsity=0.5)
     >>> to_bcsr(packed, transpose=True) @ jnp.ones(4)
     Array([1., 1., 1., 1.], dtype=float32)
   """

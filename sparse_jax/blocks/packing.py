@@ -1,6 +1,7 @@
 """Block-sparse weights of which only the kept blocks exist."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import dataclasses
 import functools
 import math
@@ -15,7 +16,7 @@ from sparse_jax import checks
 from sparse_jax import trees
 from sparse_jax.masks import topk
 
-_DATA = ['blocks', 'rows', 'columns', 'forward', 'growth']
+_DATA = ['blocks', 'rows', 'columns', 'forward', 'growth', 'due']
 _META = ['shape', 'block', 'reduce']
 
 
@@ -28,19 +29,24 @@ class PackedBlocks:
   The weight is a matrix, or a stack of matrices [leading..., in, out] such as
   the kernel of a convolution. It is cut into tiles of one shape; the tiles of
   the backward set B are stored, those of the forward set A are among them.
-  As a pytree its only floating leaf is `blocks`, unless `growth` is asked for.
+  Among the parameters it has `blocks` (and `growth`) alone, which are floating;
+  `method.read` adds where they belong.
+
+  Layers that are stacked in one weight have each their own tiles: all arrays
+  then have the same axes in front.
 
   Attributes:
     blocks: float[n, rows, columns], the tiles of B in any order. A tile that
       hangs over the edge of the weight is 0 there.
     rows: int32[n], the row of tiles of each, counted through all leading
-      matrices.
+      matrices; None among the parameters, as are the next ones.
     columns: int32[n], the column of tiles of each.
     forward: int32[m], which of `blocks` are in A; None if all are.
     growth: None, or float32[row tiles, column tiles] of zeros: then the
       "gradient" with respect to it is the score of each tile of the dense
-      gradient, kept or not (see `packed_matmul`).
-    shape: the weight's own shape; static.
+      gradient, kept or not (see `matmul`).
+    due: bool[], whether the growth scores are wanted; None if always.
+    shape: the weight's own shape, stacked axes left out; static.
     block: (rows, columns) of a tile; static.
     reduce: 'sum' or 'max', how magnitudes make the score of a tile; static.
 
@@ -51,10 +57,11 @@ class PackedBlocks:
   """
 
   blocks: jax.Array
-  rows: jax.Array
-  columns: jax.Array
+  rows: jax.Array | None = None
+  columns: jax.Array | None = None
   forward: jax.Array | None = None
   growth: jax.Array | None = None
+  due: jax.Array | None = None
   shape: tuple[int, ...] = dataclasses.field(kw_only=True)
   block: tuple[int, int] = dataclasses.field(kw_only=True)
   reduce: str = dataclasses.field(default='sum', kw_only=True)
@@ -76,6 +83,10 @@ class PackedBlocks:
   def replace(self, **changes: Any) -> 'PackedBlocks':
     """A copy with some of its fields changed."""
     return dataclasses.replace(self, **changes)
+
+  def asking_growth(self) -> 'PackedBlocks':
+    """The same with a place for the scores of the dense gradient."""
+    return self.replace(growth=jnp.zeros(self.grid, jnp.float32))
 
   def read(self) -> 'PackedBlocks':
     """The tiles of A alone."""
@@ -102,9 +113,9 @@ def pack(weight: jax.Array | np.ndarray, *, block: tuple[int, int],
          mask: jax.Array | np.ndarray | None = None,
          backward_sparsity: float | None = None, reduce: str = 'sum',
          pad: bool = False) -> PackedBlocks:
-  """Keeps the blocks of a weight that are worth most, and nothing else.
+  """Keeps the blocks of a weight of largest score, and nothing else.
 
-  A tile is worth the sum (or maximum) of its magnitudes. A are the
+  The score of a tile is the sum (or maximum) of its magnitudes. A are the
   `keep_count` best at `sparsity`, or those of `mask`; B, which is stored,
   are A and the best others up to `backward_sparsity`.
 
@@ -144,18 +155,18 @@ def pack(weight: jax.Array | np.ndarray, *, block: tuple[int, int],
   check_block(block, np.shape(weight), pad)
   _check_pack(sparsity, mask, backward_sparsity, reduce)
   tiles = tile(on_host(weight), block)
-  worth = tile_worth(tiles, reduce)
+  scores = tile_scores(tiles, reduce)
   if mask is None:
-    count = topk.keep_count(worth.size, sparsity)
-    inner = best(worth, count)
+    count = topk.keep_count(scores.size, sparsity)
+    inner = best(scores, count)
   else:
     inner = tile_mask(mask, np.shape(weight), block)
     count = int(inner.sum())
   outer, outer_count = inner, count
   if backward_sparsity is not None:
-    outer_count = topk.keep_count(worth.size, backward_sparsity)
+    outer_count = topk.keep_count(scores.size, backward_sparsity)
     _check_outer(backward_sparsity, outer_count, count)
-    outer = best(widened(inner, worth), outer_count)
+    outer = best(widened(inner, scores), outer_count)
   return of_tiles(tiles, inner, outer, count, outer_count,
                   shape=np.shape(weight), block=block, reduce=reduce)
 
@@ -172,65 +183,6 @@ def unpack(packed: PackedBlocks) -> jax.Array:
   return spread(packed.read())
 
 
-def partition_packed(params: trees.PyTree) -> tuple[trees.PyTree, trees.PyTree]:
-  """Splits a tree into what an optimizer trains and where it belongs.
-
-  The first tree is the parameters without the indices of their PackedBlocks:
-  all its leaves are floating, and it goes to Optax as it is. The second has
-  the indices alone, and None for every other leaf.
-
-  Law: combine_packed(*partition_packed(params)) is `params`.
-
-  Example:
-    >>> params = {'kernel': pack(jnp.eye(4), block=(2, 2), sparsity=0.5)}
-    >>> weights, indices = partition_packed(params)
-    >>> len(jax.tree.leaves(weights)), len(jax.tree.leaves(indices))
-    (1, 2)
-  """
-  def weights(leaf):
-    if not is_packed(leaf):
-      return leaf
-    return leaf.replace(rows=None, columns=None, forward=None)
-
-  def indices(leaf):
-    if not is_packed(leaf):
-      return None
-    return leaf.replace(blocks=None, growth=None)
-
-  return (jax.tree.map(weights, params, is_leaf=is_packed),
-          jax.tree.map(indices, params, is_leaf=is_packed))
-
-
-def combine_packed(weights: trees.PyTree, indices: trees.PyTree
-                   ) -> trees.PyTree:
-  """Puts together what `partition_packed` took apart.
-
-  Raises:
-    ValueError: if a packed weight has no indices of its shape and blocks.
-
-  Example:
-    >>> params = {'kernel': pack(jnp.eye(4), block=(2, 2), sparsity=0.5)}
-    >>> weights, indices = partition_packed(params)
-    >>> unpack(combine_packed(weights, indices)['kernel']).sum()
-    Array(4., dtype=float32)
-  """
-  table = {trees.path_name(path): leaf for path, leaf in
-           jax.tree.leaves_with_path(indices, is_leaf=is_packed)}
-
-  def join(path, leaf):
-    if not is_packed(leaf):
-      return leaf
-    own = table.get(trees.path_name(path))
-    same = is_packed(own) and (own.shape, own.block) == (leaf.shape,
-                                                         leaf.block)
-    if not same:
-      raise ValueError(f'`indices` has none for {trees.path_name(path)!r}, of '
-                       f'shape {leaf.shape} in blocks of {leaf.block}.')
-    return own.replace(blocks=leaf.blocks, growth=leaf.growth)
-
-  return jax.tree.map_with_path(join, weights, is_leaf=is_packed)
-
-
 def map_packed(fn: Callable[[PackedBlocks], Any], params: trees.PyTree
                ) -> trees.PyTree:
   """Maps the packed leaves of a tree; others stay."""
@@ -238,11 +190,33 @@ def map_packed(fn: Callable[[PackedBlocks], Any], params: trees.PyTree
                       params, is_leaf=is_packed)
 
 
-def ask_growth(params: trees.PyTree) -> trees.PyTree:
-  """Adds a place for the scores of the dense gradient to packed leaves."""
-  return map_packed(
-      lambda leaf: leaf.replace(growth=jnp.zeros(leaf.grid, jnp.float32)),
-      params)
+# The key of growth scores in a tree of bare arrays, beside the model's own.
+GROWTH = 'growth'
+
+
+def without_growth(params: trees.PyTree) -> trees.PyTree:
+  """The tree without the places for growth scores: what an optimizer trains.
+
+  They are in the PackedBlocks, or, where those are bare arrays (NNX), under
+  the key 'growth' beside the model's own.
+
+  Example:
+    >>> params = {'kernel': PackedBlocks(jnp.ones((1, 2, 2)),
+    ...                                  growth=jnp.zeros((2, 2)), shape=(4, 4),
+    ...                                  block=(2, 2))}
+    >>> len(jax.tree.leaves(without_growth(params)))
+    1
+  """
+  if has_bare_growth(params):
+    own = dict(getattr(params, 'raw_mapping', params))
+    del own[GROWTH]
+    return type(params)(own)
+  return map_packed(lambda leaf: leaf.replace(growth=None), params)
+
+
+def has_bare_growth(params: trees.PyTree) -> bool:
+  """Whether growth scores stand beside bare arrays."""
+  return isinstance(params, Mapping) and GROWTH in params
 
 
 def tile(weight, block: tuple[int, int]):
@@ -258,7 +232,7 @@ def tile(weight, block: tuple[int, int]):
   return cut.swapaxes(1, 2).reshape(rows * columns, tall, wide)
 
 
-def tile_worth(tiles, reduce: str):
+def tile_scores(tiles, reduce: str):
   """float[...]: the sum (float32) or the maximum of each tile's magnitudes."""
   xp = np if isinstance(tiles, np.ndarray) else jnp
   if reduce == 'sum':
@@ -266,22 +240,22 @@ def tile_worth(tiles, reduce: str):
   return xp.max(xp.abs(tiles), (-2, -1))
 
 
-def best(worth, k: int):
+def best(scores, k: int):
   """bool[...]: the k largest, as `top_k_mask`; sorts what is on the host."""
-  if not isinstance(worth, np.ndarray):
-    return topk.top_k_mask(worth, k)
-  keys = worth.astype(np.float32).ravel()
+  if not isinstance(scores, np.ndarray):
+    return topk.top_k_mask(scores, k)
+  keys = scores.astype(np.float32).ravel()
   keys = np.where(np.isnan(keys), -np.inf, keys)
-  mask = np.zeros(worth.size, bool)
+  mask = np.zeros(scores.size, bool)
   mask[np.argsort(-keys, kind='stable')[:k]] = True
-  return mask.reshape(worth.shape)
+  return mask.reshape(scores.shape)
 
 
-def widened(inner, worth):
-  """Scores by which A comes first, then the others by their worth."""
-  xp = np if isinstance(worth, np.ndarray) else jnp
-  most = float(jnp.finfo(worth.dtype).max)
-  return xp.where(inner, xp.inf, xp.minimum(worth, worth.dtype.type(most)))
+def widened(inner, scores):
+  """Scores by which A comes first, then the others by their scores."""
+  xp = np if isinstance(scores, np.ndarray) else jnp
+  most = float(jnp.finfo(scores.dtype).max)
+  return xp.where(inner, xp.inf, xp.minimum(scores, scores.dtype.type(most)))
 
 
 def of_tiles(tiles, inner, outer, count: int, outer_count: int, *,

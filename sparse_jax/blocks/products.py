@@ -7,19 +7,18 @@ from jax import lax
 import jax.numpy as jnp
 
 from sparse_jax import checks
-from sparse_jax.blocks import packing as packed_lib
-from sparse_jax.blocks import tiles as packed_tiles
+from sparse_jax.blocks import packing
+from sparse_jax.blocks import tiles
 from sparse_jax.blocks.packing import PackedBlocks
 from sparse_jax.blocks.tiles import Columns
 from sparse_jax.blocks.tiles import Plan
 from sparse_jax.blocks.tiles import Windows
 
 _PLAIN = (None, 'loop', 'batched')
-_IMPLEMENTATIONS = (*_PLAIN, 'pallas')
 
 
-def packed_matmul(x: jax.Array, packed: PackedBlocks, *,
-                  implementation: str | None = None) -> jax.Array:
+def matmul(x: jax.Array, packed: PackedBlocks, *,
+           implementation: str | None = None) -> jax.Array:
   """x @ weight, where only the kept blocks of the weight exist.
 
   The forward pass and the gradient to `x` multiply by the blocks of A, the
@@ -38,8 +37,10 @@ def packed_matmul(x: jax.Array, packed: PackedBlocks, *,
       used several times gets the sum of the scores.
     implementation: 'loop' goes through the blocks, a few at a time, 'batched'
       multiplies all at once, which takes memory for the inputs of every
-      block, 'pallas' runs a kernel written for GPUs. None takes the loop on a
-      CPU, as measured, and 'batched' elsewhere.
+      block, 'tpu' and 'gpu' run kernels (interpreted on a CPU). None takes
+      the loop on a CPU, as measured, the kernel of a TPU or an NVIDIA GPU for
+      the blocks that it has (sides of 128 to 512, of 32 to 128), and
+      'batched' elsewhere.
 
   Returns:
     float[..., out], of the operands' common dtype.
@@ -49,8 +50,8 @@ def packed_matmul(x: jax.Array, packed: PackedBlocks, *,
       unknown `implementation`.
 
   Example:
-    >>> packed = packed_lib.pack(jnp.eye(4), block=(2, 2), sparsity=0.5)
-    >>> packed_matmul(jnp.arange(4.), packed)
+    >>> packed = packing.pack(jnp.eye(4), block=(2, 2), sparsity=0.5)
+    >>> matmul(jnp.arange(4.), packed)
     Array([0., 1., 2., 3.], dtype=float32)
   """
   _check_product(x, packed, implementation)
@@ -62,16 +63,16 @@ def packed_matmul(x: jax.Array, packed: PackedBlocks, *,
   return y.reshape(*x.shape[:-1], packed.shape[1])
 
 
-def packed_conv(x: jax.Array, packed: PackedBlocks, *,
-                strides: int | tuple[int, ...] = 1,
-                padding: str | tuple[tuple[int, int], ...] = 'SAME',
-                dilation: int | tuple[int, ...] = 1,
-                implementation: str | None = None) -> jax.Array:
+def conv(x: jax.Array, packed: PackedBlocks, *,
+         strides: int | tuple[int, ...] = 1,
+         padding: str | tuple[tuple[int, int], ...] = 'SAME',
+         dilation: int | tuple[int, ...] = 1,
+         implementation: str | None = None) -> jax.Array:
   """The convolution by a packed kernel: only its kept blocks exist.
 
   A block is a tile of the input and output channels at one position of the
   kernel. Each is multiplied by the windows of `x` that it meets, so that the
-  work and the memory are those of `packed_matmul`; nothing is unfolded.
+  work and the memory are those of `matmul`; nothing is unfolded.
 
   Law: it is jax.lax.conv_general_dilated with unpack(packed), NHWC and HWIO,
   and so are its gradients, that of the kernel on B.
@@ -82,7 +83,7 @@ def packed_conv(x: jax.Array, packed: PackedBlocks, *,
     strides, dilation: of the windows and of the kernel, one number or one
       for each spatial axis.
     padding: 'SAME', 'VALID' or (before, after) for each spatial axis.
-    implementation: as in `packed_matmul`, 'pallas' excepted.
+    implementation: as in `matmul`, 'tpu' and 'gpu' excepted.
 
   Returns:
     float[batch, spatial..., out].
@@ -92,8 +93,8 @@ def packed_conv(x: jax.Array, packed: PackedBlocks, *,
 
   Example:
     >>> kernel = jnp.ones((3, 3, 2, 2))
-    >>> packed = packed_lib.pack(kernel, block=(2, 2), sparsity=0.5)
-    >>> packed_conv(jnp.ones((1, 4, 4, 2)), packed).shape
+    >>> packed = packing.pack(kernel, block=(2, 2), sparsity=0.5)
+    >>> conv(jnp.ones((1, 4, 4, 2)), packed).shape
     (1, 4, 4, 2)
   """
   count = len(packed.shape) - 2
@@ -105,8 +106,8 @@ def packed_conv(x: jax.Array, packed: PackedBlocks, *,
   dilation = _per_axis('dilation', dilation, count)
   if set(packed.shape[:-2] + strides) <= {1}:
     matrix = packed.replace(shape=packed.shape[-2:])
-    return packed_matmul(_padded(x, _pads(x, (1,) * count, strides, padding)),
-                         matrix, implementation=implementation)
+    return matmul(_padded(x, _pads(x, (1,) * count, strides, padding)),
+                  matrix, implementation=implementation)
   reach = tuple((n - 1) * step + 1
                 for n, step in zip(packed.shape, dilation))
   x = _padded(x, _pads(x, reach, strides, padding))
@@ -119,6 +120,55 @@ def packed_conv(x: jax.Array, packed: PackedBlocks, *,
       packed.block[0], -(-packed.shape[-2] // packed.block[0]),
       packed.shape[:-2], strides, dilation, outputs), implementation)
   return y.reshape(x.shape[0], *outputs, packed.shape[-1])
+
+
+def transposed(packed: PackedBlocks) -> PackedBlocks:
+  """The transpose of a packed matrix.
+
+  Example:
+    >>> packed = packing.pack(jnp.arange(4.).reshape(2, 2), block=(1, 1),
+    ...                       sparsity=.75)
+    >>> packing.unpack(transposed(packed))
+    Array([[0., 0.],
+           [0., 3.]], dtype=float32)
+  """
+  growth = None if packed.growth is None else packed.growth.swapaxes(-1, -2)
+  return packed.replace(
+      blocks=packed.blocks.swapaxes(-1, -2), rows=packed.columns,
+      columns=packed.rows, growth=growth, shape=packed.shape[::-1],
+      block=packed.block[::-1])
+
+
+@jax.custom_vjp
+def assemble(packed: PackedBlocks) -> jax.Array:
+  """The dense weight of A, whose gradient reaches the blocks of B.
+
+  For a use that is no product: the weight exists while it is used. Its
+  gradient gives growth scores, too, where they are asked for.
+
+  Example:
+    >>> packed = packing.pack(jnp.eye(4), block=(2, 2), sparsity=0.5)
+    >>> assemble(packed).sum()
+    Array(4., dtype=float32)
+  """
+  return packing.unpack(packed)
+
+
+def _assemble_forward(packed):
+  return packing.unpack(packed), packed
+
+
+def _assemble_backward(packed, cotangent):
+  cut = packing.tile(cotangent, packed.block)
+  growth = packed.growth
+  if growth is not None:
+    scores = packing.tile_scores(cut, packed.reduce).reshape(packed.grid)
+    growth = scores.astype(jnp.float32)
+  return (packed.replace(blocks=cut[packed.ids].astype(packed.dtype), rows=None,
+                         columns=None, forward=None, growth=growth, due=None),)
+
+
+assemble.defvjp(_assemble_forward, _assemble_backward)
 
 
 def _convolve(x, packed, windows, implementation):
@@ -157,12 +207,21 @@ def _product_forward(plan, x, packed):
 def _product_backward(plan, saved, cotangent):
   x, packed = saved
   grad_x, grad_blocks = _gradients(plan, x, packed, cotangent)
-  growth = None
-  if packed.growth is not None:
-    growth = packed_tiles.growth_scores(plan, x, packed, cotangent)
+  growth = None if packed.growth is None else _growth(plan, x, packed,
+                                                      cotangent)
   grad = packed.replace(blocks=grad_blocks, rows=None, columns=None,
-                        forward=None, growth=growth)
+                        forward=None, growth=growth, due=None)
   return grad_x, grad
+
+
+def _growth(plan, x, packed, cotangent):
+  """The growth scores where they are due, else zeros."""
+  def scores():
+    return tiles.growth_scores(plan, x, packed, cotangent)
+
+  if packed.due is None:
+    return scores()
+  return lax.cond(packed.due, scores, lambda: jnp.zeros_like(packed.growth))
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -171,7 +230,7 @@ _product.defvjp(_product_forward, _product_backward)
 def _multiply(plan, x, packed):
   kept = packed.read()
   dtype = jnp.result_type(x, kept.blocks)
-  y = packed_tiles.multiply(
+  y = tiles.multiply(
       plan, x.astype(dtype), kept.blocks.astype(dtype), kept.rows, kept.columns)
   return y.astype(dtype)
 
@@ -181,13 +240,13 @@ def _gradients(plan, x, packed, cotangent):
   dtype = cotangent.dtype
   if packed.forward is None:
     blocks = packed.blocks.astype(dtype)
-    grad_x, grad = packed_tiles.both_gradients(
+    grad_x, grad = tiles.both_gradients(
         plan, x.astype(dtype), cotangent, blocks, packed.rows, packed.columns)
   else:
     kept = packed.read()
-    grad_x = packed_tiles.input_gradient(
+    grad_x = tiles.input_gradient(
         plan, x, cotangent, kept.blocks.astype(dtype), kept.rows, kept.columns)
-    grad = packed_tiles.weight_gradient(
+    grad = tiles.weight_gradient(
         plan, x.astype(dtype), cotangent, packed.rows, packed.columns)
   return grad_x.astype(x.dtype), grad.astype(packed.dtype)
 
@@ -204,11 +263,11 @@ def _check_product(x, packed, implementation):
   if len(packed.shape) != 2 or x.shape[-1:] != packed.shape[:1]:
     raise ValueError(f'`x` (of shape {x.shape}) must end in the rows of '
                      f'`packed`, a matrix (of shape {packed.shape}).')
-  _check_common(packed, implementation, _IMPLEMENTATIONS)
+  _check_common(packed, implementation, tiles.IMPLEMENTATIONS)
 
 
 def _check_common(packed, implementation, known):
   if implementation not in known:
     raise ValueError(f'`implementation` (={implementation!r}) must be one of '
                      f'{known}.')
-  packed_lib.check_indices(packed)
+  packing.check_indices(packed)

@@ -1,9 +1,11 @@
-"""The products of tiles in three ways: in a loop, in a batch, in a kernel.
+"""The products of tiles: in a loop, in a batch, in a kernel of the chip.
 
-All three compute the same. What a row of tiles meets in the input, a slice of
-a matrix or the windows of a convolution, is no concern of theirs.
+All compute the same. What a row of tiles meets in the input, a slice of a
+matrix or the windows of a convolution, is no concern of the first two; the
+kernels take slices alone.
 """
 
+from collections.abc import Callable
 import functools
 import math
 from typing import NamedTuple
@@ -12,9 +14,13 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from sparse_jax.blocks import packing as packed_lib
-from sparse_jax.blocks import kernels as packed_kernels
+from sparse_jax.blocks import gpu
+from sparse_jax.blocks import packing
+from sparse_jax.blocks import tpu
 from sparse_jax.blocks.packing import PackedBlocks
+
+IMPLEMENTATIONS = (None, 'loop', 'batched', 'tpu', 'gpu')
+_KERNELS = {'tpu': ('tpu', tpu), 'gpu': ('cuda', gpu)}  # Platform, module.
 
 # Blocks in one turn of the loop, as measured on two cores: XLA runs what does
 # not depend on another block's result side by side.
@@ -86,63 +92,164 @@ class Plan(NamedTuple):
   implementation: str | None
 
 
+class _Product(NamedTuple):
+  """A product in all its ways, and its derivative.
+
+  Attributes:
+    loop, batched: functions of the plan and the operands.
+    kernel: of a module of kernels, the plan and the operands, whose shapes it
+      looks at: a function of the operands and `interpret`, or None if there
+      is no kernel for them.
+    derivative: of the plan, the operands and a cotangent: the cotangents to
+      the operands.
+  """
+
+  loop: Callable
+  batched: Callable
+  kernel: Callable
+  derivative: Callable
+
+
 def multiply(plan: Plan, x: jax.Array, blocks: jax.Array, rows: jax.Array,
              columns: jax.Array) -> jax.Array:
-  """[height, width]: the input times the tiles, each at its row and column."""
-  ways = _multiply_loop, _multiply_batched, _multiply_pallas
-  return _choose(plan, *ways)(x, blocks, rows, columns)
+  """[height, width]: the input times the tiles, each at its row and column.
+
+  Like all of these, of the dtype of its operands and summed in float32 or
+  wider.
+  """
+  return _run(_MULTIPLY, plan, x, blocks, rows, columns)
 
 
 def both_gradients(plan: Plan, x: jax.Array, cotangent: jax.Array,
                    blocks: jax.Array, rows: jax.Array, columns: jax.Array
                    ) -> tuple[jax.Array, jax.Array]:
   """The gradients to the input and to the tiles, where they are the same."""
-  ways = _both_loop, _both_batched, _both_pallas
-  return _choose(plan, *ways)(x, cotangent, blocks, rows, columns)
+  return _run(_BOTH, plan, x, cotangent, blocks, rows, columns)
 
 
 def input_gradient(plan: Plan, x: jax.Array, cotangent: jax.Array,
                    blocks: jax.Array, rows: jax.Array, columns: jax.Array
                    ) -> jax.Array:
   """The shape of x: the gradient to it, by the tiles."""
-  ways = _input_loop, _input_batched, _input_pallas
-  return _choose(plan, *ways)(x, cotangent, blocks, rows, columns)
+  return _run(_INPUT, plan, x, cotangent, blocks, rows, columns)
 
 
 def weight_gradient(plan: Plan, x: jax.Array, cotangent: jax.Array,
                     rows: jax.Array, columns: jax.Array) -> jax.Array:
   """[tiles, tall, wide]: the gradient to the tiles."""
-  ways = _weight_loop, _weight_batched, _weight_pallas
-  return _choose(plan, *ways)(x, cotangent, rows, columns)
+  return _run(_WEIGHT, plan, x, cotangent, rows, columns)
 
 
 def growth_scores(plan: Plan, x: jax.Array, packed: PackedBlocks,
                   cotangent: jax.Array) -> jax.Array:
   """float32[grid]: each tile of the dense gradient, reduced to a number.
 
-  The gradient is made and dropped a tile at a time.
+  The gradient is made and dropped a tile at a time. By a kernel, the scores
+  have no derivative.
   """
-  rows, columns = packed.grid
+  static = packed.grid, packed.block, packed.reduce, packed.dtype
+  loop = functools.partial(_scores_loop, static)
+  product = _Product(loop, loop, functools.partial(_scores_kernel, static),
+                     lambda *_: (None, None))
+  return _run(product, plan, x.astype(cotangent.dtype), cotangent)
+
+
+def _run(product, plan, *args):
+  """By the plan's implementation, or else by the platform."""
+  if plan.implementation in ('loop', 'batched'):
+    return getattr(product, plan.implementation)(plan, *args)
+  if _kernels(product, plan, args):
+    return _run_kernel(product, plan, *args)
+  if plan.implementation is not None:
+    raise ValueError(f'`implementation` (={plan.implementation!r}) has no '
+                     f'kernel for blocks of {plan.inputs.size} x '
+                     f'{plan.outputs.size} and x of {args[0].dtype} and shape '
+                     f'{args[0].shape}.')
+  return lax.platform_dependent(
+      *args, cpu=functools.partial(product.loop, plan),
+      default=functools.partial(product.batched, plan))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run_kernel(product, plan, *args):
+  """As `_run`, where there is a kernel: those have no derivative."""
+  kernels = _kernels(product, plan, args)
+  if plan.implementation is not None:
+    kernel, = kernels.values()
+    return lax.platform_dependent(
+        *args, cpu=functools.partial(kernel, interpret=True), default=kernel)
+  return lax.platform_dependent(
+      *args, **kernels, cpu=functools.partial(product.loop, plan),
+      default=functools.partial(product.batched, plan))
+
+
+_run_kernel.defvjp(
+    lambda product, plan, *args: (_run_kernel(product, plan, *args), args),
+    lambda product, plan, args, out: product.derivative(plan, args, out))
+
+
+def _kernels(product, plan, args):
+  """By platform, those that take these shapes and that the plan allows."""
+  if not isinstance(plan.inputs, Columns):
+    return {}
+  found = {platform: product.kernel(module, plan, *args)
+           for name, (platform, module) in _KERNELS.items()
+           if plan.implementation in (None, name)}
+  return {name: kernel for name, kernel in found.items() if kernel is not None}
+
+
+def _multiply_kernel(module, plan, x, blocks, *_):
+  if not module.product_fits(x, blocks.shape[1:], len(blocks), plan.width):
+    return None
+  return functools.partial(module.block_product, width=plan.width)
+
+
+def _input_kernel(module, plan, x, cotangent, blocks, *_):
+  shape = dict(width=x.shape[1], transpose=True)
+  if not module.product_fits(cotangent, blocks.shape[1:], len(blocks),
+                             **shape):
+    return None
+  return lambda x, cotangent, blocks, rows, columns, **options: (
+      module.block_product(cotangent, blocks, columns, rows, **shape,
+                           **options))
+
+
+def _weight_kernel(module, plan, x, cotangent, rows, columns):
+  block = plan.inputs.size, plan.outputs.size
+  if not module.gradient_fits(x, cotangent, block, rows.size):
+    return None
+  return functools.partial(module.block_gradient, block=block)
+
+
+def _both_kernel(module, plan, x, cotangent, blocks, rows, columns):
+  to_input = _input_kernel(module, plan, x, cotangent, blocks)
+  to_weight = _weight_kernel(module, plan, x, cotangent, rows, columns)
+  if to_input is None or to_weight is None:
+    return None
+  return lambda x, cotangent, blocks, *at, **options: (
+      to_input(x, cotangent, blocks, *at, **options),
+      to_weight(x, cotangent, *at, **options))
+
+
+def _scores_kernel(static, module, plan, x, cotangent):
+  _, block, reduce, dtype = static
+  if not module.scores_fit(x, block):
+    return None
+  return functools.partial(module.growth_scores, block=block, reduce=reduce,
+                           dtype=dtype)
+
+
+def _scores_loop(static, plan, x, cotangent):
+  (rows, columns), _, reduce, dtype = static
 
   def tile_score(row, column):
-    grad = _dot(plan.inputs.take(x.astype(cotangent.dtype), row),
-                plan.outputs.take(cotangent, column), (0, 0))
-    grad = grad.astype(packed.dtype)
-    return packed_lib.tile_worth(grad, packed.reduce).astype(jnp.float32)
+    grad = _dot(plan.inputs.take(x, row), plan.outputs.take(cotangent, column),
+                (0, 0))
+    return packing.tile_scores(grad.astype(dtype), reduce).astype(jnp.float32)
 
   row_scores = lambda row: lax.map(lambda column: tile_score(row, column),
                                    jnp.arange(columns))
   return lax.map(row_scores, jnp.arange(rows))
-
-
-def _choose(plan, *ways):
-  """One of three ways to compute the same, by name or by platform."""
-  loop, batched, pallas = (functools.partial(way, plan) for way in ways)
-  if plan.implementation is not None:
-    return {'loop': loop, 'batched': batched,
-            'pallas': pallas}[plan.implementation]
-  return lambda *args: lax.platform_dependent(*args, cpu=loop,
-                                              default=batched)
 
 
 def _multiply_loop(plan, x, blocks, rows, columns):
@@ -152,7 +259,7 @@ def _multiply_loop(plan, x, blocks, rows, columns):
     return plan.outputs.add(y, product, column), None
 
   empty = jnp.zeros((plan.inputs.height(x.shape[0]), plan.width), _wide(x))
-  return _scan(step, empty, (rows, columns, blocks))
+  return _scan(step, empty, (rows, columns, blocks)).astype(x.dtype)
 
 
 def _both_loop(plan, x, cotangent, blocks, rows, columns):
@@ -166,7 +273,8 @@ def _both_loop(plan, x, cotangent, blocks, rows, columns):
 
   empty = (jnp.zeros(x.shape, _wide(cotangent)),
            _empty_weight(plan, cotangent, rows))
-  return _scan(step, empty, (jnp.arange(rows.size), rows, columns, blocks))
+  grads = _scan(step, empty, (jnp.arange(rows.size), rows, columns, blocks))
+  return tuple(grad.astype(cotangent.dtype) for grad in grads)
 
 
 def _input_loop(plan, x, cotangent, blocks, rows, columns):
@@ -176,7 +284,7 @@ def _input_loop(plan, x, cotangent, blocks, rows, columns):
     return plan.inputs.add(grad_x, product, row), None
 
   return _scan(step, jnp.zeros(x.shape, _wide(cotangent)),
-               (rows, columns, blocks))
+               (rows, columns, blocks)).astype(cotangent.dtype)
 
 
 def _weight_loop(plan, x, cotangent, rows, columns):
@@ -186,8 +294,9 @@ def _weight_loop(plan, x, cotangent, rows, columns):
                (0, 0))
     return lax.dynamic_update_index_in_dim(grad, own, k, 0), None
 
-  return _scan(step, _empty_weight(plan, cotangent, rows),
+  grad = _scan(step, _empty_weight(plan, cotangent, rows),
                (jnp.arange(rows.size), rows, columns))
+  return grad.astype(cotangent.dtype)
 
 
 def _empty_weight(plan, cotangent, rows):
@@ -205,7 +314,7 @@ def _multiply_batched(plan, x, blocks, rows, columns):
                      preferred_element_type=_wide(x))
   empty = jnp.zeros((plan.inputs.height(x.shape[0]), plan.width),
                     parts.dtype)
-  return _add_all(plan.outputs, empty, parts, columns)
+  return _add_all(plan.outputs, empty, parts, columns).astype(x.dtype)
 
 
 def _both_batched(plan, x, cotangent, blocks, rows, columns):
@@ -217,36 +326,16 @@ def _input_batched(plan, x, cotangent, blocks, rows, columns):
   slopes = jax.vmap(plan.outputs.take, (None, 0))(cotangent, columns)
   parts = jnp.einsum('nbo,nio->nbi', slopes, blocks,
                      preferred_element_type=_wide(cotangent))
-  return _add_all(plan.inputs, jnp.zeros(x.shape, parts.dtype), parts, rows)
+  empty = jnp.zeros(x.shape, parts.dtype)
+  return _add_all(plan.inputs, empty, parts, rows).astype(cotangent.dtype)
 
 
 def _weight_batched(plan, x, cotangent, rows, columns):
   inputs = jax.vmap(plan.inputs.take, (None, 0))(x, rows)
   slopes = jax.vmap(plan.outputs.take, (None, 0))(cotangent, columns)
-  return jnp.einsum('nbi,nbo->nio', inputs, slopes,
+  grad = jnp.einsum('nbi,nbo->nio', inputs, slopes,
                     preferred_element_type=_wide(x))
-
-
-def _multiply_pallas(plan, x, blocks, rows, columns):
-  return packed_kernels.block_product(x, blocks, rows, columns,
-                                      width=plan.width)
-
-
-def _input_pallas(plan, x, cotangent, blocks, rows, columns):
-  del plan
-  return packed_kernels.block_product(cotangent, blocks.swapaxes(1, 2),
-                                      columns, rows, width=x.shape[1])
-
-
-def _weight_pallas(plan, x, cotangent, rows, columns):
-  block = (plan.inputs.size, plan.outputs.size)
-  return packed_kernels.block_gradient(x, cotangent, rows, columns,
-                                       block=block)
-
-
-def _both_pallas(plan, x, cotangent, blocks, rows, columns):
-  return (_input_pallas(plan, x, cotangent, blocks, rows, columns),
-          _weight_pallas(plan, x, cotangent, rows, columns))
+  return grad.astype(cotangent.dtype)
 
 
 def _add_all(axis, empty, parts, index):
@@ -263,3 +352,38 @@ def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
 def _wide(x: jax.Array):
   """The dtype in which products of x are summed."""
   return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _multiply_derivative(plan, args, out):
+  x, blocks, rows, columns = args
+  return (*both_gradients(plan, x, out, blocks, rows, columns), None, None)
+
+
+def _input_derivative(plan, args, out):
+  _, cotangent, blocks, rows, columns = args
+  return (None, multiply(plan, out, blocks, rows, columns),
+          weight_gradient(plan, out, cotangent, rows, columns), None, None)
+
+
+def _weight_derivative(plan, args, out):
+  x, cotangent, rows, columns = args
+  return (input_gradient(plan, x, cotangent, out, rows, columns),
+          multiply(plan, x, out, rows, columns), None, None)
+
+
+def _both_derivative(plan, args, outs):
+  x, cotangent, blocks, *at = args
+  to_x, to_grad = outs
+  _, by_x, to_blocks, *_ = _input_derivative(
+      plan, (x, cotangent, blocks, *at), to_x)
+  own_x, by_grad, *_ = _weight_derivative(plan, (x, cotangent, *at), to_grad)
+  return own_x, by_x + by_grad, to_blocks, None, None
+
+
+_MULTIPLY = _Product(_multiply_loop, _multiply_batched, _multiply_kernel,
+                     _multiply_derivative)
+_BOTH = _Product(_both_loop, _both_batched, _both_kernel, _both_derivative)
+_INPUT = _Product(_input_loop, _input_batched, _input_kernel,
+                  _input_derivative)
+_WEIGHT = _Product(_weight_loop, _weight_batched, _weight_kernel,
+                   _weight_derivative)

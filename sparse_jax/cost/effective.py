@@ -14,7 +14,7 @@ import numpy as np
 
 from sparse_jax import trees
 from sparse_jax.jaxprs import paths
-from sparse_jax.masks import masking
+from sparse_jax.masks import layouts
 from sparse_jax.masks import selection
 
 
@@ -180,7 +180,7 @@ def _units(path, on_path, batch_axes, contracting):
   stacked = selection.batch_axes_of(batch_axes, path, on_path)
   if on_path.ndim - len(stacked) < 2:
     return np.zeros((0,), bool)
-  layout = masking.layout(on_path.shape, path=path, batch_axes=stacked,
+  layout = layouts.layout(on_path.shape, path=path, batch_axes=stacked,
                           contracting=contracting)
   layers = math.prod(on_path.shape[axis] for axis in stacked)
   view = on_path.transpose(layout.order).reshape(

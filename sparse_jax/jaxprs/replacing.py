@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from sparse_jax import checks
 
 from sparse_jax import trees
+from sparse_jax.jaxprs import holding
 from sparse_jax.jaxprs import products
 from sparse_jax.jaxprs import provenance
 
@@ -58,25 +59,38 @@ def replace_products(fn: Callable[..., Any], rule: Rule, *,
   paths = None if paths is None else tuple(paths)
 
   def replaced(*args, **kwargs):
-    closed, origins, tree = products.trace(
-        functools.partial(fn, **kwargs), args, params_argnum)
     known = trees.leaves_by_path(args[params_argnum])
     for path in paths or ():
       if path not in known:
         raise ValueError(f'`paths` (={paths!r}) has {path!r}, which is none '
                          f'of the parameters {sorted(known)}.')
-    wanted = frozenset(known if paths is None else paths)
-    swap = _Swap(rule, wanted)
-    return jax.tree.unflatten(tree, _run(closed, jax.tree.leaves(args),
-                                         origins, swap))
+    return interpret(functools.partial(fn, **kwargs), args, params_argnum,
+                     rule, frozenset(known if paths is None else paths))
 
   return replaced
+
+
+def interpret(fn: Callable[..., Any], args: tuple[Any, ...],
+              params_argnum: int, rule: Rule | None = None,
+              paths: frozenset[trees.Path] = frozenset()) -> Any:
+  """fn(*args), where products of `paths` follow the rule.
+
+  Leaves of `args` may be Held: the function is shown a dense array, and
+  blocks are multiplied.
+  """
+  shown = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype) if holding.is_held(leaf) else leaf, args,
+                       is_leaf=holding.is_held)
+  closed, origins, tree = products.trace(fn, shown, params_argnum)
+  flat = jax.tree.leaves(args, is_leaf=holding.is_held)
+  outs = _run(closed, flat, origins, _Swap(rule, paths))
+  return jax.tree.unflatten(tree, map(holding.assembled, outs))
 
 
 class _Swap(NamedTuple):
   """What to replace, and by what."""
 
-  rule: Rule
+  rule: Rule | None
   wanted: frozenset[trees.Path]
   times: int = 1  # Runs of the scans around.
   run: Any = 0  # Which of them this is.
@@ -124,9 +138,15 @@ def _values_of(atoms, values):
 
 
 def _outputs(eqn, args, origins, swap, wanted):
-  """The outputs of one equation, replaced if wanted."""
+  """The outputs of one equation, replaced if wanted, by blocks if held."""
   name = eqn.primitive.name
-  if not wanted:
+  held = [arg for arg in args if holding.is_held(arg)]
+  if held and name not in _REBUILT:
+    outs = _by_blocks(eqn, args, held)
+    if outs is not None:
+      return outs
+    args, held = list(map(holding.assembled, args)), []
+  if not wanted and not held:
     outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(
         eqn.params))
     return outs if eqn.primitive.multiple_results else [outs]
@@ -136,6 +156,34 @@ def _outputs(eqn, args, origins, swap, wanted):
     raise ValueError(f'`paths` name parameters {sorted(swap.wanted)}, of which '
                      f'a product lies inside {name!r}, out of reach.')
   return _REBUILT[name](eqn, args, origins, swap)
+
+
+def _by_blocks(eqn, args, held):
+  """The outputs of an equation on packed weights; None to assemble them."""
+  name = eqn.primitive.name
+  if name == products.DOT:
+    out = holding.multiply(eqn, args)
+    if out is None:
+      _refuse_product(eqn, args, held[0])
+    return [out]
+  if name == products.CONV:
+    out = holding.multiply(eqn, args)
+    return None if out is None else [out]
+  if holding.is_held(args[0]):
+    after = holding.moved(eqn, args[0])
+    return None if after is None else [after]
+  return None
+
+
+def _refuse_product(eqn, args, held):
+  sides = [i for i, arg in enumerate(args) if holding.is_held(arg)]
+  contracted = eqn.params['dimension_numbers'][0][sides[0]]
+  axes = tuple(sorted(axis for i in contracted for axis in held.axes[i]))
+  raise ValueError(
+      f'the packed leaf {held.path!r} of shape {held.layout.shape} is '
+      f'multiplied along its axes {axes}, but its blocks follow '
+      f'{held.layout.rows}: pass contracting={{{held.path!r}: {axes}}} to the '
+      'method, as contracting_axes(fn, params, *inputs) finds them.')
 
 
 def _run_call(eqn, args, origins, swap):
@@ -163,16 +211,24 @@ def _run_scan(eqn, args, origins, swap):
   origins = products.scan_origins(eqn, origins)
 
   length = eqn.params['length']
+  first = [holding.assembled(arg) for arg in args[consts:consts + carry]]
+  # Blocks are sliced as arrays; what stays with them is that of a slice.
+  inside = [holding.sliced(arg) if holding.is_held(arg) else None
+            for arg in args[consts + carry:]]
+  xs = [holding.assembled(arg) if like is None else arg.packed
+        for arg, like in zip(args[consts + carry:], inside)]
 
   def body(carried, step_and_xs):
     step, xs = step_and_xs
+    xs = [x if like is None else like.replace(packed=x)
+          for x, like in zip(xs, inside)]
     outs = _run(eqn.params['jaxpr'], [*args[:consts], *carried, *xs], origins,
                 swap.inside(step, length))
+    outs = list(map(holding.assembled, outs))
     return outs[:carry], outs[carry:]
 
   carried, ys = lax.scan(
-      body, args[consts:consts + carry],
-      (jnp.arange(length), args[consts + carry:]), length=length,
+      body, first, (jnp.arange(length), xs), length=length,
       reverse=eqn.params['reverse'], unroll=eqn.params['unroll'])
   return [*carried, *ys]
 
@@ -180,23 +236,28 @@ def _run_scan(eqn, args, origins, swap):
 def _run_while(eqn, args, origins, swap):
   tests, consts = eqn.params['cond_nconsts'], eqn.params['body_nconsts']
   test, body = products.while_origins(eqn, origins)
-  carried = args[tests + consts:]
+  carried = list(map(holding.assembled, args[tests + consts:]))
   return lax.while_loop(
       lambda carry: _run(eqn.params['cond_jaxpr'], [*args[:tests], *carry],
                          test, swap)[0],
-      lambda carry: _run(eqn.params['body_jaxpr'],
-                         [*args[tests:tests + consts], *carry], body, swap),
-      carried)
+      lambda carry: list(map(holding.assembled, _run(
+          eqn.params['body_jaxpr'], [*args[tests:tests + consts], *carry],
+          body, swap))), carried)
 
 
 def _run_cond(eqn, args, origins, swap):
   index, *operands = args
-  branches = [functools.partial(lambda body, *ops: _run(
-      body, ops, origins[1:], swap), body) for body in eqn.params['branches']]
+  branches = [functools.partial(lambda body, *ops: list(map(
+      holding.assembled, _run(body, ops, origins[1:], swap))), body)
+              for body in eqn.params['branches']]
   return lax.switch(index, branches, *operands)
 
 
 def _run_shard_map(eqn, args, origins, swap):
+  held = [arg for arg in args if holding.is_held(arg)]
+  if held:
+    raise ValueError(f'the packed leaf {held[0].path!r} is an argument of a '
+                     'shard_map: call with_method inside it.')
   fn = jax.shard_map(
       lambda *args: _run_call(eqn, args, origins, swap),
       mesh=eqn.params['mesh'], in_specs=eqn.params['in_specs'],

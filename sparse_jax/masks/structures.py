@@ -4,10 +4,15 @@ A structure works on the matrix view of a kernel: [stacked layers..., leading,
 rows, columns], where rows are summed over by the product (the inputs of a
 layer), columns are its outputs, and leading axes are the positions of a
 convolution. It turns scores of entries into scores of groups, says which
-groups compete with each other, and spreads the groups' decisions back.
+groups compete with each other, and spreads the groups' decisions back. Any
+hashable value with these three methods is a structure (`Structure`).
 """
 
-from typing import NamedTuple
+import dataclasses
+import math
+from typing import Any
+from typing import Protocol
+from typing import runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +20,31 @@ import jax.numpy as jnp
 from sparse_jax import checks
 
 
-class Unstructured(NamedTuple):
+@runtime_checkable
+class Structure(Protocol):
+  """What is kept or dropped together; a user's own fits everywhere.
+
+  Optional besides the three methods: `sparsity`, if the structure fixes it
+  (NM); `group_size(view_shape)`, the entries of its largest group, if groups
+  are not all equal; `check()`, which raises ValueError for a bad field;
+  `pads = False`, if `group` adds no groups of NaN at an edge, as NM does.
+  """
+
+  def group(self, scores: jax.Array, stacked: int) -> jax.Array:
+    """Scores of the view's entries as scores of groups."""
+
+  def spread(self, groups: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Values of groups at every entry of a view of this shape."""
+
+  def competing(self, ndim: int, stacked: int) -> tuple[int, ...]:
+    """The axes of a groups' array of `ndim` axes along which they compete."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstructured:
   """Every entry is on its own."""
+
+  pads = False
 
   def group(self, scores: jax.Array, stacked: int) -> jax.Array:
     del stacked
@@ -30,12 +58,15 @@ class Unstructured(NamedTuple):
     return tuple(range(stacked, ndim))
 
 
-class Block(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Block:
   """Tiles of rows x columns are kept or dropped whole.
 
   Attributes:
     shape: (rows, columns) of a tile. Tiles at the edges may be cut short.
     reduce: 'sum' or 'max' of the scores in a tile is the tile's score.
+    balanced: whether every column of tiles keeps the same number, so that
+      none is empty and shards of columns have equal work.
 
   Example:
     >>> scores = jnp.array([[.5, .5, .9, 0, .6, .6], [.5, .5, .1, 0, .1, .1]])
@@ -52,6 +83,23 @@ class Block(NamedTuple):
 
   shape: tuple[int, int]
   reduce: str = 'sum'
+  balanced: bool = False
+
+  pads = False
+
+  def check(self) -> None:
+    if not isinstance(self.shape, tuple) or len(self.shape) != 2:
+      raise ValueError(f'`shape` (={self.shape!r}) of a Block must be '
+                       '(rows, columns).')
+    for size in self.shape:
+      checks.check_count('shape', size, least=1)
+    if self.reduce not in ('sum', 'max'):
+      raise ValueError(f'`reduce` (={self.reduce!r}) must be \'sum\' or '
+                       '\'max\'.')
+    checks.check_bool('balanced', self.balanced)
+
+  def group_size(self, view_shape: tuple[int, ...]) -> int:
+    return math.prod(map(min, self.shape, view_shape[-2:]))
 
   def group(self, scores: jax.Array, stacked: int) -> jax.Array:
     del stacked
@@ -69,10 +117,11 @@ class Block(NamedTuple):
     return jnp.repeat(tall, columns, -1)[..., :shape[-1]]
 
   def competing(self, ndim: int, stacked: int) -> tuple[int, ...]:
-    return tuple(range(stacked, ndim))
+    return tuple(range(stacked, ndim - self.balanced))
 
 
-class NM(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class NM:
   """Of every m consecutive entries along an axis, n are kept.
 
   Attributes:
@@ -93,6 +142,13 @@ class NM(NamedTuple):
   def sparsity(self) -> float:
     return 1 - self.n / self.m
 
+  def check(self) -> None:
+    checks.check_count('n', self.n, least=1)
+    checks.check_count('m', self.m, least=self.n)
+    if self.axis not in (-1, -2):
+      raise ValueError(f'`axis` (={self.axis!r}) of NM must be -2 (the '
+                       'inputs) or -1 (the outputs).')
+
   def group(self, scores: jax.Array, stacked: int) -> jax.Array:
     del stacked
     return _split(scores, self.axis, self.m, jnp.nan)
@@ -109,7 +165,8 @@ class NM(NamedTuple):
     return (self.axis % (ndim - 1) + 1,)
 
 
-class Channel(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Channel:
   """One decision for each pair of input and output channel.
 
   The score of a pair is the sum over its spatial positions (L1, if the scores
@@ -119,6 +176,8 @@ class Channel(NamedTuple):
     Raihan and Aamodt, SWAT, 2020, https://arxiv.org/abs/2001.01969,
     structured SWAT.
   """
+
+  pads = False
 
   def group(self, scores: jax.Array, stacked: int) -> jax.Array:
     leading = tuple(range(stacked, scores.ndim - 2))
@@ -131,12 +190,15 @@ class Channel(NamedTuple):
     return tuple(range(stacked, ndim))
 
 
-class Filter(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Filter:
   """One decision for each output: a filter of a convolution, a column.
 
   Reference:
     Li et al., Pruning filters, 2017, https://arxiv.org/abs/1608.08710.
   """
+
+  pads = False
 
   def group(self, scores: jax.Array, stacked: int) -> jax.Array:
     inputs = tuple(range(stacked, scores.ndim - 1))
@@ -149,30 +211,55 @@ class Filter(NamedTuple):
     return tuple(range(stacked, ndim))
 
 
-Structure = Unstructured | Block | NM | Channel | Filter
+@dataclasses.dataclass(frozen=True)
+class FanIn:
+  """Every output keeps the same number of its inputs, at any places.
+
+  The rule of hardware that gathers: a matrix of [outputs, fan-in] values and
+  their indices holds the weight.
+
+  Example:
+    >>> import sparse_jax
+    >>> scores = jnp.array([[4., 1.], [3., 2.], [5., 0.], [6., 9.]])
+    >>> sparse_jax.make_mask(scores, .5, structure=FanIn()).sum(0)
+    Array([2, 2], dtype=int32)
+
+  Reference:
+    Lasby et al., SRigL, 2024, https://arxiv.org/abs/2305.02299.
+  """
+
+  pads = False
+
+  def group(self, scores: jax.Array, stacked: int) -> jax.Array:
+    del stacked
+    return scores
+
+  def spread(self, groups: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    del shape
+    return groups
+
+  def competing(self, ndim: int, stacked: int) -> tuple[int, ...]:
+    return tuple(range(stacked, ndim - 1))
 
 
-def check_structure(structure: Structure) -> Structure:
+def check_structure(structure: Any) -> Structure:
   """Returns the structure, or raises ValueError naming its bad field."""
-  if not isinstance(structure, Structure):
+  if isinstance(structure, type) or not isinstance(structure, Structure):
     raise ValueError(f'`structure` (={structure!r}) must be Unstructured(), '
-                     'Block(...), NM(...), Channel() or Filter().')
-  if isinstance(structure, Block):
-    if not isinstance(structure.shape, tuple) or len(structure.shape) != 2:
-      raise ValueError(f'`shape` (={structure.shape!r}) of a Block must be '
-                       '(rows, columns).')
-    for size in structure.shape:
-      checks.check_count('shape', size, least=1)
-    if structure.reduce not in ('sum', 'max'):
-      raise ValueError(f'`reduce` (={structure.reduce!r}) must be \'sum\' or '
-                       '\'max\'.')
-  if isinstance(structure, NM):
-    checks.check_count('n', structure.n, least=1)
-    checks.check_count('m', structure.m, least=structure.n)
-    if structure.axis not in (-1, -2):
-      raise ValueError(f'`axis` (={structure.axis!r}) of NM must be -2 (the '
-                       'inputs) or -1 (the outputs).')
+                     'Block(...), NM(...), Channel(), Filter(), FanIn() or '
+                     'have the methods of sparse_jax.masks.Structure.')
+  try:
+    hash(structure)
+  except TypeError:
+    raise ValueError(f'`structure` (={structure!r}) must be hashable.'
+                     ) from None
+  getattr(structure, 'check', lambda: None)()
   return structure
+
+
+def fixed_sparsity(structure: Structure) -> float | None:
+  """The sparsity that a structure fixes, such as 1 - n/m; None if none."""
+  return getattr(structure, 'sparsity', None)
 
 
 def _split(scores: jax.Array, axis: int, size: int, fill: float) -> jax.Array:

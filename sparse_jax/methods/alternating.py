@@ -1,21 +1,19 @@
 """Dense and sparse phases in turn."""
 
-import jax.numpy as jnp
-import numpy as np
-
-from sparse_jax.rules import assembly
 from sparse_jax import checks
-from sparse_jax.rules import budgets as budget
 from sparse_jax.masks import selection
-from sparse_jax.rules import sites as sites_lib
-from sparse_jax.rules import state as state_lib
-from sparse_jax.rules.assembly import SparseMethod
-from sparse_jax.rules.assembly import UNIFORM
-from sparse_jax.rules.assembly import UNSTRUCTURED
+from sparse_jax.masks.allocations import uniform
+from sparse_jax.masks.structures import Unstructured
+from sparse_jax.rules import budgets
+from sparse_jax.rules import leaves as leaves_lib
+from sparse_jax.rules import rule
+from sparse_jax.rules import updates
+from sparse_jax.rules.make_method import make_method
+from sparse_jax.rules.state import SparseMethod
 
 
 def ac_dc(sparsity: float, *, scope: str = 'global', final_dense: int = 0,
-          reset_slots: bool = True, allocation=UNIFORM, structure=UNSTRUCTURED,
+          reset_slots: bool = True, allocation=uniform, structure=Unstructured(),
           is_sparse: selection.IsSparse = None, batch_axes: selection.Axes = (),
           contracting: selection.Axes | None = None, update_every: int = 100,
           update_begin: int = 0, update_end: int | None = None) -> SparseMethod:
@@ -54,43 +52,35 @@ def ac_dc(sparsity: float, *, scope: str = 'global', final_dense: int = 0,
     Deviations: exactly the count is kept (the official code drops the entry
     at the threshold too); every leaf keeps its best entry.
   """
-  sites = sites_lib.Sites(sparsity, allocation, structure, is_sparse,
-                          batch_axes, contracting).checked()
-  budget.check_scope(sites, scope)
+  where = leaves_lib.Sites(sparsity, allocation, structure, is_sparse,
+                           batch_axes, contracting).checked()
+  budgets.check_scope(where, scope)
   checks.check_bool('reset_slots', reset_slots)
   sparse_at = _phases(update_every, update_begin, update_end, final_dense)
 
-  def renew(seen, state):
-    leaves, step = sites.leaves(seen.params), state.step + 1
+  def choose(leaves, nows, seen):
+    del seen
+    groups = {path: now.magnitudes for path, now in nows.items()}
+    counts = budgets.counts_by_scope(leaves, groups, scope, sparsity)
+    step = next(iter(nows.values())).step
+    kept = budgets.best(leaves, groups, counts)
+    return {path: best | ~sparse_at(step) for path, best in kept.items()}, None
 
-    def choose(weights):
-      groups = {path: leaf.magnitudes(weights[path])
-                for path, leaf in leaves.items()}
-      counts = assembly.counts_by_scope(leaves, groups, scope, sparsity)
-      best = assembly.best_levels(leaves, groups, counts)
-      return {path: jnp.where(sparse_at(step), levels, jnp.uint8(2))
-              for path, levels in best.items()}, state.extra
-
-    changes = sparse_at(step) != sparse_at(state.step)
-    return sites_lib.next_together(changes, choose, seen, state)
+  def changes(step):
+    return sparse_at(step) != sparse_at(step - 1)
 
   def resets(state):
     return sparse_at(state.step) & ~sparse_at(state.step + 1)
 
-  def work(params, steps):
-    share = float(np.mean(sparse_at(np.arange(steps))))
-    mixed = {path: 1 - share * leaf.sparsity
-             for path, leaf in sites.leaves(params).items()}
-    return {path: state_lib.Work(d, d, d) for path, d in mixed.items()}
-
-  return assembly.make_method(
-      assembly.full_start(sites), read=assembly.read_forward, renew=renew,
-      zeros=True, resets=resets if reset_slots else None, work=work)
+  return make_method(rule.Rule(
+      'ac_dc', where, choose, first=rule.full_first, refreshes=changes,
+      zeros=True, together=True, resets=resets if reset_slots else None,
+      progress=sparse_at, unpackable='its phases are dense in turn'))
 
 
 def _phases(every: int, begin: int, end: int | None, final_dense: int):
   """A function of the updates done: whether the network is then sparse."""
-  assembly.check_window(every, begin, end)
+  updates.check_window(every, begin, end)
   checks.check_count('final_dense', final_dense)
   if final_dense and (end is None or final_dense > end):
     raise ValueError(f'`final_dense` (={final_dense}) must not be above '

@@ -3,20 +3,21 @@
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.rules import assembly
 from sparse_jax import checks
 from sparse_jax import trees
-from sparse_jax.rules import budgets as budget
-from sparse_jax.masks import scores as scoring
+from sparse_jax.masks import scores
 from sparse_jax.masks import selection
-from sparse_jax.rules import sites as sites_lib
-from sparse_jax.rules.assembly import SparseMethod
-from sparse_jax.rules.assembly import UNIFORM
-from sparse_jax.rules.assembly import UNSTRUCTURED
+from sparse_jax.masks.allocations import uniform
+from sparse_jax.masks.structures import Unstructured
+from sparse_jax.rules import budgets
+from sparse_jax.rules import leaves as leaves_lib
+from sparse_jax.rules import rule
+from sparse_jax.rules.make_method import make_method
+from sparse_jax.rules.state import SparseMethod
 
 
 def snip(sparsity: float, *, scope: str = 'layer', skip_step: bool = False,
-         allocation=UNIFORM, structure=UNSTRUCTURED,
+         allocation=uniform, structure=Unstructured(),
          is_sparse: selection.IsSparse = None, batch_axes: selection.Axes = (),
          contracting: selection.Axes | None = None) -> SparseMethod:
   """Single-shot pruning: keeps the largest |w dL/dw| of the first batch.
@@ -46,19 +47,18 @@ def snip(sparsity: float, *, scope: str = 'layer', skip_step: bool = False,
     were scored, where the official code draws new ones; under 'global' every
     leaf keeps its best entry, so that no layer is cut off.
   """
-  sites = sites_lib.Sites(sparsity, allocation, structure, is_sparse,
-                          batch_axes, contracting).checked()
+  where = leaves_lib.Sites(sparsity, allocation, structure, is_sparse,
+                           batch_axes, contracting).checked()
 
-  def scores(seen, weights):
-    grads = trees.leaves_by_path(seen.grads)
-    return {path: scoring.saliency(weight, grads[path])
-            for path, weight in weights.items()}
+  def groups(leaves, nows, seen):
+    del leaves, seen
+    return {path: now.score(scores.saliency) for path, now in nows.items()}
 
-  return _at_first_update(sites, scope, skip_step, scores)
+  return _at_first_update('snip', where, scope, skip_step, groups)
 
 
 def grasp(sparsity: float, *, scope: str = 'global', skip_step: bool = False,
-          allocation=UNIFORM, structure=UNSTRUCTURED,
+          allocation=uniform, structure=Unstructured(),
           is_sparse: selection.IsSparse = None, batch_axes: selection.Axes = (),
           contracting: selection.Axes | None = None) -> SparseMethod:
   """Gradient signal preservation: removes what hinders the gradient's flow.
@@ -98,16 +98,21 @@ def grasp(sparsity: float, *, scope: str = 'global', skip_step: bool = False,
     and balances the classes of the batch); under 'global' every leaf keeps
     its best entry.
   """
-  sites = sites_lib.Sites(sparsity, allocation, structure, is_sparse,
-                          batch_axes, contracting).checked()
+  where = leaves_lib.Sites(sparsity, allocation, structure, is_sparse,
+                           batch_axes, contracting).checked()
 
-  def scores(seen, weights):
-    curved = trees.leaves_by_path(_hessian_gradient(seen, set(weights)))
-    return {path: weight.astype(jnp.float32) * curved[path]
-            for path, weight in weights.items()}
+  def groups(leaves, nows, seen):
+    del nows
+    if 'grad_fn' not in seen.extra_args:
+      raise ValueError('`grad_fn` must be given to tx.update(..., '
+                       'grad_fn=...) with grasp.')
+    weights = trees.leaves_by_path(seen.params)
+    curved = trees.leaves_by_path(_hessian_gradient(seen, set(leaves)))
+    return {path: leaf.layout.group(weights[path].astype(jnp.float32)
+                                    * curved[path])
+            for path, leaf in leaves.items()}
 
-  return _at_first_update(sites, scope, skip_step, scores,
-                          needs=('grad_fn',))
+  return _at_first_update('grasp', where, scope, skip_step, groups)
 
 
 def _hessian_gradient(seen, paths):
@@ -122,36 +127,19 @@ def _hessian_gradient(seen, paths):
   return curved
 
 
-def _at_first_update(sites, scope, skip_step, scores, needs=()) -> SparseMethod:
-  """Full masks, then those of the best groups by `scores(step, weights)`."""
-  budget.check_scope(sites, scope)
+def _at_first_update(name, where, scope, skip_step, groups) -> SparseMethod:
+  """Full masks, then those of the best groups by `groups(leaves, ...)`."""
+  budgets.check_scope(where, scope)
   checks.check_bool('skip_step', skip_step)
 
-  def renew(seen, state):
-    _check_extra_args(seen, needs)
-    leaves = sites.leaves(seen.params)
-    at_start = seen._replace(updates=None)
+  def choose(leaves, nows, seen):
+    found = groups(leaves, nows, seen)
+    counts = budgets.counts_by_scope(leaves, found, scope, where.sparsity)
+    return budgets.best(leaves, found, counts), None
 
-    def choose(weights):
-      own = scores(at_start, {path: weights[path] for path in leaves})
-      groups = {path: leaf.layout.group(own[path])
-                for path, leaf in leaves.items()}
-      counts = assembly.counts_by_scope(leaves, groups, scope, sites.sparsity)
-      return assembly.best_levels(leaves, groups, counts), state.extra
-
-    return sites_lib.next_together(state.step == 0, choose, at_start, state)
-
-  def first(state):
-    return state.step == 0
-
-  return assembly.make_method(
-      assembly.full_start(sites), read=assembly.read_forward, renew=renew,
-      zeros=True, skips=first if skip_step else None,
-      work=assembly.shared_work(sites, lambda d: (d, d, d)))
-
-
-def _check_extra_args(seen, needs) -> None:
-  for name in needs:
-    if name not in seen.extra_args:
-      raise ValueError(f'`{name}` must be given to tx.update(..., {name}=...) '
-                       'with this method.')
+  return make_method(rule.Rule(
+      name, where, choose, first=rule.full_first,
+      refreshes=lambda step: step == 1, zeros=True, skip_step=skip_step,
+      together=True, before_update=True,
+      unpackable='its masks are full before the first update: pack what it '
+      'found, packed(fixed(masks, structure=...))'))

@@ -1,28 +1,17 @@
-"""Sparsity that is learnt: thresholds and gates among the parameters.
+"""Sparsity that is learnt: thresholds and gates among the parameters."""
 
-`method.parametrize` adds them to the parameter tree under a key of their own,
-shaped to broadcast against their kernels, so that the optimizer trains (and
-decays) them like anything else; `read` gives back the model's own tree. The
-gradient may reach every weight, so the backward set is full.
-"""
-
-from collections.abc import Callable
-from collections.abc import Mapping
 import math
 import numbers
 
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.rules import assembly
 from sparse_jax import checks
 from sparse_jax import trees
-from sparse_jax.masks import masking
 from sparse_jax.masks import selection
-from sparse_jax.rules import sites as sites_lib
-from sparse_jax.rules.assembly import SparseMethod
-
-THRESHOLDS, GATES = 'thresholds', 'gates'
+from sparse_jax.rules.learned import learned_method
+from sparse_jax.rules.leaves import Leaf
+from sparse_jax.rules.state import SparseMethod
 
 
 def str_(*, initial: float = -3200., is_sparse: selection.IsSparse = None,
@@ -53,11 +42,10 @@ def str_(*, initial: float = -3200., is_sparse: selection.IsSparse = None,
   Reference:
     Kusupati et al., STR, 2020, https://arxiv.org/abs/2002.03231, section 3.
   """
-  sites = _sites(is_sparse, batch_axes)
   _check_finite('initial', initial)
 
-  def read_leaf(weight, s, state):
-    del state
+  def read_leaf(weight, s, step):
+    del step
     wide = weight.astype(jnp.float32)
     soft = jnp.sign(wide) * jax.nn.relu(jnp.abs(wide) - jax.nn.sigmoid(s))
     return soft.astype(weight.dtype)
@@ -66,8 +54,9 @@ def str_(*, initial: float = -3200., is_sparse: selection.IsSparse = None,
     del step
     return jnp.abs(weight.astype(jnp.float32)) > jax.nn.sigmoid(s)
 
-  return _method(sites, THRESHOLDS, lambda leaf: jnp.full(
-      _stack_shape(leaf), initial, jnp.float32), read_leaf, is_kept)
+  return learned_method('str_', 'thresholds', lambda leaf: jnp.full(
+      _stack_shape(leaf), initial, jnp.float32), read_leaf, is_kept,
+                        is_sparse=is_sparse, batch_axes=batch_axes)
 
 
 def dst(*, penalty_weight: float = 5e-6, least_kept: float = 0.01,
@@ -103,12 +92,11 @@ def dst(*, penalty_weight: float = 5e-6, least_kept: float = 0.01,
     Liu et al., Dynamic sparse training, 2020,
     https://arxiv.org/abs/2005.06870, sections 3.2 to 3.4.
   """
-  sites = _sites(is_sparse, batch_axes)
   checks.check_non_negative('penalty_weight', penalty_weight)
   checks.check_fraction('least_kept', least_kept)
 
-  def read_leaf(weight, t, state):
-    del state
+  def read_leaf(weight, t, step):
+    del step
     wide = weight.astype(jnp.float32)
     return (wide * _estimated_step(jnp.abs(wide) - t)).astype(weight.dtype)
 
@@ -116,32 +104,26 @@ def dst(*, penalty_weight: float = 5e-6, least_kept: float = 0.01,
     del step
     return jnp.abs(weight.astype(jnp.float32)) > t
 
-  def penalty(params, state):
-    del state
-    _, thresholds = split(params, THRESHOLDS)
-    total = sum(jnp.sum(jnp.exp(-t)) for t in jax.tree.leaves(thresholds))
+  def penalty(learnt, step):
+    del step
+    total = sum(jnp.sum(jnp.exp(-t)) for t in jax.tree.leaves(learnt))
     return penalty_weight * total
 
-  def adjust(params, updates, old, new):
+  def adjust(now):
     """Back to 0 where the new parameters keep too little of a layer."""
-    del old
-    model, thresholds = split(params, THRESHOLDS)
-    leaves = sites.leaves(model)
-
-    def visit(path, update, t, marks):
-      layer = tuple(axis for axis in range(marks.ndim)
-                    if axis not in leaves[path].layout.stacked)
-      kept = jnp.mean(masking.forward_mask(marks).astype(jnp.float32),
-                      axis=layer, keepdims=True)
+    def visit(path, update, t):
+      layer = tuple(axis for axis in range(t.ndim)
+                    if axis not in now.leaves[path].layout.stacked)
+      kept = jnp.mean(now.kept[path].astype(jnp.float32), axis=layer,
+                      keepdims=True)
       return jnp.where(kept <= least_kept, -t, update)
 
-    moved, own = split(updates, THRESHOLDS)
-    own = trees.map_leaves(visit, own, thresholds, new.marks)
-    return join(moved, own, THRESHOLDS)
+    return now.moves, trees.map_leaves(visit, now.learnt_moves, now.learnt)
 
-  return _method(sites, THRESHOLDS, lambda leaf: jnp.zeros(
+  return learned_method('dst', 'thresholds', lambda leaf: jnp.zeros(
       _output_shape(leaf), jnp.float32), read_leaf, is_kept, penalty=penalty,
-                 adjust=adjust)
+                        adjust=adjust, is_sparse=is_sparse,
+                        batch_axes=batch_axes)
 
 
 @jax.custom_jvp
@@ -198,7 +180,6 @@ def cs(*, initial: float = 0., temperature: float = 200.,
     Savarese et al., Continuous sparsification, 2020,
     https://arxiv.org/abs/1912.04427, algorithm 2.
   """
-  sites = _sites(is_sparse, batch_axes)
   _check_cs(initial, temperature, penalty_weight, rounds, round_steps,
             rewind_to)
   whole = 1 / (1 + math.exp(-initial))
@@ -212,50 +193,42 @@ def cs(*, initial: float = 0., temperature: float = 200.,
     soft = jax.nn.sigmoid(heat(step) * s)
     return jnp.where(hard, (s > 0).astype(jnp.float32), soft)
 
-  def read_leaf(weight, s, state):
-    factor = gate(s, state.step) / whole
+  def read_leaf(weight, s, step):
+    factor = gate(s, step) / whole
     return (weight.astype(jnp.float32) * factor).astype(weight.dtype)
 
   def is_kept(weight, s, step):
     del weight
     return (s > 0) | (step < rounds * round_steps)
 
-  def penalty(params, state):
-    _, gates = split(params, GATES)
-    total = sum(jnp.sum(gate(s, state.step)) for s in jax.tree.leaves(gates))
+  def penalty(learnt, step):
+    total = sum(jnp.sum(gate(s, step)) for s in jax.tree.leaves(learnt))
     return penalty_weight * total
 
   def begins_again(step):
     return (step % round_steps == 0) & (step < rounds * round_steps)
 
-  def remember(params):
-    return jax.tree.map(jnp.array, split(params, GATES)[0])
-
-  def renew(seen, state):
+  def remember(model, extra, step):
     """Keeps the weights of step `rewind_to`."""
-    model, _ = split(seen.params, GATES)
-    here = state.step + 1 == rewind_to
-    return state._replace(extra=jax.tree.map(
-        lambda new, old: jnp.where(here, new, old), model, state.extra))
+    return jax.tree.map(lambda new, old: jnp.where(step == rewind_to, new,
+                                                   old), model, extra)
 
-  def adjust(params, updates, old, new):
-    again = begins_again(old.step + 1)
-    model, gates = split(params, GATES)
-    moved, own = split(updates, GATES)
-    moved = jax.tree.map(lambda p, u, first: jnp.where(again, first - p, u),
-                         model, moved, new.extra)
-    own = jax.tree.map(lambda s, u: jnp.where(again, jnp.minimum(
-        temperature * (s + u), initial) - s, u), gates, own)
-    return join(moved, own, GATES)
+  def adjust(now):
+    again = begins_again(now.step)
+    moves = jax.tree.map(lambda p, u, first: jnp.where(again, first - p, u),
+                         now.model, now.moves, now.extra)
+    learnt = jax.tree.map(lambda s, u: jnp.where(again, jnp.minimum(
+        temperature * (s + u), initial) - s, u), now.learnt, now.learnt_moves)
+    return moves, learnt
 
-  several = rounds > 1
-  return _method(
-      sites, GATES, lambda leaf: jnp.full(leaf.layout.shape, initial,
-                                          jnp.float32),
-      read_leaf, is_kept, penalty=penalty,
-      extra=remember if several else None, renew=renew if several else None,
-      adjust=adjust if several else None,
-      resets=(lambda state: begins_again(state.step + 1)) if several else None)
+  several = dict(
+      extra=lambda model: jax.tree.map(jnp.array, model), remember=remember,
+      adjust=adjust, resets=lambda state: begins_again(state.step + 1))
+  return learned_method(
+      'cs', 'gates', lambda leaf: jnp.full(leaf.layout.shape, initial,
+                                           jnp.float32), read_leaf, is_kept,
+      penalty=penalty, is_sparse=is_sparse, batch_axes=batch_axes,
+      **several if rounds > 1 else {})
 
 
 def _check_cs(initial, temperature, penalty_weight, rounds, round_steps,
@@ -273,107 +246,13 @@ def _check_cs(initial, temperature, penalty_weight, rounds, round_steps,
                      f'{round_steps}.')
 
 
-def _method(sites, name: str, first: Callable[[sites_lib.Leaf], jax.Array],
-            read_leaf: Callable[..., jax.Array], is_kept, *, renew=None,
-            penalty=None, adjust=None, extra=None, resets=None) -> SparseMethod:
-  """A method whose `read_leaf(weight, learnt, state)` has learnt arrays.
-
-  `first(leaf)` makes them; `is_kept(weight, learnt, step)` is the mask.
-  """
-  def parametrize(params):
-    if not isinstance(params, Mapping) or name in params:
-      raise ValueError(f'`params` (a {type(params).__name__}) must be a '
-                       f'mapping without the key {name!r}.')
-    leaves = sites.leaves(params)
-    learnt = _only(params, {path: first(leaf)
-                            for path, leaf in leaves.items()})
-    return join(params, learnt, name)
-
-  def levels(leaf, weight, learnt, step):
-    kept = jnp.broadcast_to(is_kept(weight, learnt, step), leaf.layout.shape)
-    return kept.astype(jnp.uint8) + jnp.uint8(1)
-
-  def start(params, key):
-    del key
-    model, learnt = split(params, name)
-    own = trees.leaves_by_path(learnt)
-    return sites_lib.first_marks(model, sites.leaves(model), lambda leaf, w:
-                                 levels(leaf, w, own[leaf.path], 0))
-
-  def read(params, state):
-    model, learnt = split(params, name)
-
-    def visit(path, weight, own):
-      del path
-      return weight if own is None else read_leaf(weight, own, state)
-
-    return trees.map_leaves(visit, model, learnt)
-
-  def renew_marks(seen, state):
-    model, learnt = split(seen.params, name)
-    leaves = sites.leaves(model)
-
-    def visit(path, weight, own, old):
-      if own is None:
-        return old
-      step = state.step + 1
-      return masking.mark(levels(leaves[path], weight, own, step), old)
-
-    marks = trees.map_leaves(visit, model, learnt, state.marks)
-    state = state._replace(marks=marks)
-    return state if renew is None else renew(seen, state)
-
-  return assembly.make_method(
-      start, read=read, renew=renew_marks, extra=extra, adjust=adjust,
-      penalty=penalty, resets=resets, parametrize=parametrize)
-
-
-def split(params: trees.PyTree, name: str) -> tuple[trees.PyTree, trees.PyTree]:
-  """The model's own tree, and what `parametrize` has added to it.
-
-  Raises:
-    ValueError: if nothing was added.
-  """
-  if not isinstance(params, Mapping) or name not in params:
-    raise ValueError(f'`params` (a {type(params).__name__}) must have the key '
-                     f'{name!r}: use params = method.parametrize(params).')
-  own = _entries(params)
-  learnt = own.pop(name)
-  return type(params)(own), learnt
-
-
-def join(model: trees.PyTree, learnt: trees.PyTree, name: str) -> trees.PyTree:
-  """The tree that `split` takes apart."""
-  return type(model)({**_entries(model), name: learnt})
-
-
-def _entries(tree: Mapping) -> dict:
-  """The keys and values of a mapping; NNX would wrap its values anew."""
-  return dict(getattr(tree, 'raw_mapping', tree))
-
-
-def _only(tree, replacements, path=()):
-  """The leaves with a replacement, in the same nesting of mappings."""
-  if not isinstance(tree, Mapping):
-    return replacements.get('/'.join(map(str, path)))
-  parts = {key: _only(value, replacements, (*path, key))
-           for key, value in tree.items()}
-  return {key: part for key, part in parts.items() if part is not None and (
-      not isinstance(part, dict) or part)}
-
-
-def _sites(is_sparse, batch_axes) -> sites_lib.Sites:
-  return sites_lib.Sites(0., is_sparse=is_sparse,
-                         batch_axes=batch_axes).checked()
-
-
-def _stack_shape(leaf: sites_lib.Leaf) -> tuple[int, ...]:
+def _stack_shape(leaf: Leaf) -> tuple[int, ...]:
   """One number for each layer, shaped to broadcast against its weights."""
   return tuple(n if axis in leaf.layout.stacked else 1
                for axis, n in enumerate(leaf.layout.shape))
 
 
-def _output_shape(leaf: sites_lib.Leaf) -> tuple[int, ...]:
+def _output_shape(leaf: Leaf) -> tuple[int, ...]:
   """One number for each output of each layer, likewise."""
   layout = leaf.layout
   last = max(layout.rows, default=-1)

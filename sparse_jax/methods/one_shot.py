@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from sparse_jax import checks
 from sparse_jax import trees
 from sparse_jax.jaxprs import matrices
-from sparse_jax.masks import masking
+from sparse_jax.masks import layouts
 from sparse_jax.masks import selection
 from sparse_jax.masks import structures
 from sparse_jax.masks import topk
@@ -97,7 +97,7 @@ def one_shot(fn: Callable[..., Any], params: trees.PyTree,
   checks.check_callable('fn', fn)
   checks.check_sparsity('sparsity', sparsity)
   structures.check_structure(structure)
-  masking.check_fixed_sparsity(structure, sparsity)
+  layouts.check_fixed_sparsity(structure, sparsity)
   if by not in RULES:
     raise ValueError(f'`by` (={by!r}) must be one of {RULES}.')
   batches = _checked(batches)
@@ -190,7 +190,7 @@ def _mask(view, scores, sparsity, structure):
     flat = scores.transpose(0, 2, 1, 3).reshape(positions, inputs, -1)
   else:
     flat = scores.reshape(groups, inputs, outputs)
-  mask = masking.make_mask(flat, sparsity, structure=structure)
+  mask = layouts.make_mask(flat, sparsity, structure=structure)
   if positions > 1:
     mask = mask.reshape(positions, inputs, groups, outputs).transpose(
         0, 2, 1, 3)

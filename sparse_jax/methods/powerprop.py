@@ -1,17 +1,19 @@
 """Powerpropagation: a reparametrisation that makes the rich richer."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.rules import assembly
 from sparse_jax import checks
 from sparse_jax import trees
-from sparse_jax.masks import masking
-from sparse_jax.rules import sites as sites_lib
+from sparse_jax.masks import marks as marks_lib
 from sparse_jax.rules import state as state_lib
-from sparse_jax.rules.assembly import SparseMethod
+from sparse_jax.rules import storage as storage_lib
+from sparse_jax.rules import updates as updates_lib
+from sparse_jax.rules.make_method import refresh_by
+from sparse_jax.rules.state import SparseMethod
 
 
 def powerprop(method: SparseMethod, alpha: float = 2., *,
@@ -58,50 +60,72 @@ def powerprop(method: SparseMethod, alpha: float = 2., *,
   checks.check_non_negative('least_slope', least_slope)
   power = functools.partial(_power_leaf, alpha, least_slope)
 
-  def weights_of(theta, marks):
-    return masking.map_marked(
-        lambda leaf, own: power(leaf, masking.backward_mask(own)), theta, marks)
+  name = f'powerprop({method.name})'
+
+  def renamed(state, name):
+    plan = dataclasses.replace(state.plan, method=name)
+    return state._replace(plan=plan)
+
+  def own_state(state):
+    """The inner method's state."""
+    state = state_lib.get_state(state)
+    if state.plan.method != name:
+      raise ValueError(f'`opt_state` holds the state of {state.plan.method!r}, '
+                       f'and this method is {name!r}.')
+    return renamed(state, method.name)
 
   def parametrize(params):
     marks = jax.eval_shape(method.init, method.parametrize(params)).marks
-    return method.parametrize(masking.map_marked(
+    return method.parametrize(marks_lib.map_marked(
         lambda leaf, own: _root(leaf, alpha), params, marks))
 
   def init(params, key=None):
     marks = jax.eval_shape(method.init, params).marks
-    return method.init(masking.map_marked(
-        lambda leaf, own: _power(leaf, alpha), params, marks), key)
+    return renamed(method.init(marks_lib.map_marked(
+        lambda leaf, own: _power(leaf, alpha), params, marks), key), name)
 
   def read(params, state):
-    state = state_lib.get_state(state)
-    return method.read(weights_of(params, state.marks), state)
+    state = own_state(state)
+    weights = marks_lib.map_marked(
+        lambda leaf, own: power(leaf, marks_lib.backward_mask(own)), params,
+        storage_lib.entry_marks(state))
+    return method.read(weights, state)
 
-  def settle(params, updates, grads, state, **extra_args):
-    stepped = jax.tree.map(sites_lib.apply_update, params, updates)
-    weights = masking.map_marked(lambda leaf, own: _wide_power(leaf, alpha),
-                                 stepped, state.marks)
+  def penalty(params, state):
+    return method.penalty(params, own_state(state))
+
+  def update(updates, grads, state, params, **extra_args):
+    state = own_state(state)
+    marks = storage_lib.entry_marks(state)
+    stepped = jax.tree.map(updates_lib.apply_update, params, updates)
+    weights = marks_lib.map_marked(lambda leaf, own: _wide_power(leaf, alpha),
+                                   stepped, marks)
     still = jax.tree.map(lambda w: jnp.full_like(w, -0.), weights)
-    slopes = masking.map_marked(lambda leaf, own: jnp.where(
-        masking.backward_mask(own), _slope(leaf, alpha, least_slope), 1),
-                                params, state.marks)
-    own_grads = masking.map_marked(
-        lambda g, own, slope: _divide(g, slope), grads, state.marks, slopes)
-    moves, new = method.settle(weights, still, own_grads, state, **extra_args)
+    slopes = marks_lib.map_marked(lambda leaf, own: jnp.where(
+        marks_lib.backward_mask(own), _slope(leaf, alpha, least_slope), 1),
+                                  params, marks)
+    own_grads = marks_lib.map_marked(
+        lambda g, own, slope: _divide(g, slope), grads, marks, slopes)
+    moves, new = method.update(still, own_grads, state, weights, **extra_args)
     return trees.map_leaves(
         functools.partial(_combine, alpha), params, updates, weights, moves,
-        state.marks), new
+        marks), renamed(new, name)
 
-  return method._replace(parametrize=parametrize, init=init, read=read,
-                         refresh=assembly.refresh_by(settle), settle=settle,
-                         kept=None)
+  def operators(params, state):
+    return method.operators(params, own_state(state))
+
+  return method._replace(
+      name=name, parametrize=parametrize, init=init, read=read,
+      penalty=penalty, refresh=refresh_by(update), update=update, rule=None,
+      operators=method.operators and operators)
 
 
 def _combine(alpha, path, theta, update, weight, move, marks):
   """The update of theta, where the method moved w the one that leads there."""
   del path
-  if not masking.is_marked(marks):
+  if not marks_lib.is_marked(marks):
     return jnp.where(move == 0, update, update + move)
-  moved = sites_lib.apply_update(weight, move)
+  moved = updates_lib.apply_update(weight, move)
   there = _root(moved, alpha).astype(theta.dtype)
   return jnp.where(moved == weight, update, there - theta)
 

@@ -3,21 +3,23 @@
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.rules import assembly
 from sparse_jax import checks
 from sparse_jax import trees
-from sparse_jax.rules import budgets as budget
 from sparse_jax.masks import selection
-from sparse_jax.rules import sites as sites_lib
-from sparse_jax.rules import state as state_lib
 from sparse_jax.masks import topk
-from sparse_jax.rules.assembly import SparseMethod
-from sparse_jax.rules.assembly import UNIFORM
-from sparse_jax.rules.assembly import UNSTRUCTURED
+from sparse_jax.masks.allocations import uniform
+from sparse_jax.masks.structures import Unstructured
+from sparse_jax.rules import budgets
+from sparse_jax.rules import leaves as leaves_lib
+from sparse_jax.rules import rule
+from sparse_jax.rules import updates
+from sparse_jax.rules.make_method import make_method
+from sparse_jax.rules.state import SparseMethod
+from sparse_jax.rules.storage import zeros_like_leaves
 
 
 def snfs(sparsity: float, *, drop_fraction: float = 0.5, momentum: float = 0.9,
-         skip_step: bool = False, allocation=UNIFORM, structure=UNSTRUCTURED,
+         skip_step: bool = False, allocation=uniform, structure=Unstructured(),
          is_sparse: selection.IsSparse = None, batch_axes: selection.Axes = (),
          contracting: selection.Axes | None = None, update_every: int = 100,
          update_begin: int = 0, update_end: int | None = None) -> SparseMethod:
@@ -52,44 +54,39 @@ def snfs(sparsity: float, *, drop_fraction: float = 0.5, momentum: float = 0.9,
     rounding lets it drift); the drop fraction falls to 0 if `update_end` is
     given, there to 0.005; nearly dense leaves have no rule of their own.
   """
-  sites = sites_lib.Sites(sparsity, allocation, structure, is_sparse,
-                          batch_axes, contracting).checked()
-  budget.check_movable(sites, 'structure', structure)
+  where = leaves_lib.Sites(sparsity, allocation, structure, is_sparse,
+                           batch_axes, contracting).checked()
+  budgets.check_movable(where, 'structure', structure)
   checks.check_sparsity('momentum', momentum)
-  drop = assembly.drop_schedule(drop_fraction, update_end)
+  drop = updates.drop_schedule(drop_fraction, update_end)
 
-  def averages(params):
-    leaves = sites.leaves(params)
-    return {path: jnp.zeros(leaf.layout.shape, jnp.float32)
-            for path, leaf in leaves.items()}
-
-  def remember(seen, state):
+  def remember(seen, averages):
     grads = trees.leaves_by_path(seen.grads)
     return {path: momentum * old + (1 - momentum) * grads[path].astype(
-        jnp.float32) for path, old in state.extra.items()}
+        jnp.float32) for path, old in averages.items()}
 
-  def choose(leaves, weights, active, state):
-    step, kept, growth = state.step + 1, {}, {}
+  def choose(leaves, nows, seen):
+    del seen
+    kept, growth, claims = {}, {}, {}
     for path, leaf in leaves.items():
-      left = topk.keep_count(sites_lib.count(leaf, active[path]),
-                             jnp.float32(drop(step)))
-      kept[path] = leaf.layout.top(sites_lib.only(
-          active[path], leaf.magnitudes(weights[path])), left)
-      growth[path] = leaf.magnitudes(state.extra[path])
-    claims = {path: _mean(leaf, growth[path], active[path])
-              for path, leaf in leaves.items()}
-    dropped = _total(_counts(leaves, active)) - _total(_counts(leaves, kept))
-    return _grow(leaves, kept, kept, growth, dropped, claims), state.extra
+      now = nows[path]
+      left = topk.keep_count(leaf.sum(now.active),
+                             jnp.float32(drop(now.step)))
+      kept[path] = leaf.top(now.magnitudes, left, among=now.active)
+      growth[path] = leaf.layout.group(jnp.abs(now.extra))
+      claims[path] = _mean(leaf, growth[path], now.active)
+    active = {path: now.active for path, now in nows.items()}
+    dropped = _total(leaves, active) - _total(leaves, kept)
+    return _grow(leaves, kept, kept, growth, dropped, claims), None
 
-  return _moving(sites, choose, (update_every, update_begin, update_end),
-                 skip_step, extra=averages, remember=remember,
-                 read=assembly.read_dense_gradient,
-                 share=lambda d: (d, d, 1.))
+  return _moving('snfs', where, choose, (update_every, update_begin,
+                                         update_end), skip_step,
+                 extra=zeros_like_leaves, remember=remember, gradient='all')
 
 
 def dsr(sparsity: float, *, drop_fraction: float = 0.1,
-        threshold: float = 1e-3, skip_step: bool = False, allocation=UNIFORM,
-        structure=UNSTRUCTURED, is_sparse: selection.IsSparse = None,
+        threshold: float = 1e-3, skip_step: bool = False, allocation=uniform,
+        structure=Unstructured(), is_sparse: selection.IsSparse = None,
         batch_axes: selection.Axes = (),
         contracting: selection.Axes | None = None, update_every: int = 100,
         update_begin: int = 0, update_end: int | None = None) -> SparseMethod:
@@ -125,88 +122,68 @@ def dsr(sparsity: float, *, drop_fraction: float = 0.1,
     what it just dropped; optimizer slots start fresh; the aim falls to 0
     along a cosine if `update_end` is given.
   """
-  sites = sites_lib.Sites(sparsity, allocation, structure, is_sparse,
-                          batch_axes, contracting).checked()
-  budget.check_movable(sites, 'structure', structure)
+  where = leaves_lib.Sites(sparsity, allocation, structure, is_sparse,
+                           batch_axes, contracting).checked()
+  budgets.check_movable(where, 'structure', structure)
   if checks.check_non_negative('threshold', threshold) == 0:
     raise ValueError(f'`threshold` (={threshold!r}) must be above 0.')
-  aim = assembly.drop_schedule(drop_fraction, update_end)
+  aim = updates.drop_schedule(drop_fraction, update_end)
 
-  def choose(leaves, weights, active, state):
-    key = state_lib.step_key(state, state.step + 1)
+  def choose(leaves, nows, seen):
+    del seen
     kept, growth, claims = {}, {}, {}
     for path, leaf in leaves.items():
-      worth = sites_lib.only(active[path], leaf.magnitudes(weights[path]))
-      kept[path] = (worth >= state.extra) | leaf.layout.top(worth, 1)
+      now = nows[path]
+      small = jnp.where(now.active, now.magnitudes, jnp.nan)
+      kept[path] = ((small >= now.extra)
+                    | leaf.top(now.magnitudes, 1, among=now.active))
       # What was just dropped comes last, where nothing else is left.
-      growth[path] = leaf.random_scores(key) - active[path]
-      claims[path] = sites_lib.count(leaf, kept[path]).astype(jnp.float32)
-    total = _total(_counts(leaves, active))
-    dropped = total - _total(_counts(leaves, kept))
-    wanted = aim(state.step + 1) * total
-    turned = jnp.where(dropped > 1.1 * wanted, state.extra / 2, jnp.where(
-        dropped < .9 * wanted, state.extra * 2, state.extra))
+      growth[path] = now.random - now.active
+      claims[path] = leaf.sum(kept[path]).astype(jnp.float32)
+    old, step = now.extra, now.step
+    active = {path: now.active for path, now in nows.items()}
+    total = _total(leaves, active)
+    dropped, wanted = total - _total(leaves, kept), aim(step) * total
+    turned = jnp.where(dropped > 1.1 * wanted, old / 2, jnp.where(
+        dropped < .9 * wanted, old * 2, old))
     return _grow(leaves, kept, active, growth, dropped, claims), turned
 
-  return _moving(sites, choose, (update_every, update_begin, update_end),
-                 skip_step, extra=lambda params: jnp.full((), threshold,
-                                                          jnp.float32),
-                 read=assembly.read_forward, share=lambda d: (d, d, d))
+  return _moving('dsr', where, choose, (update_every, update_begin,
+                                        update_end), skip_step,
+                 extra=lambda leaves: jnp.full((), threshold, jnp.float32))
 
 
 def _grow(leaves, kept, taken, growth, total, claims):
-  """{path: levels} after `total` groups are shared out and grown.
+  """{path: bool} after `total` groups are shared out and grown.
 
   `taken` are the groups that count as occupied as long as others are free.
   """
-  empty = _counts(leaves, {path: ~taken[path] for path in leaves})
-  free = _counts(leaves, {path: ~kept[path] for path in leaves})
-  shares = budget.share_out(total, claims, empty)
-  more = budget.share_out(total - _total(shares), claims, {
+  empty = {path: leaf.sum(~taken[path]) for path, leaf in leaves.items()}
+  free = {path: leaf.sum(~kept[path]) for path, leaf in leaves.items()}
+  shares = budgets.share_out(total, claims, empty)
+  more = budgets.share_out(total - _sum(shares), claims, {
       path: free[path] - shares[path] for path in leaves})
-  levels = {}
-  for path, leaf in leaves.items():
-    grown = leaf.layout.top(sites_lib.only(~kept[path], growth[path]),
-                            shares[path] + more[path])
-    levels[path] = sites_lib.levels(leaf, kept[path] | grown,
-                                    kept[path] | grown)
-  return levels
-
-
-def _moving(sites, choose, window, skip_step, *, extra, read, share,
-            remember=None) -> SparseMethod:
-  """A method whose leaves refresh together, by `choose`."""
-  checks.check_bool('skip_step', skip_step)
-  due = assembly.refresh_window(*window)
-
-  def renew(seen, state):
-    if remember is not None:
-      state = state._replace(extra=remember(seen, state))
-    leaves = sites.leaves(seen.params)
-    marks = trees.leaves_by_path(state.marks)
-
-    def together(weights):
-      active = {path: sites_lib.active_groups(leaf, marks[path])
-                for path, leaf in leaves.items()}
-      return choose(leaves, weights, active, state)
-
-    return sites_lib.next_together(due(state.step + 1), together, seen, state)
-
-  def skips(state):
-    return jnp.asarray(due(state.step + 1))
-
-  return assembly.make_method(
-      assembly.random_start(sites), read=read, renew=renew, extra=extra,
-      zeros=True, skips=skips if skip_step else None,
-      work=assembly.shared_work(sites, share))
-
-
-def _counts(leaves, groups):
-  return {path: sites_lib.count(leaf, groups[path])
+  return {path: kept[path] | leaf.top(
+      growth[path], shares[path] + more[path], among=~kept[path])
           for path, leaf in leaves.items()}
 
 
-def _total(counts) -> jax.Array:
+def _moving(name, where, choose, window, skip_step, *, extra, remember=None,
+            gradient='A') -> SparseMethod:
+  """A method whose leaves refresh together, by `choose`."""
+  checks.check_bool('skip_step', skip_step)
+  return make_method(rule.Rule(
+      name, where, choose, first=rule.random_first,
+      refreshes=updates.refresh_window(*window), gradient=gradient, zeros=True,
+      skip_step=skip_step, together=True, extra=extra, remember=remember,
+      unpackable='its leaves exchange their shares'))
+
+
+def _total(leaves, groups) -> jax.Array:
+  return _sum({path: leaf.sum(groups[path]) for path, leaf in leaves.items()})
+
+
+def _sum(counts) -> jax.Array:
   return sum(jnp.sum(count, dtype=jnp.int32) for count in counts.values())
 
 
@@ -214,4 +191,4 @@ def _mean(leaf, groups: jax.Array, active: jax.Array) -> jax.Array:
   """float32: mean of the active groups of each competition."""
   total = jnp.sum(jnp.where(active, groups, 0), axis=leaf.layout.competing,
                   keepdims=True)
-  return total / jnp.maximum(sites_lib.count(leaf, active), 1)
+  return total / jnp.maximum(leaf.sum(active), 1)

@@ -1,21 +1,20 @@
 """Masks at constant sparsity: small weights drop, others grow."""
 
-import jax.numpy as jnp
-
-from sparse_jax.masks import allocations as allocation_lib
-from sparse_jax.rules import assembly
 from sparse_jax import checks
+from sparse_jax.masks import allocations
 from sparse_jax.masks import selection
-from sparse_jax.rules import sites as sites_lib
-from sparse_jax.rules import state as state_lib
-from sparse_jax.rules.assembly import SparseMethod
-from sparse_jax.rules.assembly import UNIFORM
-from sparse_jax.rules.assembly import UNSTRUCTURED
+from sparse_jax.masks.allocations import uniform
+from sparse_jax.masks.structures import Unstructured
+from sparse_jax.rules import leaves
+from sparse_jax.rules import rule
+from sparse_jax.rules import updates
+from sparse_jax.rules.make_method import make_method
+from sparse_jax.rules.state import SparseMethod
 
 
 def set_(sparsity: float, *, drop_fraction: float = 0.3,
          drop_by: str = 'magnitude', skip_step: bool = False,
-         allocation=UNIFORM, structure=UNSTRUCTURED,
+         allocation=uniform, structure=Unstructured(),
          is_sparse: selection.IsSparse = None, batch_axes: selection.Axes = (),
          contracting: selection.Axes | None = None, update_every: int = 100,
          update_begin: int = 0, update_end: int | None = None) -> SparseMethod:
@@ -52,20 +51,27 @@ def set_(sparsity: float, *, drop_fraction: float = 0.3,
     refreshes once an epoch and leaves the last layer dense. Its code drops
     the weight at the threshold too; here the count is rounded.
   """
-  sites = sites_lib.Sites(sparsity, allocation, structure, is_sparse,
-                          batch_axes, contracting).checked()
-  window = assembly.refresh_window(update_every, update_begin, update_end)
+  where = leaves.Sites(sparsity, allocation, structure, is_sparse, batch_axes,
+                       contracting)
+  window = updates.refresh_window(update_every, update_begin, update_end)
+  drop = updates.drop_schedule(drop_fraction, update_end)
+  checks.check_bool('skip_step', skip_step)
   if drop_by not in ('magnitude', 'sign'):
     raise ValueError(f'`drop_by` (={drop_by!r}) must be \'magnitude\' or '
                      '\'sign\'.')
-  drop = assembly.drop_schedule(drop_fraction, update_end)
-  return _rewiring(sites, window, drop, skip_step, _random_growth,
-                   assembly.read_forward, lambda d: (d, d, d), sites,
-                   by_sign=drop_by == 'sign')
+
+  def choose(leaf, now):
+    negative = now.sums < 0 if drop_by == 'sign' else None
+    return leaves.drop_and_grow(leaf, now.active, now.magnitudes, now.random,
+                                drop(now.step), negative)
+
+  return make_method(rule.Rule(
+      'set_', where, choose, first=rule.random_first, refreshes=window,
+      zeros=True, skip_step=skip_step))
 
 
 def rigl(sparsity: float, *, drop_fraction: float = 0.3,
-         skip_step: bool = False, allocation=UNIFORM, structure=UNSTRUCTURED,
+         skip_step: bool = False, allocation=uniform, structure=Unstructured(),
          is_sparse: selection.IsSparse = None, batch_axes: selection.Axes = (),
          contracting: selection.Axes | None = None, update_every: int = 100,
          update_begin: int = 0, update_end: int | None = None) -> SparseMethod:
@@ -98,21 +104,24 @@ def rigl(sparsity: float, *, drop_fraction: float = 0.3,
     ties; step 0 does not refresh; the slots of entries outside the mask are
     reset at once, not when they grow again (the optimizer never uses them).
   """
-  sites = sites_lib.Sites(sparsity, allocation, structure, is_sparse,
-                          batch_axes, contracting).checked()
-  window = assembly.refresh_window(update_every, update_begin, update_end)
-  drop = assembly.drop_schedule(drop_fraction, update_end)
+  where = leaves.Sites(sparsity, allocation, structure, is_sparse, batch_axes,
+                       contracting)
+  window = updates.refresh_window(update_every, update_begin, update_end)
+  drop = updates.drop_schedule(drop_fraction, update_end)
+  checks.check_bool('skip_step', skip_step)
 
-  def share(d):
-    return d, d, (update_every * d + 1) / (update_every + 1)
+  def choose(leaf, now):
+    return leaves.drop_and_grow(leaf, now.active, now.magnitudes,
+                                now.gradient_magnitudes, drop(now.step))
 
-  return _rewiring(sites, window, drop, skip_step, _gradient_growth,
-                   assembly.read_dense_gradient, share, 'all')
+  return make_method(rule.Rule(
+      'rigl', where, choose, first=rule.random_first, refreshes=window,
+      gradient='all', only_at_refresh=True, zeros=True, skip_step=skip_step))
 
 
 def itop(sparsity: float, *, growth: str = 'gradient',
          drop_fraction: float = 0.5, skip_step: bool = False,
-         allocation=allocation_lib.erk, structure=UNSTRUCTURED,
+         allocation=allocations.erk, structure=Unstructured(),
          is_sparse: selection.IsSparse = None, batch_axes: selection.Axes = (),
          contracting: selection.Axes | None = None,
          update_every: int | None = None, update_begin: int = 0,
@@ -152,47 +161,3 @@ def itop(sparsity: float, *, growth: str = 'gradient',
               batch_axes=batch_axes, contracting=contracting,
               update_every=every if update_every is None else update_every,
               update_begin=update_begin, update_end=update_end)
-
-
-def _rewiring(sites, window, drop, skip_step, growth, read, share, wider,
-              by_sign=False) -> SparseMethod:
-  """Drop by magnitude, grow by `growth(leaf, grad, key)`, zeros outside.
-
-  `wider`: where a gradient goes, as in `assembly.constant_counts`.
-
-  `by_sign`: groups whose weights sum to less than 0 are dropped apart.
-  """
-  checks.check_bool('skip_step', skip_step)
-
-  def renew(seen, state):
-    step = state.step + 1
-    key = state_lib.step_key(state, step)
-
-    def choose(leaf, weight, grad, marks):
-      negative = leaf.layout.group(weight) < 0 if by_sign else None
-      chosen = sites_lib.drop_and_grow(
-          leaf, sites_lib.active_groups(leaf, marks), leaf.magnitudes(weight),
-          growth(leaf, grad, key), drop(step), negative)
-      return sites_lib.levels(leaf, chosen, chosen)
-
-    return sites_lib.next_state(window(step), choose,
-                                sites.leaves(seen.params), seen, state)
-
-  def skips(state):
-    return jnp.asarray(window(state.step + 1))
-
-  return assembly.make_method(
-      assembly.random_start(sites), renew=renew, read=read, zeros=True,
-      skips=skips if skip_step else None,
-      work=assembly.shared_work(sites, share),
-      kept=assembly.constant_counts(sites, wider))
-
-
-def _random_growth(leaf, grad, key):
-  del grad
-  return leaf.random_scores(key)
-
-
-def _gradient_growth(leaf, grad, key):
-  del key
-  return leaf.magnitudes(grad)

@@ -1,22 +1,23 @@
 """SWAT: sparse weights forward, sparse weights and activations backward."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.rules import assembly
 from sparse_jax import checks
 from sparse_jax import trees
-from sparse_jax.rules import budgets as budget
-from sparse_jax.masks import masking
-from sparse_jax.operators import operands
+from sparse_jax.masks import marks as marks_lib
 from sparse_jax.masks import selection
-from sparse_jax.rules import sites as sites_lib
+from sparse_jax.masks.allocations import uniform
+from sparse_jax.masks.structures import Unstructured
+from sparse_jax.operators import operands
+from sparse_jax.rules import budgets
+from sparse_jax.rules import leaves as leaves_lib
+from sparse_jax.rules import rule
 from sparse_jax.rules import state as state_lib
-from sparse_jax.rules.assembly import SparseMethod
-from sparse_jax.rules.assembly import UNIFORM
-from sparse_jax.rules.assembly import UNSTRUCTURED
+from sparse_jax.rules import updates
+from sparse_jax.rules.make_method import make_method
+from sparse_jax.rules.state import SparseMethod
+from sparse_jax.rules.storage import zeros_like_leaves
 
 # Of SWAT-M's average of the gradient: that of the authors' optimizer.
 _MOMENTUM = .9
@@ -24,7 +25,7 @@ _MOMENTUM = .9
 
 def swat(sparsity: float, *, activation_sparsity: float | None = None,
          masked_update: bool = False, freeze_at: int | None = None,
-         allocation=UNIFORM, structure=UNSTRUCTURED,
+         allocation=uniform, structure=Unstructured(),
          is_sparse: selection.IsSparse = None, batch_axes: selection.Axes = (),
          contracting: selection.Axes | None = None,
          update_every: int = 1) -> SparseMethod:
@@ -78,108 +79,86 @@ def swat(sparsity: float, *, activation_sparsity: float | None = None,
     proportion, and the total is exact.
   """
   by_momentum = isinstance(allocation, str) and allocation == 'momentum'
-  sites = sites_lib.Sites(sparsity, UNIFORM if by_momentum else allocation,
-                          structure, is_sparse, batch_axes,
-                          contracting).checked()
+  where = leaves_lib.Sites(sparsity, uniform if by_momentum else allocation,
+                           structure, is_sparse, batch_axes,
+                           contracting, None if masked_update else 0.).checked()
   if by_momentum:
-    budget.check_movable(sites, 'allocation', allocation)
-  inputs = _activation_sites(sites, activation_sparsity)
+    budgets.check_movable(where, 'allocation', allocation)
+  inputs = _activation_sites(where, activation_sparsity)
   checks.check_bool('masked_update', masked_update)
   if freeze_at is not None:
     checks.check_count('freeze_at', freeze_at)
-  window = assembly.refresh_window(update_every, 0, freeze_at)
 
-  def select(leaf, weight, count):
-    inside = leaf.layout.top(leaf.magnitudes(weight), count)
-    reach = inside if masked_update else jnp.ones_like(inside)
-    return sites_lib.levels(leaf, inside, reach)
+  def sets(leaf, now, count):
+    inside = leaf.top(now.magnitudes, count)
+    return inside, inside if masked_update else leaf.full()
 
-  def start(params, key):
-    del key  # The choice is by magnitude.
-    return sites_lib.first_marks(params, sites.leaves(params),
-                                 lambda leaf, w: select(leaf, w, leaf.count))
+  def choose(leaf, now):
+    return sets(leaf, now, leaf.count)
 
-  def renew(seen, state):
-    return sites_lib.next_state(
-        window(state.step + 1), lambda leaf, w, g, m: select(
-            leaf, w, leaf.count), sites.leaves(seen.params), seen, state)
-
-  def renew_by_momentum(seen, state):
-    leaves = sites.leaves(seen.params)
-    state = state._replace(extra=_averages(state.extra, seen.grads))
-
-    def together(weights):
-      counts = _momentum_counts(leaves, state)
-      return {path: select(leaf, weights[path], counts[path])
-              for path, leaf in leaves.items()}, state.extra
-
-    return sites_lib.next_together(window(state.step + 1), together, seen,
-                                   state)
+  def choose_together(leaves, nows, seen):
+    del seen
+    counts = _momentum_counts(leaves, nows)
+    return {path: sets(leaf, nows[path], counts[path])
+            for path, leaf in leaves.items()}, None
 
   def operators(params, state):
-    leaves = inputs.leaves(params)
-    marks = trees.leaves_by_path(state_lib.get_state(state).marks)
+    state = state_lib.get_state(state)
     moving = by_momentum and activation_sparsity is None
+    marks = trees.leaves_by_path(state.marks)
     return {path: operands.Operands(backward_activation=_sparsity_now(
-        marks[path]) if moving else leaf.sparsity)
-            for path, leaf in leaves.items()}
+        state.plan.by_path[path], marks[path]) if moving else leaf.sparsity)
+            for path, leaf in inputs.leaves(params).items()}
 
   def work(params, steps):
     del steps
     activations = inputs.leaves(params)
-    return {path: state_lib.Work(1 - leaf.sparsity, 1 - leaf.sparsity,
+    return {path: state_lib.Work(*[leaf.layout.share(leaf.count)] * 2,
                                  1 - activations[path].sparsity)
-            for path, leaf in sites.leaves(params).items()}
+            for path, leaf in where.leaves(params).items()}
 
-  made = assembly.make_method(
-      start, read=assembly.read_both, work=work,
-      renew=renew_by_momentum if by_momentum else renew,
-      extra=(lambda params: _zeros(sites, params)) if by_momentum else None)
-  return made._replace(operators=operators)
+  made = make_method(rule.Rule(
+      'swat', where, choose_together if by_momentum else choose,
+      first=choose, refreshes=updates.refresh_window(update_every, 0,
+                                                     freeze_at),
+      gradient='B', together=by_momentum,
+      extra=zeros_like_leaves if by_momentum else None,
+      remember=_remember if by_momentum else None,
+      unpackable='it states operators of its own'))
+  return made._replace(operators=operators, work=work)
 
 
-def _activation_sites(sites, sparsity) -> sites_lib.Sites:
+def _activation_sites(sites, sparsity) -> leaves_lib.Sites:
   """Where the activations are sparse: as the weights, at their own sparsity."""
-  if sparsity is None:
-    return sites._replace(structure=UNSTRUCTURED)
-  checks.check_sparsity('activation_sparsity', sparsity)
-  return sites.at(sparsity)._replace(structure=UNSTRUCTURED)
+  if sparsity is not None:
+    checks.check_sparsity('activation_sparsity', sparsity)
+    sites = sites.at(sparsity)
+  return sites._replace(structure=Unstructured(), backward_sparsity=None)
 
 
-def _zeros(sites, params) -> dict[trees.Path, jax.Array]:
-  return {path: jnp.zeros(leaf.layout.shape, jnp.float32)
-          for path, leaf in sites.leaves(params).items()}
-
-
-def _averages(old, grads) -> dict[trees.Path, jax.Array]:
+def _remember(seen, averages) -> dict[trees.Path, jax.Array]:
   """The running averages of the gradient after one more."""
-  new = trees.leaves_by_path(grads)
+  new = trees.leaves_by_path(seen.grads)
   return {path: _MOMENTUM * average + (1 - _MOMENTUM) * new[path].astype(
-      jnp.float32) for path, average in old.items()}
+      jnp.float32) for path, average in averages.items()}
 
 
-def _momentum_counts(leaves, state) -> budget.Counts:
+def _momentum_counts(leaves, nows) -> budgets.Counts:
   """The groups that each competition of each leaf keeps, at least one."""
-  marks = trees.leaves_by_path(state.marks)
   claims, room, total = {}, {}, 0
   for path, leaf in leaves.items():
-    inside = sites_lib.active_groups(leaf, marks[path])
-    active = sites_lib.count(leaf, inside)
-    size = jnp.where(inside, leaf.magnitudes(state.extra[path]), 0)
-    claims[path] = jnp.sum(size, leaf.layout.competing, keepdims=True) / active
-    room[path] = jnp.full_like(active, _rivals(leaf) - 1)
+    inside = nows[path].active
+    active = leaf.sum(inside)
+    size = leaf.layout.group(jnp.abs(nows[path].extra))
+    claims[path] = jnp.sum(jnp.where(inside, size, 0), leaf.layout.competing,
+                           keepdims=True) / active
+    room[path] = jnp.full_like(active, leaf.layout.rivals - 1)
     total += active.size * (leaf.count - 1)
-  shares = budget.share_out(jnp.int32(total), claims, room)
+  shares = budgets.share_out(jnp.int32(total), claims, room)
   return {path: share + 1 for path, share in shares.items()}
 
 
-def _rivals(leaf) -> int:
-  """How many groups compete for one budget."""
-  layout = leaf.layout
-  return math.prod(layout.group_shape[axis] for axis in layout.competing)
-
-
-def _sparsity_now(marks) -> jax.Array:
+def _sparsity_now(leaf, marks) -> jax.Array:
   """float32[]: the share of entries outside A."""
-  inside = masking.forward_mask(marks)
+  inside = marks_lib.forward_mask(leaf.layout.spread(marks))
   return 1 - jnp.mean(inside.astype(jnp.float32))

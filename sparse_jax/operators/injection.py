@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.masks import allocations as allocation
+from sparse_jax.masks import allocations
 from sparse_jax import checks
 from sparse_jax import trees
 from sparse_jax.operators import operands as operands_lib
@@ -16,7 +16,7 @@ from sparse_jax.operators import sparse_products as operators
 from sparse_jax.jaxprs import products
 from sparse_jax.jaxprs import replacing
 from sparse_jax.masks import selection
-from sparse_jax.rules import sites as sites_lib
+from sparse_jax.rules import leaves as leaves_lib
 from sparse_jax.rules import state as state_lib
 from sparse_jax.masks import structures
 
@@ -68,7 +68,7 @@ def with_operators(fn: Callable[..., Any], method: SparseMethod,
     >>> params, x = {'kernel': jnp.ones((4, 1))}, jnp.array([[1., 4., 2., 3.]])
     >>> state = method.init(params)
     >>> def loss_fn(params):
-    ...   apply = sparse_jax.with_operators(
+    ...   apply = sparse_jax.operators.with_operators(
     ...       lambda weights, x: x @ weights['kernel'], method, state)
     ...   return apply(method.read(params, state), x).sum()
     >>> loss, grads = jax.value_and_grad(loss_fn)(params)
@@ -78,32 +78,75 @@ def with_operators(fn: Callable[..., Any], method: SparseMethod,
   Reference:
     Raihan and Aamodt, SWAT, 2020, https://arxiv.org/abs/2001.01969.
   """
+  check_options(method, dict(
+      thresholds=thresholds, due=due, activation_scope=activation_scope,
+      gradient_scope=gradient_scope, pack=pack))
   if method.operators is None:
     return fn
-  options = dict(activation_scope=activation_scope, pack=pack,
-                 gradient_scope=gradient_scope, due=due)
 
   def sparse(*args, **kwargs):
-    stated = method.operators(args[params_argnum], opt_state)
-    wanted = {path: operands for path, operands in stated.items()
-              if not _is_dense(operands)}
-    if thresholds is not None:
-      _check_thresholds(thresholds, wanted, products.find_products(
-          functools.partial(fn, **kwargs), *args, params_argnum=params_argnum))
-
-    def rule(path, product, lhs, rhs):
-      own = options | {'thresholds': thresholds and _of_run(
-          thresholds[path], product)}
-      return product.apply(
-          lhs, rhs,
-          dot_general=operators.sparse_dot_general(wanted[path], **own),
-          conv_general_dilated=operators.sparse_conv_general_dilated(
-              wanted[path], **own))
-
-    return replacing.replace_products(
-        fn, rule, paths=wanted, params_argnum=params_argnum)(*args, **kwargs)
+    own = functools.partial(fn, **kwargs)
+    rule, paths = rule_of(
+        method, args[params_argnum], opt_state, own, *args,
+        thresholds=thresholds, due=due, activation_scope=activation_scope,
+        gradient_scope=gradient_scope, pack=pack, params_argnum=params_argnum)
+    return replacing.interpret(own, args, params_argnum, rule, paths)
 
   return sparse
+
+
+_OPTIONS = ('thresholds', 'due', 'activation_scope', 'gradient_scope', 'pack')
+
+
+def check_options(method: SparseMethod, options: Mapping[str, Any]) -> None:
+  """Raises TypeError for a keyword that `with_operators` does not have."""
+  unknown = sorted(set(options) - set(_OPTIONS))
+  if unknown:
+    raise TypeError(f'with_method() has no keyword {unknown[0]!r}; those of '
+                    f'operators are {_OPTIONS}.')
+
+
+def rule_of(method: SparseMethod, params: trees.PyTree, opt_state: Any,
+            fn: Callable[..., Any], *args: Any,
+            thresholds: Mapping[trees.Path, Operands] | None = None,
+            due: bool | jax.Array = True,
+            activation_scope: str | int = 'tensor',
+            gradient_scope: str | int = 'tensor', pack: bool = True,
+            params_argnum: int = 0):
+  """What takes the place of a product, and for which paths.
+
+  Args:
+    method, opt_state: as of `with_operators`.
+    params: whose operands the method states.
+    fn, *args: the function and its arguments.
+    thresholds, due, activation_scope, gradient_scope, pack, params_argnum: as
+      of `with_operators`.
+
+  Returns:
+    A rule of `replacing.interpret`, and a frozenset of paths; `(None,
+    frozenset())` of a method without operators.
+  """
+  if method.operators is None:
+    return None, frozenset()
+  options = dict(activation_scope=activation_scope, pack=pack,
+                 gradient_scope=gradient_scope, due=due)
+  stated = method.operators(params, opt_state)
+  wanted = {path: operands for path, operands in stated.items()
+            if not _is_dense(operands)}
+  if thresholds is not None:
+    _check_thresholds(thresholds, wanted, products.find_products(
+        fn, *args, params_argnum=params_argnum))
+
+  def rule(path, product, lhs, rhs):
+    own = options | {'thresholds': thresholds and _of_run(
+        thresholds[path], product)}
+    return product.apply(
+        lhs, rhs,
+        dot_general=operators.sparse_dot_general(wanted[path], **own),
+        conv_general_dilated=operators.sparse_conv_general_dilated(
+            wanted[path], **own))
+
+  return rule, frozenset(wanted)
 
 
 def first_operator_thresholds(method: SparseMethod, params: trees.PyTree,
@@ -169,8 +212,8 @@ def add_operands(method: SparseMethod, operands: Operands, *,
                      'operators of its own.')
   operands_lib.checked(operands, 'tensor', 'tensor',
                        structures.Unstructured(), (), True)
-  sites = sites_lib.Sites(0., allocation.uniform, structures.Unstructured(),
-                          is_sparse, (), None).checked()
+  sites = leaves_lib.Sites(0., allocations.uniform, structures.Unstructured(),
+                           is_sparse, (), None).checked()
 
   def stated(params, state):
     del state  # They stay as they are.

@@ -10,7 +10,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from sparse_jax import checks
-from sparse_jax.masks import masking
+from sparse_jax.masks import layouts
 from sparse_jax.operators import residuals
 from sparse_jax.masks import selection
 from sparse_jax.masks import structures
@@ -101,7 +101,7 @@ def _check_fixed_sparsity(name, structure, value):
   if not isinstance(value, jax.Array) and value == 0:
     return
   try:
-    masking.check_fixed_sparsity(structure, value)
+    layouts.check_fixed_sparsity(structure, value)
   except ValueError as error:
     raise ValueError(str(error).replace('`sparsity`', f'`{name}`')) from None
 
@@ -217,7 +217,7 @@ def weight_groups(w: jax.Array, options: Options, axes: Axes) -> Groups:
   order = tuple(range(w.ndim)) if plain else axes.order
   stacked = selection.axes_of(options.batch_axes, 'weight', w)
   first = w.ndim - axes.rows - axes.columns
-  layout = masking.layout(
+  layout = layouts.layout(
       tuple(w.shape[i] for i in order), path='weight',
       structure=options.structure,
       batch_axes=tuple(sorted(order.index(axis) for axis in stacked)),

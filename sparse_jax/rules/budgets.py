@@ -5,14 +5,14 @@ from jax import lax
 import jax.numpy as jnp
 
 from sparse_jax import trees
-from sparse_jax.rules import sites as sites_lib
 from sparse_jax.masks import structures
 from sparse_jax.masks import topk
+from sparse_jax.rules import leaves as leaves_lib
 
 Counts = dict[trees.Path, jax.Array]
 
 
-def global_counts(leaves: dict[trees.Path, sites_lib.Leaf],
+def global_counts(leaves: dict[trees.Path, leaves_lib.Leaf],
                   scores: dict[trees.Path, jax.Array], total: int | jax.Array
                   ) -> Counts:
   """Groups that each leaf keeps if the groups of all leaves compete.
@@ -36,6 +36,24 @@ def global_counts(leaves: dict[trees.Path, sites_lib.Leaf],
                              [leaf.layout.competing for leaf in leaves.values()]
                              )
   return dict(zip(leaves, counts))
+
+
+def best(leaves: dict[trees.Path, leaves_lib.Leaf],
+         groups: dict[trees.Path, jax.Array], counts: Counts
+         ) -> dict[trees.Path, jax.Array]:
+  """{path: bool}: the groups of largest score, so many of each leaf."""
+  return {path: leaf.top(groups[path], counts[path])
+          for path, leaf in leaves.items()}
+
+
+def counts_by_scope(leaves: dict[trees.Path, leaves_lib.Leaf],
+                    groups: dict[trees.Path, jax.Array], scope: str,
+                    sparsity: float) -> Counts:
+  """{path: groups kept}: each leaf's own count, or one budget for all."""
+  if scope == 'layer':
+    return {path: leaf.count for path, leaf in leaves.items()}
+  size = sum(groups[path].size for path in leaves)
+  return global_counts(leaves, groups, topk.keep_count(size, sparsity))
 
 
 def share_out(total: jax.Array, claims: Counts, room: Counts) -> Counts:
@@ -82,21 +100,21 @@ def share_out(total: jax.Array, claims: Counts, room: Counts) -> Counts:
   return _unflat(shares, room)
 
 
-def check_movable(sites: sites_lib.Sites, what: str, value) -> None:
+def check_movable(sites: leaves_lib.Sites, what: str, value) -> None:
   """Raises ValueError if the sites fix the sparsity of every leaf."""
-  if isinstance(sites.structure, structures.NM):
+  if structures.fixed_sparsity(sites.structure) is not None:
     raise ValueError(f'`{what}` (={value!r}) cannot move a budget between '
                      f'leaves with `structure` ={sites.structure}, which fixes '
                      'the sparsity of every leaf.')
 
 
-def check_scope(sites: sites_lib.Sites, scope: str) -> str:
+def check_scope(sites: leaves_lib.Sites, scope: str) -> str:
   """Returns 'layer' or 'global', or raises ValueError naming the argument."""
   if scope not in ('layer', 'global'):
     raise ValueError(f'`scope` (={scope!r}) must be \'layer\' or \'global\'.')
   if scope == 'global':
     check_movable(sites, 'scope', scope)
-    if sites.allocation is not sites_lib.Sites._field_defaults['allocation']:
+    if sites.allocation is not leaves_lib.Sites._field_defaults['allocation']:
       raise ValueError(f'`allocation` (={sites.allocation!r}) must be uniform '
                        'with `scope` =\'global\', which allocates by itself.')
   return scope

@@ -1,14 +1,57 @@
 """The state of a sparse method, and how to find it inside Optax's."""
 
 from collections.abc import Callable
+import contextlib
+import contextvars
+import dataclasses
+import functools
 from typing import Any
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparse_jax import trees
-from sparse_jax.masks import masking
+from sparse_jax.masks import marks as marks_lib
+from sparse_jax.rules import leaves as leaves_lib
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a state was made for: the method, the tree, its sparse leaves.
+
+  It is part of the state's type, not of its arrays: nothing of it is saved or
+  traced, and a state that belongs to something else is known by it.
+  """
+
+  method: str
+  shapes: tuple[tuple[trees.Path, tuple[int, ...]], ...]  # Of all leaves.
+  leaves: tuple[leaves_lib.Leaf, ...] = ()  # The sparse ones.
+
+  @functools.cached_property
+  def by_path(self) -> dict[trees.Path, leaves_lib.Leaf]:
+    return {leaf.path: leaf for leaf in self.leaves}
+
+  @functools.cached_property
+  def _hash(self) -> int:
+    return hash((self.method, self.shapes, self.leaves))
+
+  def __hash__(self) -> int:
+    return self._hash
+
+
+def make_plan(method: str, params: trees.PyTree,
+              leaves: dict[trees.Path, leaves_lib.Leaf]) -> Plan:
+  """The plan of a method on a tree.
+
+  Raises:
+    ValueError: if two leaves have one path.
+  """
+  return Plan(method, tuple((path, tuple(np.shape(leaf))) for path, leaf in
+                            trees.leaves_by_path(params).items()),
+              tuple(leaves.values()))
 
 
 class SparseState(NamedTuple):
@@ -16,23 +59,38 @@ class SparseState(NamedTuple):
 
   step: jax.Array  # int32[], updates done.
   key: jax.Array  # uint32[...], raw data of a PRNG key.
-  marks: trees.PyTree  # uint8 for each weight; None for a leaf never sparse.
-  refreshed: jax.Array  # bool[], whether the last update chose masks anew.
+  marks: trees.PyTree  # uint8 for each group; None for a leaf never sparse.
+  # bool[], whether the last update chose masks anew; for each path if leaves
+  # refresh apart.
+  refreshed: jax.Array | dict[trees.Path, jax.Array]
+  plan: Plan
   extra: Any = ()  # A method's own arrays.
+  # {path: where the stored groups of a packed leaf belong}.
+  packed: Any = ()
 
   @property
   def forward_masks(self) -> trees.PyTree:
     """Tree of bool, A of each leaf; None for a leaf that is never sparse."""
-    return _decode(masking.forward_mask, self.marks)
+    return self._masks(marks_lib.forward_mask)
 
   @property
   def backward_masks(self) -> trees.PyTree:
     """Tree of bool, B of each leaf; None for a leaf that is never sparse."""
-    return _decode(masking.backward_mask, self.marks)
+    return self._masks(marks_lib.backward_mask)
 
+  def _masks(self, read):
+    def decode(path, marks):
+      spread = lambda marks: self.plan.by_path[path].layout.spread(read(marks))
+      abstract = isinstance(marks, jax.ShapeDtypeStruct)
+      return jax.eval_shape(spread, marks) if abstract else spread(marks)
 
-def _decode(read, marks):
-  return jax.tree.map(read, marks)
+    return trees.map_leaves(decode, self.marks)
+
+  def refreshed_at(self, path: trees.Path) -> jax.Array:
+    """bool[]: whether the last update chose the masks of this leaf anew."""
+    if isinstance(self.refreshed, dict):
+      return self.refreshed[path]
+    return self.refreshed
 
 
 class Work(NamedTuple):
@@ -54,6 +112,7 @@ class SparseMethod(NamedTuple):
   either the method's SparseState or any Optax state that contains one.
   """
 
+  name: str
   # params -> params, with thresholds or gates added if the method learns any.
   parametrize: Callable[[trees.PyTree], trees.PyTree]
   # (params, key) -> SparseState. Makes the first masks.
@@ -64,10 +123,10 @@ class SparseMethod(NamedTuple):
   penalty: Callable[[trees.PyTree, Any], jax.Array]
   # (params after the update, gradients, state) -> (params, state).
   refresh: Callable[..., tuple[trees.PyTree, SparseState]]
-  # (params, updates, gradients, SparseState) -> (updates, state). What
+  # (updates, gradients, SparseState, params) -> (updates, state). What
   # `refresh` does, as updates that lead there: the masks belong to params +
   # updates, and the result goes on to `optax.apply_updates`.
-  settle: Callable[..., tuple[trees.PyTree, SparseState]]
+  update: Callable[..., tuple[trees.PyTree, SparseState]]
   # state -> bool[]: whether the coming update skips the optimizer, or None.
   skips: Callable[[SparseState], jax.Array] | None = None
   # state -> bool[]: whether the coming update makes all slots anew, or None.
@@ -78,9 +137,10 @@ class SparseMethod(NamedTuple):
   # (params, state) -> {path: Operands} of the products of the sparse leaves,
   # besides what `read` does to their weights. Or None.
   operators: Callable[[trees.PyTree, Any], dict[trees.Path, Any]] | None = None
-  # params -> {path: Kept} of the sparse leaves: how many groups every step
-  # reads, and how many get a gradient. None if that changes during a run.
-  kept: Callable[[trees.PyTree], dict[trees.Path, Any]] | None = None
+  # (params, state) -> params as they are stored: packed leaves as blocks.
+  pack: Callable[[trees.PyTree, SparseState], trees.PyTree] | None = None
+  # What the method is made of, if `make_method` made it.
+  rule: Any = None
 
 
 def get_state(opt_state: Any) -> SparseState:
@@ -107,9 +167,6 @@ def get_state(opt_state: Any) -> SparseState:
     >>> int(sparse_jax.get_state(state).forward_masks['kernel'].sum())
     4
   """
-  def is_state(node):
-    return isinstance(node, SparseState)
-
   nodes = jax.tree.leaves(_tree_of(opt_state), is_leaf=is_state)
   found = [node for node in nodes if is_state(node)]
   if len(found) != 1:
@@ -117,8 +174,14 @@ def get_state(opt_state: Any) -> SparseState:
         f'{len(found)} SparseStates')
     raise ValueError(f'`opt_state` (a {type(opt_state).__name__}) contains '
                      f'{problem}; it must contain one, made by '
-                     'sparse_jax.sparsify(...).init(params).')
+                     'sparse_jax.sparsify(...).init(params). Several methods '
+                     'in one model are sparse_jax.group({pattern: method}).')
   return jax.tree.map(_bare, found[0], is_leaf=_is_variable)
+
+
+def is_state(node: Any) -> bool:
+  """Whether this is a SparseState; for `is_leaf=` of the tree functions."""
+  return isinstance(node, SparseState)
 
 
 def _tree_of(opt_state):
@@ -134,21 +197,79 @@ def _bare(node):
   return node.get_value() if _is_variable(node) else node
 
 
+# What makes the state of a method where `sparsify` is initialised, in `start`.
+_MAKE_STATE = contextvars.ContextVar('make_state', default=None)
+
+
+def first_state(method: SparseMethod, params: trees.PyTree, key: Any
+                ) -> SparseState:
+  """The state that `sparsify` starts from: `method.init`'s, or the one given.
+  """
+  make = _MAKE_STATE.get()
+  return method.init(params, key) if make is None else make(params, key)
+
+
+@contextlib.contextmanager
+def making_states_by(make: Callable[[trees.PyTree, Any], SparseState]):
+  """In this context `sparsify` takes its first state from `make`."""
+  token = _MAKE_STATE.set(make)
+  try:
+    yield
+  finally:
+    _MAKE_STATE.reset(token)
+
+
+def checked_state(opt_state: Any, method: str, params: trees.PyTree
+                  ) -> SparseState:
+  """The state in `opt_state`, if it belongs to this method and this tree.
+
+  Raises:
+    ValueError: if there is not one state, or it was made by another method or
+      for a tree whose leaves have other paths or shapes.
+  """
+  state = get_state(opt_state)
+  plan = state.plan
+  if plan.method != method:
+    raise ValueError(f'`opt_state` holds the state of {plan.method!r}, and '
+                     f'this method is {method!r}.')
+  given = {path: tuple(np.shape(leaf))
+           for path, leaf in trees.leaves_by_path(params).items()}
+  for path, shape in plan.shapes:
+    known = path in given and (given[path] == shape or path in state.packed)
+    if not known:
+      raise ValueError(
+          f'`params` must be the tree that the state was made for: its leaf '
+          f'{path!r} of shape {shape} is '
+          + (f'of shape {given[path]}.' if path in given else
+             f'none of {sorted(given)}.'))
+  return state
+
+
 def key_data(key: int | jax.Array | None) -> jax.Array:
   """uint32[...]: raw data of a PRNG key given as None, an int or a key.
+
+  A key of another implementation than the default one gives a key of the
+  default, by folding in its words.
 
   Raises:
     ValueError: for anything else.
   """
-  if key is None or (isinstance(key, int) and not isinstance(key, bool)):
-    return jax.random.key_data(jax.random.key(key or 0))
+  whole = isinstance(key, (int, np.integer)) and not isinstance(key, bool)
+  if key is None or whole:
+    return jax.random.key_data(jax.random.key(int(key or 0)))
   if isinstance(key, jax.Array):
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
       key = jax.random.key_data(key)
-    if key.dtype == jnp.uint32 and key.shape == (2,):
+    usual = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    if key.dtype == jnp.uint32 and key.shape == usual.shape:
       return jnp.array(key)
+    if key.dtype == jnp.uint32 and key.ndim == 1:
+      folded = jax.random.key(0)
+      for word in key:
+        folded = jax.random.fold_in(folded, word)
+      return jax.random.key_data(folded)
   raise ValueError(f'`key` (={key!r}) must be None, an int, or one key of '
-                   'jax.random.key, of the default implementation.')
+                   'jax.random.key.')
 
 
 def step_key(state: SparseState, step: jax.Array) -> jax.Array:

@@ -1,12 +1,6 @@
-"""Masks of one leaf and of trees: made, coded in one byte a weight, compared.
+"""How the entries of one leaf form groups that compete, and its mask."""
 
-A leaf that may be sparse has a uint8 mark for each weight: its low two bits
-are the level (2 in the forward set A, 1 in B but not in A, 0 in neither), so
-that A lies inside B by construction; two more bits remember whether the
-weight was ever in A, and whether it was before the last refresh. A leaf that
-is never sparse has None in place of the array, and only this file knows it.
-"""
-
+import functools
 import math
 from typing import NamedTuple
 
@@ -18,9 +12,6 @@ from sparse_jax.masks import selection
 from sparse_jax.masks import structures
 from sparse_jax.masks import topk
 
-_LEVEL, _EVER, _BEFORE, _HELD = 3, 4, 8, 16
-_FORWARD, _BACKWARD = 2, 1
-
 
 class Layout(NamedTuple):
   """How the entries of one leaf form groups that compete."""
@@ -31,47 +22,60 @@ class Layout(NamedTuple):
   structure: structures.Structure
 
   @property
+  def columns(self) -> tuple[int, ...]:
+    """The output axes: those behind the rows, else the one before them."""
+    own = [i for i in range(len(self.shape))
+           if i not in self.stacked and i not in self.rows]
+    behind = [i for i in own if self.rows and i > max(self.rows)]
+    before = [i for i in own if self.rows and i < min(self.rows)]
+    return tuple(behind or before[-1:])
+
+  @property
   def order(self) -> tuple[int, ...]:
     """The axes as stacked, leading, rows, columns."""
-    after = [i for i in range(len(self.shape)) if i not in self.stacked]
-    rows = [i for i in after if i in self.rows]
-    columns = [i for i in after if rows and i > rows[-1]]
-    leading = [i for i in after if i not in rows + columns]
-    return (*self.stacked, *leading, *rows, *columns)
+    named = (*self.stacked, *self.rows, *self.columns)
+    leading = [i for i in range(len(self.shape)) if i not in named]
+    return (*self.stacked, *leading, *self.rows, *self.columns)
 
   @property
   def view_shape(self) -> tuple[int, ...]:
     """The shape of the matrix view: several rows or columns axes merged."""
     sizes = [self.shape[i] for i in self.order]
-    after = self.order.index(self.rows[-1]) + 1
+    after = len(sizes) - len(self.columns)
     before = after - len(self.rows)
     return (*sizes[:before], math.prod(sizes[before:after]),
             math.prod(sizes[after:]))
 
   @property
   def plain(self) -> bool:
+    """Whether every entry is a group, so that no view is needed."""
     return isinstance(self.structure, structures.Unstructured)
+
+  def view(self, entries: jax.Array) -> jax.Array:
+    """The leaf as [stacked..., leading..., rows, columns]."""
+    return entries.transpose(self.order).reshape(self.view_shape)
+
+  def unview(self, view: jax.Array) -> jax.Array:
+    """The inverse of `view`."""
+    ordered = view.reshape([self.shape[i] for i in self.order])
+    return ordered.transpose([self.order.index(i)
+                              for i in range(len(self.shape))])
 
   def group(self, scores: jax.Array) -> jax.Array:
     """Scores of entries (the leaf's shape) as scores of groups."""
     if self.plain:
       return scores
-    view = jnp.transpose(scores, self.order).reshape(self.view_shape)
-    return self.structure.group(view, len(self.stacked))
+    return self.structure.group(self.view(scores), len(self.stacked))
 
   def spread(self, groups: jax.Array) -> jax.Array:
-    """Decisions of groups as decisions of entries (the leaf's shape)."""
+    """Values of groups at each of their entries (the leaf's shape)."""
     if self.plain:
       return groups
-    view = self.structure.spread(groups, self.view_shape)
-    ordered = view.reshape([self.shape[i] for i in self.order])
-    inverse = [self.order.index(i) for i in range(len(self.shape))]
-    return jnp.transpose(ordered, inverse)
+    return self.unview(self.structure.spread(groups, self.view_shape))
 
   @property
   def group_shape(self) -> tuple[int, ...]:
-    entries = jax.ShapeDtypeStruct(self.shape, jnp.float32)
-    return jax.eval_shape(self.group, entries).shape
+    return _group_shape(self)
 
   @property
   def competing(self) -> tuple[int, ...]:
@@ -79,17 +83,41 @@ class Layout(NamedTuple):
     ndim = len(self.group_shape)
     if self.plain:
       return tuple(i for i in range(ndim) if i not in self.stacked)
-    return self.structure.competing(ndim, len(self.stacked))
+    return tuple(self.structure.competing(ndim, len(self.stacked)))
 
   def top(self, groups: jax.Array, k) -> jax.Array:
     """bool of the groups' shape: the k best of each competition."""
     return topk.top_k_mask(groups, k, axes=self.competing)
 
+  @property
+  def rivals(self) -> int:
+    """How many groups compete for one budget."""
+    shape = self.group_shape
+    return math.prod(shape[axis] for axis in self.competing)
+
   def keep_count(self, sparsity):
     """How many groups of each competition stay at a sparsity."""
-    shape = self.group_shape
-    rivals = math.prod(shape[axis] for axis in self.competing)
-    return topk.keep_count(rivals, sparsity)
+    return topk.keep_count(self.rivals, sparsity)
+
+  def share(self, count: float) -> float:
+    """The share of entries that `count` groups of each competition hold.
+
+    Where groups differ in size (tiles that are cut at an edge), as if all
+    were of the largest, which is the work that tiles take.
+    """
+    if self.plain:
+      return count / max(self.rivals, 1)
+    groups = math.prod(self.group_shape)
+    entries = math.prod(self.shape)
+    size = getattr(self.structure, 'group_size', lambda view: entries / groups)
+    each = groups / max(self.rivals, 1)
+    return min(1., count * each * size(self.view_shape) / entries)
+
+
+@functools.lru_cache(maxsize=4096)
+def _group_shape(layout_: Layout) -> tuple[int, ...]:
+  entries = jax.ShapeDtypeStruct(layout_.shape, jnp.float32)
+  return jax.eval_shape(layout_.group, entries).shape
 
 
 def layout(shape: tuple[int, ...], *, path: trees.Path = '',
@@ -116,11 +144,10 @@ def layout(shape: tuple[int, ...], *, path: trees.Path = '',
   if len(own) < 2:
     raise ValueError(f'`structure` (={structure!r}) needs a leaf of two axes '
                      f'or more, but {path!r} has the shape {shape}.')
-  columns = [i for i in own if i > max(rows, default=len(shape))]
-  if set(rows) - set(own) or not columns:
+  if set(rows) - set(own) or not made.columns:
     raise ValueError(f'`contracting` (={contracting!r}) must name axes of '
                      f'{path!r}, of shape {shape}, that are not stacked '
-                     f'(={batch_axes}) and leave an output axis behind them.')
+                     f'(={batch_axes}) and leave an output axis.')
   return made
 
 
@@ -166,70 +193,10 @@ def make_mask(scores: jax.Array, sparsity: float | jax.Array, *,
 
 
 def check_fixed_sparsity(structure: structures.Structure, sparsity) -> None:
-  """NM fixes the sparsity: anything else with it is a ValueError."""
-  if not isinstance(structure, structures.NM):
+  """A structure that fixes the sparsity (NM) allows no other: ValueError."""
+  fixed = structures.fixed_sparsity(structure)
+  if fixed is None:
     return
-  if isinstance(sparsity, jax.Array) or abs(
-      sparsity - structure.sparsity) > 1e-6:
+  if isinstance(sparsity, jax.Array) or abs(sparsity - fixed) > 1e-6:
     raise ValueError(f'`sparsity` (={sparsity!r}) must be 1 - n/m = '
-                     f'{structure.sparsity:g} with `structure` ={structure}.')
-
-
-def mark(levels: jax.Array, marks: jax.Array | None = None) -> jax.Array:
-  """Codes new levels (0, 1, 2) in uint8 marks, remembering the old ones."""
-  forward = (levels & _FORWARD) > 0
-  if marks is None:
-    marks = levels
-  ever = marks & _EVER | _bit(_EVER, forward)
-  before = _bit(_BEFORE, forward_mask(marks))
-  return levels | ever | before | _bit(_HELD, backward_mask(marks))
-
-
-def _bit(bit: int, where: jax.Array) -> jax.Array:
-  return jnp.where(where, jnp.uint8(bit), jnp.uint8(0))
-
-
-def is_marked(marks) -> bool:
-  """Whether this is the marks of a leaf that may be sparse."""
-  return hasattr(marks, 'dtype') and hasattr(marks, 'shape')
-
-
-def paths(marks: trees.PyTree) -> set[trees.Path]:
-  """The paths of all leaves that were looked at, sparse or never sparse."""
-  leaves = jax.tree.leaves_with_path(marks, is_leaf=lambda leaf: leaf is None)
-  return {trees.path_name(path) for path, _ in leaves}
-
-
-def forward_mask(marks: jax.Array) -> jax.Array:
-  """bool, same shape: the forward set A."""
-  return (marks & _FORWARD) > 0
-
-
-def backward_mask(marks: jax.Array) -> jax.Array:
-  """bool, same shape: the backward set B, which contains A."""
-  return (marks & _LEVEL) > 0
-
-
-def ever_active(marks: jax.Array) -> jax.Array:
-  """bool, same shape: in A now or at any time before."""
-  return (marks & _EVER) > 0
-
-
-def newly_active(marks: jax.Array) -> jax.Array:
-  """bool, same shape: in A since the last refresh, but not before it."""
-  return ((marks & _FORWARD) > 0) & ((marks & _BEFORE) == 0)
-
-
-def stays_backward(marks: jax.Array) -> jax.Array:
-  """bool, same shape: in B now and before the last refresh."""
-  return backward_mask(marks) & ((marks & _HELD) > 0)
-
-
-def map_marked(fn, params: trees.PyTree, marks: trees.PyTree,
-               *others: trees.PyTree) -> trees.PyTree:
-  """Maps fn(leaf, marks, *others) over sparse leaves; others stay as given."""
-  def visit(path, leaf, mark_, *rest):
-    del path
-    return fn(leaf, mark_, *rest) if is_marked(mark_) else leaf
-
-  return trees.map_leaves(visit, params, marks, *others)
+                     f'{fixed:g} with `structure` ={structure}.')

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.masks import masking
+from sparse_jax.masks import layouts
+from sparse_jax.masks import marks as marks_lib
 from sparse_jax.masks.structures import Block
 from sparse_jax.masks.structures import Channel
 from sparse_jax.masks.structures import Filter
@@ -104,7 +105,7 @@ class MakeMaskTest(parameterized.TestCase):
     sizes, stacked, rows, kinds = SHAPES[shape]
     scores = integer_scores(0, sizes)
     masks = jax.jit(lambda s: {  # One compilation for all.
-        kind: masking.make_mask(s, KINDS[kind][1], structure=KINDS[kind][0],
+        kind: marks_lib.make_mask(s, KINDS[kind][1], structure=KINDS[kind][0],
                                 batch_axes=stacked)
         for kind in kinds})(scores)
     positive = tuple(axis % len(sizes) for axis in stacked)
@@ -126,7 +127,7 @@ class MakeMaskTest(parameterized.TestCase):
     kinds = {NM(2, 4): .5, Block((2, 2)): .5, Filter(): .4}
 
     def make(structure, scores):
-      leaf = masking.layout(shape, path=path, structure=structure)
+      leaf = layouts.layout(shape, path=path, structure=structure)
       return leaf.spread(leaf.top(leaf.group(scores),
                                   leaf.keep_count(kinds[structure])))
 
@@ -140,7 +141,7 @@ class MakeMaskTest(parameterized.TestCase):
       ('apart', (4, 3, 2, 2), (0, 2)), ('negative', (3, 8, 2), (-2,)))
   def test_contracting_axes_may_be_given(self, shape, rows):
     scores = integer_scores(2, shape)
-    mask = jax.jit(lambda s: masking.make_mask(
+    mask = jax.jit(lambda s: marks_lib.make_mask(
         s, .5, structure=NM(2, 4), contracting=rows))(scores)
     positive = tuple(axis % len(shape) for axis in rows)
     np.testing.assert_array_equal(
@@ -148,84 +149,84 @@ class MakeMaskTest(parameterized.TestCase):
 
   def test_two_of_four_of_the_specified_example(self):
     row = jnp.abs(jnp.array([[.5], [-.1], [.3], [-.8]]))
-    mask = masking.make_mask(row, .5, structure=NM(2, 4))
+    mask = marks_lib.make_mask(row, .5, structure=NM(2, 4))
     np.testing.assert_array_equal(mask.ravel(), [1, 0, 0, 1])
 
   @parameterized.parameters(('sum', 0), ('max', 1))
   def test_best_tile_of_the_specified_example(self, reduce, best):
     scores = jnp.array([[.5, .5, .9, 0, .6, .6], [.5, .5, .1, 0, .1, .1]])
-    mask = masking.make_mask(scores, .7,
+    mask = marks_lib.make_mask(scores, .7,
                              structure=Block((2, 2), reduce=reduce))
     want = np.repeat([np.arange(3) == best], 2, 0).repeat(2, 1)
     np.testing.assert_array_equal(mask, want)
 
   def test_a_last_group_cut_short_keeps_n_of_what_it_has(self):
-    mask = masking.make_mask(-jnp.ones((6, 1)), .25, structure=NM(3, 4))
+    mask = marks_lib.make_mask(-jnp.ones((6, 1)), .25, structure=NM(3, 4))
     np.testing.assert_array_equal(mask.ravel(), [1, 1, 1, 0, 1, 1])
 
   def test_blocks_of_all_leading_indices_compete_together(self):
     scores = np.ones((2, 4, 4), np.float32)
     scores[1] = 2
-    mask = masking.make_mask(scores, .5, structure=Block((2, 2)))
+    mask = marks_lib.make_mask(scores, .5, structure=Block((2, 2)))
     np.testing.assert_array_equal(mask, scores == 2)
 
   def test_channels_of_a_one_by_one_convolution_are_entries(self):
     scores = integer_scores(3, (1, 1, 6, 5))
     np.testing.assert_array_equal(
-        masking.make_mask(scores, .6, structure=Channel()),
-        masking.make_mask(scores, .6))
+        marks_lib.make_mask(scores, .6, structure=Channel()),
+        marks_lib.make_mask(scores, .6))
 
   def test_nan_is_kept_last(self):
     scores = jnp.array([[jnp.nan, 1., 2.], [jnp.nan, -jnp.inf, -5.]])
-    mask = masking.make_mask(scores, 1 / 3)
+    mask = marks_lib.make_mask(scores, 1 / 3)
     np.testing.assert_array_equal(mask, [[0, 1, 1], [0, 1, 1]])
 
   @parameterized.parameters(.4, 0., .75)
   def test_another_sparsity_than_that_of_n_of_m_is_named(self, sparsity):
     with self.assertRaisesRegex(ValueError, rf'`sparsity` \(={sparsity}'):
-      masking.make_mask(jnp.ones((4, 4)), sparsity, structure=NM(2, 4))
+      marks_lib.make_mask(jnp.ones((4, 4)), sparsity, structure=NM(2, 4))
 
   def test_traced_sparsity_equals_the_number(self):
     scores = integer_scores(4, (9, 7))
-    jitted = jax.jit(lambda s: masking.make_mask(scores, s,
+    jitted = jax.jit(lambda s: marks_lib.make_mask(scores, s,
                                                  structure=Block((2, 2))))
     for sparsity in (.25, .5, .875):  # Exact in float32.
       np.testing.assert_array_equal(
           jitted(jnp.float32(sparsity)),
-          masking.make_mask(scores, sparsity, structure=Block((2, 2))))
+          marks_lib.make_mask(scores, sparsity, structure=Block((2, 2))))
 
   @parameterized.parameters(((4,), {}), ((4, 4), {'contracting': (1,)}),
                             ((2, 4, 4), {'batch_axes': (1,),
                                          'contracting': (1,)}))
   def test_a_leaf_that_is_no_matrix_has_no_blocks(self, shape, kwargs):
     with self.assertRaisesRegex(ValueError, '`(structure|contracting)`'):
-      masking.make_mask(jnp.ones(shape), .5, structure=Block((2, 2)), **kwargs)
+      marks_lib.make_mask(jnp.ones(shape), .5, structure=Block((2, 2)), **kwargs)
 
 
 class MarkTest(parameterized.TestCase):
 
   def test_masks_are_read_back_from_the_levels(self):
-    marks = masking.mark(jnp.array([0, 1, 2], jnp.uint8))
+    marks = marks_lib.mark(jnp.array([0, 1, 2], jnp.uint8))
     self.assertEqual(marks.dtype, jnp.uint8)
-    np.testing.assert_array_equal(masking.forward_mask(marks), [0, 0, 1])
-    np.testing.assert_array_equal(masking.backward_mask(marks), [0, 1, 1])
+    np.testing.assert_array_equal(marks_lib.forward_mask(marks), [0, 0, 1])
+    np.testing.assert_array_equal(marks_lib.backward_mask(marks), [0, 1, 1])
 
   def test_a_first_mask_has_nothing_new(self):
-    marks = masking.mark(jnp.array([0, 1, 2], jnp.uint8))
-    np.testing.assert_array_equal(masking.newly_active(marks), [0, 0, 0])
-    np.testing.assert_array_equal(masking.ever_active(marks), [0, 0, 1])
+    marks = marks_lib.mark(jnp.array([0, 1, 2], jnp.uint8))
+    np.testing.assert_array_equal(marks_lib.newly_active(marks), [0, 0, 0])
+    np.testing.assert_array_equal(marks_lib.ever_active(marks), [0, 0, 1])
 
   def test_marks_remember_the_past(self):
     history = np.array(list(itertools.product((0, 1, 2), repeat=4)), np.uint8)
-    marks = masking.mark(jnp.array(history[:, 0]))
+    marks = marks_lib.mark(jnp.array(history[:, 0]))
     for t in range(1, 4):
-      marks = masking.mark(jnp.array(history[:, t]), marks)
+      marks = marks_lib.mark(jnp.array(history[:, t]), marks)
     active = history == 2
-    np.testing.assert_array_equal(masking.forward_mask(marks), active[:, 3])
-    np.testing.assert_array_equal(masking.backward_mask(marks),
+    np.testing.assert_array_equal(marks_lib.forward_mask(marks), active[:, 3])
+    np.testing.assert_array_equal(marks_lib.backward_mask(marks),
                                   history[:, 3] > 0)
-    np.testing.assert_array_equal(masking.ever_active(marks), active.any(1))
-    np.testing.assert_array_equal(masking.newly_active(marks),
+    np.testing.assert_array_equal(marks_lib.ever_active(marks), active.any(1))
+    np.testing.assert_array_equal(marks_lib.newly_active(marks),
                                   active[:, 3] & ~active[:, 2])
 
 

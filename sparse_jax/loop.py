@@ -1,0 +1,230 @@
+"""What a loop calls: `start` once, `with_method` wherever it computes."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_jax import trees
+from sparse_jax.blocks import packing
+from sparse_jax.jaxprs import holding
+from sparse_jax.jaxprs import replacing
+from sparse_jax.jaxprs import views
+from sparse_jax.operators import injection
+from sparse_jax.rules import state as state_lib
+
+
+def start(tx: Any, method: state_lib.SparseMethod, params: trees.PyTree
+          ) -> tuple[trees.PyTree, Any]:
+  """The parameters as the method holds them, and the optimizer's first state.
+
+  Stands where `tx.init(params)` stood, for every method and storage: adds
+  thresholds or gates, packs blocks, makes the first masks and the slots. It
+  works under `jax.jit` and `jax.eval_shape`.
+
+  Args:
+    tx: an Optax transformation that contains `sparsify(optimizer, method)`,
+      in any wrapper.
+    method: the method.
+    params: the model's parameters, dense. For packed methods they may be NumPy
+      arrays: only the blocks that are kept then go to the device.
+
+  Returns:
+    `(params, opt_state)`.
+
+  Raises:
+    ValueError: if `tx` holds no such method, or a leaf does not fit it.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, sparse_jax
+    >>> method = sparse_jax.top_kast(.75, backward_sparsity=.5)
+    >>> tx = sparse_jax.sparsify(optax.adam(1e-3), method)
+    >>> params, opt_state = start(tx, method, {'kernel': jnp.ones((4, 4))})
+    >>> int(sparse_jax.get_state(opt_state).forward_masks['kernel'].sum())
+    4
+  """
+  if not isinstance(method, state_lib.SparseMethod):
+    raise ValueError(f'`method` (={method!r}) must be a SparseMethod, such as '
+                     'sparse_jax.top_kast(...).')
+  params, state = first_params(tx, method, params)
+  if state is None:
+    return params, tx.init(params)
+  with state_lib.making_states_by(lambda own, key: state):
+    return _together(params, tx.init(params), state)
+
+
+def first_params(tx: Any, method: state_lib.SparseMethod,
+                 params: trees.PyTree
+                 ) -> tuple[trees.PyTree, state_lib.SparseState | None]:
+  """The parameters as the method holds them, and of a packed one its state.
+
+  The state of any other method is what `tx.init(params)` makes.
+  """
+  params = method.parametrize(params)
+  if method.pack is None:
+    return params, None
+  seen = []
+
+  def note(own, key):
+    seen.append((set(trees.leaves_by_path(own)), key))
+    return method.init(own, key)
+
+  with state_lib.making_states_by(note):
+    jax.eval_shape(tx.init, params)
+  if len(seen) != 1:
+    raise ValueError(f'`tx` (={tx!r}) must contain sparsify(optimizer, method) '
+                     f'once, and does {len(seen)} times.')
+  (paths, key), = seen
+  own = trees.map_leaves(lambda path, leaf: leaf if path in paths else None,
+                         params)
+  state = method.init(own, key)
+  return method.pack(params, state), state
+
+
+def _together(params, opt_state, state):
+  """All on the device to which the reservoir is committed."""
+  held = [place.reservoir for place in state.packed.values()
+          if place.reservoir is not None]
+  if not held or isinstance(held[0], jax.core.Tracer):
+    return params, opt_state
+
+  def commit(leaf):
+    free = isinstance(leaf, jax.Array) and not leaf.committed
+    return jax.device_put(leaf, held[0].sharding.device_set.copy().pop()
+                          ) if free else leaf
+
+  return jax.tree.map(commit, (params, opt_state))
+
+
+def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
+                opt_state: Any, *, implementation: str | None = None,
+                **operators: Any) -> Callable[..., Any]:
+  """The function as the method computes it, for training and evaluation.
+
+  It reads the weights, puts the method's operators (SWAT) into its products,
+  and multiplies by packed blocks; which product uses which weight is found in
+  the jaxpr, so that the model may be anybody's and needs no edit. A packed
+  weight that something else than a product uses (an embedding's look-up) is
+  assembled for that use. For `dense()` the result is `fn` itself.
+
+  Args:
+    fn: a function whose first argument is the parameter tree, or a mapping
+      that holds it under 'params': `model.apply`, say. It may have any other
+      arguments.
+    method: the method.
+    opt_state: an Optax state that contains the method's.
+    implementation: of the products by blocks, as of `blocks.matmul`.
+    **operators: `thresholds`, `due`, `activation_scope`, `gradient_scope` and
+      `pack`, as of `operators.with_operators`.
+
+  Returns:
+    A function of the same arguments.
+
+  Raises:
+    ValueError: from the result: for parameters that the state was not made
+      for; for a product that sums over other axes of a leaf than its structure
+      follows.
+
+  Example:
+    >>> import flax.linen as nn, jax.numpy as jnp, optax, sparse_jax
+    >>> model, x = nn.Dense(4), jnp.ones((1, 8))
+    >>> params = model.init(jax.random.key(0), x)['params']
+    >>> method = sparse_jax.static(.75)
+    >>> tx = sparse_jax.sparsify(optax.sgd(.1), method)
+    >>> params, opt_state = sparse_jax.start(tx, method, params)
+    >>> def loss_fn(params, opt_state):
+    ...   apply = sparse_jax.with_method(model.apply, method, opt_state)
+    ...   return apply({'params': params}, x).sum()
+    >>> grads = jax.grad(loss_fn)(params, opt_state)
+    >>> int((grads['kernel'] != 0).sum())
+    8
+  """
+  if not isinstance(method, state_lib.SparseMethod):
+    raise ValueError(f'`method` (={method!r}) must be a SparseMethod, such as '
+                     'sparse_jax.top_kast(...).')
+  injection.check_options(method, operators)
+  if method.name == 'dense' and method.operators is None:
+    return fn
+
+  @functools.wraps(fn, updated=())
+  def sparse(variables, *args, **kwargs):
+    params, rebuild = _params_of(variables, method, opt_state)
+    weights = method.read(params, opt_state)
+    plan = state_lib.get_state(opt_state).plan
+    looked_into = (method.operators is not None or any(
+        leaf.guessed for leaf in plan.leaves) or any(
+            map(packing.is_packed, jax.tree.leaves(
+                weights, is_leaf=packing.is_packed))))
+    if not looked_into:
+      return fn(rebuild(weights), *args, **kwargs)
+    arrays, fill = _arrays_of(args)
+
+    def computed(weights, *arrays):
+      return fn(rebuild(weights), *fill(arrays), **kwargs)
+
+    held = _held(weights, plan, implementation)
+    _check_axes(computed, held, arrays, plan)
+    rule, paths = injection.rule_of(method, params, opt_state, computed, held,
+                                    *arrays, **operators)
+    return replacing.interpret(computed, (held, *arrays), 0, rule, paths)
+
+  return sparse
+
+
+def _params_of(variables, method, opt_state):
+  """The parameters in `variables`, and what puts others in their place."""
+  plan = state_lib.get_state(opt_state).plan
+  own = trees.leaves_by_path(variables, packing.is_packed)
+  if isinstance(variables, Mapping) and 'params' in variables and not all(
+      path in own for path, _ in plan.shapes):
+    return variables['params'], lambda weights: {**variables,
+                                                 'params': weights}
+  return variables, lambda weights: weights
+
+
+def _arrays_of(args):
+  """The arrays among arguments, and what fills them in again."""
+  leaves, tree = jax.tree.flatten(args)
+  is_array = [isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+              for leaf in leaves]
+
+  def fill(arrays):
+    rest = iter(arrays)
+    return jax.tree.unflatten(tree, [next(rest) if array else leaf for
+                                     leaf, array in zip(leaves, is_array)])
+
+  return [leaf for leaf, array in zip(leaves, is_array) if array], fill
+
+
+def _held(weights, plan, implementation):
+  """The weights, packed ones as what the interpreter carries."""
+  def visit(path, weight):
+    if not packing.is_packed(weight):
+      return weight
+    return holding.hold(path, weight, plan.by_path[path].layout,
+                        implementation=implementation)
+
+  return trees.map_leaves(visit, weights, is_leaf=packing.is_packed)
+
+
+def _check_axes(fn, weights, arrays, plan) -> None:
+  """Raises ValueError where a product sums over other axes than guessed."""
+  if not any(leaf.guessed for leaf in plan.leaves):
+    return
+  shown = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype) if holding.is_held(leaf) else leaf, weights,
+                       is_leaf=holding.is_held)
+  for use in views.find_uses(fn, shown, *arrays):
+    leaf = plan.by_path.get(use.path)
+    if leaf is None or not leaf.guessed:
+      continue
+    if use.contracting != tuple(sorted(leaf.layout.rows)):
+      raise ValueError(
+          f'{use.path!r} of shape {leaf.layout.shape} is summed over its axes '
+          f'{use.contracting}, but its structure or allocation follows '
+          f'{leaf.layout.rows}, a guess by its name: pass contracting='
+          f'{{{use.path!r}: {use.contracting}}} to the method, as '
+          'contracting_axes(fn, params, *inputs) finds them.')

@@ -1,0 +1,77 @@
+"""The sets of one leaf, coded in one byte a group.
+
+The low two bits of a mark are the level (2 in the forward set A, 1 in B but
+not in A, 0 in neither), so that A lies inside B by construction; three more
+bits remember whether the group was ever in A, and whether it was in A and in B
+before the last refresh. A leaf that is never sparse has None in place of its
+marks.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sparse_jax import trees
+
+_LEVEL, _EVER, _BEFORE, _HELD = 3, 4, 8, 16
+_FORWARD = 2
+
+
+def levels(forward: jax.Array, backward: jax.Array) -> jax.Array:
+  """uint8: 2 in A, 1 in B outside A, 0 elsewhere; of bools of one shape."""
+  inside = forward.astype(jnp.uint8)
+  return (forward | backward).astype(jnp.uint8) + inside
+
+
+def mark(new: jax.Array, marks: jax.Array | None = None) -> jax.Array:
+  """Marks of new levels (0, 1, 2) that remember the old marks."""
+  new = new.astype(jnp.uint8)
+  forward = (new & _FORWARD) > 0
+  if marks is None:
+    marks = new
+  ever = marks & _EVER | _bit(_EVER, forward)
+  before = _bit(_BEFORE, forward_mask(marks))
+  return new | ever | before | _bit(_HELD, backward_mask(marks))
+
+
+def _bit(bit: int, where: jax.Array) -> jax.Array:
+  return jnp.where(where, jnp.uint8(bit), jnp.uint8(0))
+
+
+def is_marked(marks) -> bool:
+  """Whether this is the marks of a leaf that may be sparse."""
+  return hasattr(marks, 'dtype') and hasattr(marks, 'shape')
+
+
+def forward_mask(marks: jax.Array) -> jax.Array:
+  """bool, same shape: the forward set A."""
+  return (marks & _FORWARD) > 0
+
+
+def backward_mask(marks: jax.Array) -> jax.Array:
+  """bool, same shape: the backward set B, which contains A."""
+  return (marks & _LEVEL) > 0
+
+
+def ever_active(marks: jax.Array) -> jax.Array:
+  """bool, same shape: in A now or at any time before."""
+  return (marks & _EVER) > 0
+
+
+def newly_active(marks: jax.Array) -> jax.Array:
+  """bool, same shape: in A since the last refresh, but not before it."""
+  return ((marks & _FORWARD) > 0) & ((marks & _BEFORE) == 0)
+
+
+def stays_backward(marks: jax.Array) -> jax.Array:
+  """bool, same shape: in B now and before the last refresh."""
+  return backward_mask(marks) & ((marks & _HELD) > 0)
+
+
+def map_marked(fn, params: trees.PyTree, marks: trees.PyTree,
+               *others: trees.PyTree) -> trees.PyTree:
+  """Maps fn(leaf, marks, *others) over sparse leaves; others stay as given."""
+  def visit(path, leaf, mark_, *rest):
+    del path
+    return fn(leaf, mark_, *rest) if is_marked(mark_) else leaf
+
+  return trees.map_leaves(visit, params, marks, *others)

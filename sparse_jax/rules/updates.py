@@ -1,0 +1,114 @@
+"""Small parts of an update: the sum that is judged, zeros, windows."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import math
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from sparse_jax import checks
+from sparse_jax import trees
+from sparse_jax.masks import marks as marks_lib
+from sparse_jax.masks import schedules
+
+
+class Seen(NamedTuple):
+  """What a refresh may look at.
+
+  The weights to judge are params + updates; updates may be None for none.
+  Whoever also needs the updates afterwards passes both, whoever does not
+  passes their sum: XLA then writes only one of them to memory.
+  """
+
+  params: trees.PyTree
+  updates: trees.PyTree | None
+  grads: trees.PyTree
+  extra_args: Mapping[str, Any] = {}  # Those of `tx.update`.
+  before: trees.PyTree = None  # The parameters before the update.
+  moves: trees.PyTree = None  # The optimizer's updates.
+
+  def weights(self) -> trees.PyTree:
+    """The weights to judge."""
+    if self.updates is None:
+      return self.params
+    return jax.tree.map(apply_update, self.params, self.updates)
+
+
+def apply_update(param: jax.Array, update: jax.Array) -> jax.Array:
+  """p + u as `optax.apply_updates` stores it, 16-bit rounding included.
+
+  XLA may keep 16-bit sums in float32 inside a fusion; the scores must be
+  those of the parameters that the user gets.
+  """
+  total = param + update
+  if jnp.finfo(param.dtype).bits > 16:
+    return total.astype(param.dtype)
+  if param.dtype == jnp.float16:  # Whose subnormals reduce_precision flushes.
+    return lax.optimization_barrier(total.astype(param.dtype))
+  kind = jnp.finfo(param.dtype)
+  exact = lax.reduce_precision(total.astype(jnp.float32), kind.nexp, kind.nmant)
+  return exact.astype(param.dtype)
+
+
+def zero_outside(updates: trees.PyTree, params: trees.PyTree,
+                 old: trees.PyTree, new: trees.PyTree) -> trees.PyTree:
+  """Updates that lead to 0 outside A, and where a weight has just entered.
+
+  `old` and `new` are marks of entries, as of `storage.entry_marks`.
+  """
+  def zero(update, weight, was, now):
+    stays = marks_lib.forward_mask(was) & marks_lib.forward_mask(now)
+    exact = jnp.result_type(update, weight)  # A 16-bit -p would not reach 0.
+    return jnp.where(stays, update.astype(exact), -weight.astype(exact))
+
+  def visit(path, update, weight, was, now):
+    del path
+    marked = marks_lib.is_marked(was)
+    return zero(update, weight, was, now) if marked else update
+
+  return trees.map_leaves(visit, updates, params, old, new)
+
+
+def refresh_window(every: int, begin: int, end: int | None, *,
+                   also_at_end: bool = False, also_at: int | None = None):
+  """A function of the step: whether the masks refresh after that update."""
+  check_window(every, begin, end)
+
+  def window(step):
+    if (every, begin, end) == (1, 0, None):
+      return True
+    due = (step % every == 0) & (step >= begin)
+    due &= step <= (math.inf if end is None else end)
+    if also_at_end and end is not None:
+      due |= step == end
+    if also_at is not None:
+      due |= step == also_at
+    return due
+
+  window.every = every
+  return window
+
+
+def check_window(every: int, begin: int, end: int | None) -> None:
+  """Raises ValueError naming the argument that is out of range."""
+  checks.check_count('update_every', every, least=1)
+  checks.check_count('update_begin', begin)
+  if end is not None:
+    checks.check_count('update_end', end)
+    if end < begin:
+      raise ValueError(f'`update_end` (={end}) must not be below '
+                       f'`update_begin` (={begin}).')
+
+
+def drop_schedule(fraction: float, end: int | None
+                  ) -> Callable[[jax.Array], Any]:
+  """The drop fraction: constant, or annealed to `end` by a cosine."""
+  checks.check_fraction('drop_fraction', fraction)
+  if end is None:
+    return lambda step: fraction
+  checks.check_count('update_end', end, least=1)
+  return schedules.cosine_drop(fraction, end=end)
