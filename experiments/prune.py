@@ -40,6 +40,8 @@ import optax
 import sparse_jax
 from sparse_jax import trees
 from sparse_jax.cost import effective
+from sparse_jax.jaxprs import products
+from sparse_jax.masks import selection
 from sparse_jax.methods import one_shot
 from experiments import devices
 from experiments import optimization
@@ -197,14 +199,14 @@ def prune(run: training.Run, state: tasks.TrainState, examples, by: str,
 
 def chosen(run, state, examples, settings) -> set[str]:
   """Paths of the kernels that products multiply by, the dense ones apart."""
-  flops = sparse_jax.count_flops(lambda *args: loss(run, *args)[0],
-                                 state.params, *examples[0])
+  used = {product.path for product in products.find_products(
+      lambda *args: loss(run, *args)[0], state.params, *examples[0])}
   found = {path for path, leaf in trees.leaves_by_path(state.params).items()
-           if sparse_jax.is_kernel(path, leaf) and path in flops.forward
+           if selection.is_kernel(path, leaf) and path in used
            and not any(re.search(rule, path) for rule in settings.dense_layers)}
   if not found:
     raise ValueError(f'`dense_layers` (={",".join(settings.dense_layers)!r}) '
-                     f'must leave one of {", ".join(flops.forward)}.')
+                     f'must leave one of {", ".join(filter(None, used))}.')
   return found
 
 
@@ -222,7 +224,7 @@ def masks_of(params) -> Any:
   """bool masks of the kernels that have zeros, None for other leaves."""
   def mask(path, leaf):
     kept = leaf != 0
-    return kept if sparse_jax.is_kernel(path, leaf) and not kept.all() else None
+    return kept if selection.is_kernel(path, leaf) and not kept.all() else None
 
   return trees.map_leaves(mask, params)
 
