@@ -347,7 +347,7 @@ class OneShotTest(parameterized.TestCase):
 
   @parameterized.product(by=ALL, structure=(
       sparse_jax.Block((4, 3)), sparse_jax.Filter(), sparse_jax.NM(1, 2, -1),
-      sparse_jax.Channel()))
+      sparse_jax.Channel(), sparse_jax.FanIn()))
   def test_structures(self, by, structure):
     fn, params, batches = self._mlp()
     pruned = one_shot(fn, params, batches, sparsity=.5, by=by,

@@ -31,6 +31,9 @@ def effective_masks(fn: Callable[..., Any], masks: trees.PyTree, *inputs: Any,
   them to another. A bias (anything that is added) has the constant 1 for its
   input: it counts if it leads to an output, but what hears nothing besides is
   not reached. What an index of the inputs looks up in a table hears them.
+  What is not known (a kernel, a decomposition, a program for several devices)
+  is taken to lead from all it is given to all it gives; a `while` is followed
+  for eight rounds.
 
   Laws: nothing that is not in `masks` is in the result; with the result for
   masks the result is the same; it does not depend on the numbers, only on the

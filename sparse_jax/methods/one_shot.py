@@ -75,7 +75,9 @@ def one_shot(fn: Callable[..., Any], params: trees.PyTree,
     A tree like `params`, with zeros.
 
   Raises:
-    ValueError: naming the argument that does not fit.
+    ValueError: naming the argument that does not fit, or the leaf: one that is
+      chosen by `is_sparse` and multiplied by no product, that a product does
+      not take as it is, or whose inputs are all 0.
 
   Example:
     >>> params = {'a': jnp.array([[1.], [2.], [-3.]])}
