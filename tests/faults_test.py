@@ -232,7 +232,7 @@ class FilesTest(FaultTestCase):
         read()
     self.assertIsNone(results.finished(str(self.folder), {}, ()))
 
-  @parameterized.parameters('evil', 'os', None, 'experiments.image.compare')
+  @parameterized.parameters('evil', 'os', None, 'experiments.export')
   def test_export_imports_only_programs_of_this_project(self, program):
     (self.folder / 'evil.py').write_text('raise SystemExit("it ran")')
     (self.folder / 'result.json').write_text(json.dumps(
