@@ -12,10 +12,10 @@ the table, at any time.
 prints every command, builds each model, method and optimizer from shapes, and
 prints what the cells cost in arithmetic and memory; nothing runs. A flag that
 the cells' binary does not have is an error before anything starts.
+--rows=rigl,set takes only the rows of the table that match.
 
 Status: 0 if every cell is finished or submitted, 1 if one failed, 2 for flags
-that make no run, 75 if stopped by SIGTERM or Ctrl-C
-with work left.
+that make no run, 75 if stopped by SIGTERM or Ctrl-C with work left.
 """
 
 from collections.abc import Mapping
