@@ -20,7 +20,7 @@ from absl import logging
 NAME = 'lock'
 # The status of a process that finds its run under way elsewhere.
 EXIT_CODE = 76
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 class Held(Exception):

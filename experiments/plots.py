@@ -1,14 +1,12 @@
-"""Pictures of a run, of a comparison, and of where the weights are.
+"""Pictures of a run, of a table of runs, and of where the weights are.
 
 Every function takes rows (dicts), writes one PNG, whole or not at all, and
-leaves matplotlib's global state alone. Accuracies, churn and densities are
-fractions in the rows and percent in the pictures; what else is measured stands
-in `METRICS`. The colours are those of
-Okabe and Ito, chosen to be told apart by colour-blind readers; methods differ
-in marker as well.
+leaves matplotlib's global state alone. Accuracies, churn and densities of a run
+are fractions in the rows and percent in the pictures; what else is measured
+stands in `METRICS`. The colours are those of Okabe and Ito, chosen to be told
+apart by colour-blind readers; lines differ in marker as well.
 """
 
-import collections
 from collections.abc import Mapping, Sequence
 import math
 import os
@@ -24,6 +22,7 @@ _COLOURS = (_BLUE, _ORANGE, _GREEN, '#cc79a7', '#e69f00', '#56b4e9', '#222222',
             '#882255', '#999933', '#5b3fa0', '#7f7f7f', '#8c5a2b')
 _MARKERS = 'osD^vPX<>hp*'
 _GREY, _PALE = '#666666', '#e6e6e6'
+_DASHES = (0, (4, 3))
 
 
 class Metric(NamedTuple):
@@ -32,10 +31,9 @@ class Metric(NamedTuple):
   label: str
   scale: float = 1.  # From rows to pictures.
   unit: str = ''
-  higher_is_better: bool = False
 
 
-METRICS = {'accuracy': Metric('accuracy', 100., '%', True),
+METRICS = {'accuracy': Metric('accuracy', 100., '%'),
            'bits_per_character': Metric('bits per character'),
            'perplexity': Metric('perplexity'),
            'loss': Metric('loss (nats)')}
@@ -91,86 +89,62 @@ def training_curves(rows: Sequence[Mapping[str, Any]],
   _save(path, (6.4, 4.8 if has_churn else 3.4), draw)
 
 
-def against_sparsity(rows: Sequence[Mapping[str, Any]],
-                     path: str | os.PathLike, title: str,
-                     what: str = 'weights', metric: str = 'accuracy'):
-  """Draws a line for each method, and a dashed one where nothing is sparse.
+def lines(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
+          title: str, *, xlabel: str, ylabel: str, scale: str = 'linear',
+          published: bool = True) -> None:
+  """Draws a line for each row of a table, named beside the axes.
 
-  The axis is logarithmic in density, so that 80, 90, 95 and 98 percent stand
-  apart.
+  Published points are hollow, on dashed lines; ours are filled, on full ones,
+  with the deviation over the seeds as a bar. A row of one point is a point; on
+  an axis of sparsities one at 0 is a dashed line across, to compare with. Few
+  points that lie far from all others are left out, and counted.
 
   Args:
-    rows: dicts with `method`, `sparsity` in [0, 1), the metric, and perhaps
-      `<metric>_std`, drawn as an error bar. Methods take colour and marker in
-      order of appearance. A row of sparsity 0 is a reference, not a point.
+    rows: dicts with `row`, `published`, `published_x`, `ours`, `deviation` and
+      `x`; what is None or absent is left out. Rows take colour and marker in
+      order of appearance.
     path: the PNG file.
     title: stands above it.
-    what: whose sparsity it is, for the axis.
-    metric: a name in `METRICS`.
+    xlabel, ylabel: of the axes.
+    scale: 'linear', 'log', or 'sparsity': of percent, logarithmic in what is
+      left, so that 80, 90, 95 and 98 stand apart.
+    published: whether the published points are drawn too; those of another
+      network would leave no room for ours.
 
   Raises:
-    ValueError: if there are no rows, or a fraction is outside [0, 1].
+    ValueError: if there are no rows.
   """
-  _check(rows, ('sparsity', *_fractions(metric, f'{metric}_std')))
-  lines, references = _by_method(rows)
+  _check(rows, ())
+  names = list(dict.fromkeys(row['row'] for row in rows))
 
   def draw(figure):
     axes = figure.subplots()
-    ends = [_draw_method(axes, index, points, metric)
-            for index, points in enumerate(lines.values())]
-    _leave_out_failures(axes, rows, metric)
-    _draw_references(axes, references, metric)
+    _scale_axis(axes, scale)
+    for index, name in enumerate(names):
+      _draw_row(axes, [row for row in rows if row['row'] == name], name,
+                _look(index), scale, published)
+    _leave_out_failures(axes, rows, published)
     axes.set_title(title)
-    axes.set_xlabel(f'sparsity (percent of the {what} that are zero)')
-    axes.set_ylabel(f'test {_label(metric)}')
-    _scale_sparsity(axes, lines)
-    _label_ends(axes, list(lines), ends, references, metric)
-  _save(path, (6.8, _height(rows)), draw)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    if published:
+      axes.plot([], [], linestyle=_DASHES, color=_GREY, marker='o',
+                markerfacecolor='white', label='as published')
+    axes.legend(loc='center left', bbox_to_anchor=(1.01, .5), handlelength=3)
+  _save(path, (6.8, max(4.2, .7 + .22 * len(names))), draw)
 
 
-def against_flops(rows: Sequence[Mapping[str, Any]],
-                  path: str | os.PathLike, title: str,
-                  metric: str = 'accuracy'):
-  """Draws a metric against the FLOPs of training: what each method buys.
+def series(rows: Sequence[Mapping[str, Any]], x: str, y: str
+           ) -> list[tuple[float, float, float]]:
+  """(place, value, deviation) of the rows that have them, from left to right.
 
-  As Top-KAST's figure 2: of accuracies, what lies above and to the left is
-  better.
-
-  Args:
-    rows, path, title, metric: as of `against_sparsity`; rows also have
-      `training_multiplier`, the FLOPs as a fraction of dense training.
-
-  Raises:
-    ValueError: if there are no rows, or a fraction is outside [0, 1].
+  Example:
+    >>> rows = [{'x': 2., 'ours': 7.}, {'x': 1., 'ours': 5.}, {'x': 3.}]
+    >>> series(rows, 'x', 'ours')
+    [(1.0, 5.0, 0.0), (2.0, 7.0, 0.0)]
   """
-  _check(rows, ('sparsity', *_fractions(metric, f'{metric}_std')))
-  lines, references = {}, []
-  for row in rows:
-    if row['training_multiplier'] == 1:
-      references.append(row)
-    else:
-      lines.setdefault(row['method'], []).append(row)
-
-  def draw(figure):
-    from matplotlib import ticker
-    axes = figure.subplots()
-    shares = [row['training_multiplier'] for row in rows if row not in
-              references] or [1.]
-    axes.set_xlim(min(shares) / 1.2, max(shares) * 1.2)
-    axes.set_xscale('log')
-    for index, (name, points) in enumerate(lines.items()):
-      _draw_method(axes, index, points, metric, 'training_multiplier', name)
-    _leave_out_failures(axes, rows, metric)
-    _draw_references(axes, references, metric)
-    axes.set_title(title)
-    axes.set_xlabel('theoretical FLOPs of training, as a fraction of dense')
-    axes.set_ylabel(f'test {_label(metric)}')
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.xaxis.set_major_formatter(_format_percent)
-    if lines:
-      axes.legend(loc='center left', bbox_to_anchor=(1.01, .5))
-  _save(path, (6.8, _height(rows)), draw)
+  return sorted((row[x], row[y], row.get('deviation') or 0.) for row in rows
+                if row.get(x) is not None and row.get(y) is not None)
 
 
 def layer_density(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
@@ -222,12 +196,6 @@ def _draw_metric(axes, rows, metric):
     axes.legend(loc='best')
 
 
-def _draw_references(axes, references, metric):
-  for row in references:
-    axes.axhline(METRICS[metric].scale * row[metric], color=_GREY,
-                 linestyle=(0, (4, 3)), linewidth=1, zorder=1)
-
-
 def _draw_churn(axes, rows):
   step, mean = _series(rows, 'churn_mean')
   low, high = _series(rows, 'churn_min'), _series(rows, 'churn_max')
@@ -252,104 +220,59 @@ def _draw_churn(axes, rows):
               borderaxespad=0.1, borderpad=0)
 
 
-def _height(rows):
-  """Inches of a picture beside whose axes every method is named."""
-  return max(4.2, .7 + .22 * len({row['method'] for row in rows}))
-
-
-def _leave_out_failures(axes, rows, metric):
-  """Ends the axis before runs that are far worse than others, and says so."""
-  up = 1 if METRICS[metric].higher_is_better else -1
-  values = up * METRICS[metric].scale * np.array([row[metric] for row in rows])
-  low, high = np.quantile(values, (.25, .75))
-  floor = low - 4 * max(high - low, .005 * abs(values.max()))
-  failed = values < floor
-  if failed.any():
-    best = values.max()
-    axes.set_ylim(sorted([up * floor, up * (best + .08 * (best - floor))]))
-    axes.text(1., 1.02, f'{failed.sum()} of {failed.size} points lie '
-              f'{"below" if up > 0 else "above"}', transform=axes.transAxes,
-              color=_GREY, ha='right', va='bottom')
-
-
-def _draw_method(axes, index, points, metric, across=None, label=None):
-  """Draws one line over a value or the density; returns its right end."""
-  colour, marker = _look(index)
-  points = sorted(points, key=lambda row: row[across or 'sparsity'])
-  x = [row[across] if across else 1 - row['sparsity'] for row in points]
-  scale = METRICS[metric].scale
-  y = [scale * row[metric] for row in points]
-  error = [scale * (row.get(f'{metric}_std') or 0.) for row in points]
-  axes.errorbar(x, y, error if any(error) else None, color=colour,
-                marker=marker, markeredgecolor='white', markeredgewidth=0.6,
-                linewidth=1.5, elinewidth=1, capsize=2.5,
-                zorder=3, label=label)
-  return x[-1], y[-1]
-
-
-def _scale_sparsity(axes, lines):
+def _scale_axis(axes, scale):
   from matplotlib import ticker
-  found = [1 - row['sparsity'] for points in lines.values() for row in points]
-  if not found:
-    return
-  # Before the scale: one density alone has no range to scale.
-  axes.set_xlim(max(found) * 1.12, min(found) / 1.12)
-  axes.set_xscale('log')
-  axes.xaxis.set_major_locator(ticker.FixedLocator(_apart(found)))
+  if scale == 'log':
+    axes.set_xscale('log')
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(_format_percent)
+  elif scale == 'sparsity':
+    axes.set_xscale('function', functions=(
+        lambda x: -np.log(np.maximum(100.5 - x, .1)),
+        lambda y: 100.5 - np.exp(-y)))
+    axes.xaxis.set_major_locator(ticker.FixedLocator(
+        [0, 50, 70, 80, 90, 95, 98, 99]))
   axes.xaxis.set_minor_locator(ticker.NullLocator())
-  axes.xaxis.set_major_formatter(lambda d, _: f'{100 * (1 - d):.3g}%')
 
 
-def _apart(densities, gap=0.07):
-  """Those that leave room for their labels, the most frequent first."""
-  room = gap * math.log(1.12**2 * max(densities) / min(densities))
-  kept = []
-  for density, _ in collections.Counter(densities).most_common():
-    if all(abs(math.log(density / other)) >= room for other in kept):
-      kept.append(density)
-  return kept
+def _draw_row(axes, rows, name, look, scale, published):
+  """One line of a table; a point at sparsity 0 reaches across."""
+  colour, marker = look
+  theirs = series(rows, 'published_x', 'published') if published else []
+  ours = series(rows, 'x', 'ours')
+  if theirs:
+    x, y, _ = zip(*theirs)
+    axes.plot(x, y, linestyle=_DASHES, linewidth=.9, alpha=.55, color=colour,
+              marker=marker, markerfacecolor='white')
+  if scale == 'sparsity' and [x for x, _, _ in ours] == [0.]:
+    axes.axhline(ours[0][1], color=colour, linestyle=_DASHES, linewidth=1,
+                 zorder=1, label=name)
+    return
+  if ours:
+    x, y, deviations = zip(*ours)
+    axes.errorbar(x, y, deviations if any(deviations) else None, color=colour,
+                  marker=marker, markeredgecolor='white', markeredgewidth=.6,
+                  linewidth=1.5, elinewidth=1, capsize=2.5, zorder=3)
+  axes.plot([], [], color=colour, marker=marker, label=name)
 
 
-def _label_ends(axes, names, ends, references, metric):
-  """Writes each name at the height where its line ends, or close to it."""
-  axes.set_ylim(axes.get_ylim())  # Settled: it would move while drawing.
-  to_axes = axes.transData + axes.transAxes.inverted()
-  starts = [to_axes.transform(end) for end in ends]
-  scale = METRICS[metric].scale
-  starts += [(1., to_axes.transform((1., scale * row[metric]))[1])
-             for row in references]
-  looks = [_look(i) for i in range(len(names))]
-  looks += [(_GREY, '')] * len(references)
-  names = names + [row['method'] for row in references]
-  place = {'transform': axes.transAxes, 'clip_on': False, 'zorder': 1}
-  starts = [(x, max(y, 0.)) for x, y in starts]
-  inside = [i for i, (x, _) in enumerate(starts) if x < .9]
-  gap = .22 / axes.figure.get_figheight()
-  for i, height in _beside(inside, starts, .85 * gap):
-    # A line that ends early is named where it ends.
-    axes.text(starts[i][0], min(height, 1 - gap), f' {names[i]}',
-              color=looks[i][0], va='bottom', transform=axes.transAxes)
-  kept = [i for i in range(len(names)) if i not in inside]
-  heights = _spread([starts[i][1] for i in kept], gap)
-  for i, height in zip(kept, heights):
-    name, (colour, marker), (x, y) = names[i], looks[i], starts[i]
-    axes.plot([x, 1.025], [y, height], color=colour, linewidth=0.8, **place)
-    axes.plot([1.04], [height], color=colour, marker=marker, **place)
-    axes.text(1.062 if marker else 1.033, height, name, color=colour,
-              va='center', transform=axes.transAxes)
-
-
-def _beside(indices, starts, gap, near=0.1):
-  """(index, height of its name): names that are near stand above each other."""
-  order = sorted(indices, key=lambda i: starts[i][0])
-  groups = []
-  for i in order:
-    if groups and starts[i][0] - starts[groups[-1][-1]][0] < near:
-      groups[-1].append(i)
-    else:
-      groups.append([i])
-  for group in groups:
-    yield from zip(group, _spread([starts[i][1] for i in group], gap))
+def _leave_out_failures(axes, rows, published):
+  """Ends the axis before points that are far from others, and says so."""
+  values = np.array([y for _, y, _ in series(rows, 'x', 'ours')])
+  if published:
+    values = np.append(values, [y for _, y, _ in series(
+        rows, 'published_x', 'published')])
+  if not values.size:
+    return
+  low, high = np.quantile(values, (.25, .75))
+  room = 4 * max(high - low, .005 * abs(values).max())
+  kept = values[(values >= low - room) & (values <= high + room)]
+  if kept.size < values.size:
+    margin = .08 * max(kept.max() - kept.min(), 1e-6)
+    axes.set_ylim(kept.min() - margin, kept.max() + margin)
+    axes.text(1., 1.02, f'{values.size - kept.size} of {values.size} points '
+              'lie outside', transform=axes.transAxes, color=_GREY, ha='right',
+              va='bottom')
 
 
 def _draw_bars(axes, rows, fontsize):
@@ -417,43 +340,6 @@ def _running_mean(values):
   begin = np.maximum(index - values.size // 100, 0)
   end = np.minimum(index + values.size // 100 + 1, values.size)
   return (total[end] - total[begin]) / (end - begin)
-
-
-def _by_method(rows):
-  """Sparse rows by method, and the dense rows."""
-  lines, references = {}, []
-  for row in rows:
-    if row['sparsity'] == 0:
-      references.append(row)
-    else:
-      lines.setdefault(row['method'], []).append(row)
-  return lines, references
-
-
-def _spread(heights, gap):
-  """Moves heights apart to at least `gap`, keeping order, as little as may be.
-
-  Neighbours that are too close form a group, which is centred on its members.
-  """
-  order = sorted(range(len(heights)), key=heights.__getitem__)
-  groups = []
-  for index in order:
-    groups.append([index])
-    while len(groups) > 1 and (
-        _centre(groups[-1], heights) - _centre(groups[-2], heights)
-        < gap * (len(groups[-1]) + len(groups[-2])) / 2):
-      last = groups.pop()
-      groups[-1] += last
-  moved = [0.] * len(heights)
-  for group in groups:
-    for place, index in enumerate(group):
-      moved[index] = (_centre(group, heights)
-                      + gap * (place - (len(group) - 1) / 2))
-  return moved
-
-
-def _centre(group, heights):
-  return sum(heights[index] for index in group) / len(group)
 
 
 def _look(index):

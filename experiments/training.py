@@ -20,6 +20,7 @@ import sys
 import time
 from typing import Any
 from typing import NamedTuple
+from typing import NoReturn
 
 from absl import app
 from absl import flags
@@ -228,7 +229,8 @@ def train(binary: Binary, values: Mapping[str, Any]) -> dict[str, Any]:
   """
   workdir = values['workdir'] or binary.default_workdir(values)
   devices.check_equal(values, free=('data_dir',))
-  result = devices.gather(results.finished(workdir, values, FREE))[0]
+  result = devices.gather(devices.agree(
+      lambda: results.finished(workdir, values, FREE)))[0]
   if result is None:
     run = devices.agree(lambda: _ready(binary, values, workdir))
     with _held(workdir), files.naming(workdir):
@@ -571,7 +573,7 @@ def main(binary: Binary, values: Callable[[], Mapping[str, Any]], argv) -> None:
     sys.exit(programs.BAD)
 
 
-def _leave_the_lost(error: Exception) -> None:
+def _leave_the_lost(error: Exception) -> NoReturn:
   """Ends as JAX ends a process that lost another: by SIGABRT, status 134."""
   logging.error('Process %d stops, since another one has probably died (%s); '
                 'start all of them again with the same flags to continue.',

@@ -7,6 +7,7 @@ table.md, table.csv and, for a figure, figure.png in the sweep's folder. Several
 seeds make a mean and a deviation. Cells that are not finished are blank.
 At --scale=small the published numbers are another network's, on other data:
 what can be compared is the order of the rows, and the figure shows ours alone.
+Tables of which nothing is published have a line a row and a column a column.
 """
 
 from collections.abc import Mapping
@@ -24,11 +25,11 @@ from absl import flags
 from absl import logging
 
 from experiments import files
+from experiments import plots
 from experiments import programs
 from experiments import reporting
 from experiments import results as results_lib
 from launch import backends
-from launch import figures
 from launch import run as run_lib
 from launch import table as table_lib
 from launch import tables
@@ -36,6 +37,8 @@ from launch import tables
 
 # Of a table with a line a row; each takes three.
 _MOST_COLUMNS = 4
+# Metrics that are shares of the dense FLOPs of a run's own network.
+_OF_DENSE = ('training_flops', 'training_cost')
 
 
 class Measured(NamedTuple):
@@ -137,9 +140,10 @@ def _value(point, cell) -> float | None:
 def _place(figure, result, largest) -> float:
   """On the axis; FLOPs beside the largest network and the shortest run."""
   place = table_lib.METRICS[figure.x].read(result)
+  if figure.x in _OF_DENSE:
+    place *= result['cost']['flops'] / largest
   if figure.dense_steps:
     place *= result['steps'] / figure.dense_steps
-    place *= result['cost']['flops'] / largest
   return place
 
 
@@ -186,11 +190,15 @@ def markdown(table: table_lib.Table, measured: Sequence[Measured],
              differ: Sequence[str] = ()) -> str:
   """The table: published, ours, difference.
 
-  A line a row if there are few columns, as the papers lay it out; else a line
-  a point. `differ` names flags that were not the table's.
+  A line a row if there are few columns, as the papers lay it out, or nothing
+  is published; else a line a point. `differ` names flags that were not the
+  table's.
   """
   columns = {each.point.column for each in measured}
-  lines = (_wide if len(columns) <= _MOST_COLUMNS else _long)(measured)
+  if all(each.point.published is None for each in measured):
+    lines = _ours(measured)
+  else:
+    lines = (_wide if len(columns) <= _MOST_COLUMNS else _long)(measured)
   names = dict.fromkeys(name for line in lines for name in line)
   done = sum(bool(each.values) for each in measured)
   wanted = sum(each.point.flags is not None for each in measured)
@@ -201,6 +209,14 @@ def markdown(table: table_lib.Table, measured: Sequence[Measured],
   notes.append(table.note)
   return (' '.join(filter(None, notes)) + '\n\n'
           + reporting.markdown_table(lines, list(names)))
+
+
+def _ours(measured) -> list[dict[str, str]]:
+  lines = {}
+  for each in measured:
+    line = lines.setdefault(each.point.row, {'row': each.point.row})
+    line[each.point.column] = _texts(each)['ours']
+  return list(lines.values())
 
 
 def _wide(measured) -> list[dict[str, str]]:
@@ -235,26 +251,35 @@ def _number(value, deviation, digits) -> str:
   return text if deviation is None else f'{text} ± {deviation:.{digits}f}'
 
 
-def write(table: table_lib.Table, measured: Sequence[Measured], folder: str,
-          differ: Sequence[str] = (), published: bool = True) -> str:
-  """Writes table.md, table.csv and the figure; returns the Markdown.
+def write(table: table_lib.Table, found: Mapping[str, Sequence[Found]],
+          folder: str, chosen: Sequence[str] = (), published: bool = True
+          ) -> str:
+  """Writes table.md, table.csv and the figures; returns the Markdown.
 
   Args:
-    table, measured, differ: as of `markdown`.
+    table: what was run.
+    found: its finished cells.
     folder: where to.
-    published: whether the figure shows published points.
+    chosen: regular expressions of the rows, if not all.
+    published: whether the figures show published points.
   """
-  os.makedirs(folder, exist_ok=True)
-  text = markdown(table, measured, differ)
+  kept = set(map(id, table_lib.chosen(table.points, chosen)))
+  measured = [each for each in measure(table, found) if id(each.point) in kept]
+  text = markdown(table, measured, other_flags(table, found))
   lines = io.StringIO()
   writer = csv.DictWriter(lines, list(rows(measured)[0]), lineterminator='\n')
   writer.writeheader()
   writer.writerows(rows(measured))
   for name, content in (('table.md', text), ('table.csv', lines.getvalue())):
     files.write_text(os.path.join(folder, name), content)
-  if table.figure:
-    figures.draw(rows(measured), os.path.join(folder, 'figure.png'),
-                 table.title, table.figure, published)
+  for figure in filter(None, (table.figure, *table.also)):
+    placed = measure(table._replace(figure=figure), found)
+    plots.lines(
+        rows([each for each in placed if id(each.point) in kept
+              and figure.metric in ('', each.point.metric)]),
+        os.path.join(folder, f'{figure.name}.png'), table.title,
+        xlabel=figure.xlabel, ylabel=figure.ylabel, scale=figure.scale,
+        published=published)
   return text
 
 
@@ -269,8 +294,8 @@ def collect(values: Mapping[str, Any], table: table_lib.Table) -> str:
     raise ValueError(f'`sweep_dir` (={sweep_dir!r}) must be a folder in which '
                      'launch.run has run this table.')
   found = results(table, sweep_dir, run_lib.seeds_of(values))
-  return write(table, measure(table, found), values['outdir'] or sweep_dir,
-               other_flags(table, found), values['scale'] == 'paper')
+  return write(table, found, values['outdir'] or sweep_dir, values['rows'],
+               values['scale'] == 'paper')
 
 
 def main(argv):

@@ -12,10 +12,10 @@ the table, at any time.
 prints every command, builds each model, method and optimizer from shapes, and
 prints what the cells cost in arithmetic and memory; nothing runs. A flag that
 the cells' binary does not have is an error before anything starts.
+--rows=rigl,set takes only the rows of the table that match.
 
 Status: 0 if every cell is finished or submitted, 1 if one failed, 2 for flags
-that make no run, 75 if stopped by SIGTERM or Ctrl-C
-with work left.
+that make no run, 75 if stopped by SIGTERM or Ctrl-C with work left.
 """
 
 from collections.abc import Mapping
@@ -95,6 +95,8 @@ def define_table_flags(into: flags.FlagValues) -> None:
                       'Default: runs/<table>_<scale>.', flag_values=into)
   flags.DEFINE_list('seeds', None, 'Default: the table\'s own.',
                     flag_values=into)
+  flags.DEFINE_list('rows', [], 'Regular expressions; only rows of the table '
+                    'that match one. Default: all.', flag_values=into)
 
 
 class Cell(NamedTuple):
@@ -139,9 +141,12 @@ def job(cell: Cell, sweep_dir: str, command) -> pool.Job:
 
 def runs_of(values: Mapping[str, Any], table: table_lib.Table
             ) -> list[table_lib.Run]:
-  """The table's runs with the seeds and the further flags of the command."""
+  """The table's runs of the rows and seeds of the command, with its flags."""
+  names = {table_lib.name_of(table, point)
+           for point in table_lib.chosen(table.points, values['rows'])}
   return [run._replace(extra=tuple(values['cell_flag']))
-          for run in table_lib.runs(table, seeds_of(values))]
+          for run in table_lib.runs(table, seeds_of(values))
+          if run.name.rpartition('_seed')[0] in names]
 
 
 def seeds_of(values: Mapping[str, Any]) -> list[int] | None:

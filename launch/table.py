@@ -42,6 +42,11 @@ METRICS = {
     'training_flops': Metric(
         'training FLOPs, as a fraction of dense',
         lambda result: result['cost']['training_multiplier_rigl'], 3),
+    'training_cost': Metric(
+        'FLOPs of training (% of dense)',
+        lambda result: 100 * result['cost']['training_multiplier'], 1),
+    'sparsity': Metric('sparsity (%)', lambda result: 100 * result['sparsity'],
+                       1),
     'training_reduction': Metric('training FLOPs saved (%)',
                                  _reduction('training_multiplier'), 1),
     'inference_reduction': Metric('inference FLOPs saved (%)',
@@ -68,13 +73,22 @@ class Point(NamedTuple):
 
 
 class Figure(NamedTuple):
-  """How the paper draws it."""
+  """How the paper draws it, or we do."""
 
   xlabel: str
   ylabel: str
   x: str = ''  # A key of METRICS that places our points; '': where theirs are.
   logarithmic: bool = False
   dense_steps: int | None = None  # FLOPs are relative to a run of so many.
+  metric: str = ''  # Of the points that are drawn; '': all are.
+  name: str = 'figure'  # Of its file.
+
+  @property
+  def scale(self) -> str:
+    """Of the axis, as `plots.lines` calls it."""
+    if self.x == 'sparsity':
+      return 'sparsity'
+    return 'log' if self.logarithmic else 'linear'
 
 
 class Table(NamedTuple):
@@ -86,6 +100,7 @@ class Table(NamedTuple):
   binary: str = 'experiments.image.train'
   seeds: tuple[int, ...] = (0,)
   figure: Figure | None = None
+  also: tuple[Figure, ...] = ()  # Further figures of the same points.
   note: str = ''  # What a reader of the numbers must know.
 
 
@@ -121,6 +136,24 @@ def argument(name: str, value: Any) -> str:
     return f'--{name}={value}'
   raise ValueError(f'`{name}` (={value!r}) must be a bool, a number, a string '
                    'or a list.')
+
+
+def chosen(points: Iterable[Point], rows: Sequence[str]) -> list[Point]:
+  """The points whose row matches one of the expressions; all if there are none.
+
+  Raises:
+    ValueError: if one is no regular expression, or no row matches.
+  """
+  given = f'`rows` (={",".join(rows)!r})'
+  try:
+    found = [point for point in points if not rows or any(
+        re.search(rule, point.row) for rule in rows)]
+  except re.error as error:
+    raise ValueError(f'{given} must be a regular expression: {error}.'
+                     ) from None
+  if not found:
+    raise ValueError(f'{given} must match a row.')
+  return found
 
 
 def runs(table: Table, seeds: Iterable[int] | None = None) -> list[Run]:

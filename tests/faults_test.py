@@ -202,6 +202,20 @@ class FilesTest(FaultTestCase):
       with self.assertRaisesRegex(OSError, 'No space left on device: .*file'):
         files.write_text(self.folder / 'file', 'text')
 
+  def test_a_disk_that_is_full_while_saving_is_one_line(self):
+    """Files that cannot grow stand in for it."""
+    input_pipeline.load('digits', 'test')  # Makes the set if need be.
+    code = ('import resource, runpy, sys; '
+            'resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)); '
+            'runpy.run_module("experiments.image.train", run_name="__main__")')
+    process = _python('-c', code, '--train_steps=20', '--checkpoint_every=5',
+                      f'--workdir={self.folder / "run"}')
+    text = process.communicate(timeout=120)[0]
+    self.assertEqual(process.returncode, 2, text)
+    lines = [line for line in text.splitlines() if not line.startswith('step')]
+    self.assertLen(lines, 1, text)
+    self.assertRegex(lines[0], 'checkpoint of step 5 failed.*too large')
+
   def test_what_libraries_print_of_a_failed_write_is_left_out(self):
     self.enterContext(mock.patch.object(sys, 'unraisablehook'))
     self.enterContext(mock.patch.object(threading, 'excepthook'))
@@ -232,7 +246,7 @@ class FilesTest(FaultTestCase):
         read()
     self.assertIsNone(results.finished(str(self.folder), {}, ()))
 
-  @parameterized.parameters('evil', 'os', None, 'experiments.image.compare')
+  @parameterized.parameters('evil', 'os', None, 'experiments.export')
   def test_export_imports_only_programs_of_this_project(self, program):
     (self.folder / 'evil.py').write_text('raise SystemExit("it ran")')
     (self.folder / 'result.json').write_text(json.dumps(

@@ -255,6 +255,16 @@ class BuildTest(parameterized.TestCase):
     self.assertIn('head', state.params)
 
 
+class WindowTest(absltest.TestCase):
+
+  def test_windows_are_judged_by_the_length_of_the_run(self):
+    """RigL's default window ends at 75% of the run."""
+    late = {'method': 'rigl', 'update_begin': 2000}
+    train.without_data(_values(train_steps=3000, **late))
+    with self.assertRaisesRegex(ValueError, 'update_begin.*2000'):
+      train.without_data(_values(train_steps=2000, **late))
+
+
 class EffectTest(parameterized.TestCase):
   """No flag is ignored: two of its values give two outcomes."""
 

@@ -12,8 +12,8 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from launch import collect
-from launch import figures
 from launch import table as table_lib
+from launch.tables import comparisons
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _PNG = b'\x89PNG'
@@ -47,7 +47,8 @@ class CollectTest(parameterized.TestCase):
 
   def collect(self, table=_TABLE, **values):
     return collect.collect({'sweep_dir': self.sweep, 'seeds': None,
-                            'outdir': None, 'table': 'name', 'scale': 'small'}
+                            'outdir': None, 'table': 'name', 'scale': 'small',
+                            'rows': []}
                            | values, table)
 
   def rows(self):
@@ -135,6 +136,37 @@ class CollectTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'has no churn for mean, step 5'):
       self.collect(table._replace(points=(point._replace(metric='churn'),)))
 
+  def test_a_table_of_our_own_is_a_line_a_row_and_two_figures(self):
+    table = comparisons.compare(
+        'name', 'Title', {'model': 'mlp'}, {
+            'dense': {'method': 'dense'}, 'RigL': {'method': 'rigl'}},
+        (80, 90), seeds=(0,))
+    for name, accuracy, sparsity, cost in (
+        ('dense_own', .9, 0., 1.), ('rigl_80', .8, .8, .3),
+        ('rigl_90', .7, .9, .2)):
+      result = _result(accuracy) | {'sparsity': sparsity}
+      result['cost']['training_multiplier'] = cost
+      self.leave(f'{name}_seed0', result)
+    text = self.collect(table).partition('\n\n')[2]
+    self.assertEqual(text, """\
+| row   | own   | sparsity | 80%   | 90%   |
+|:------|:------|:---------|:------|:------|
+| dense | 90.00 | 0.0      |       |       |
+| RigL  |       |          | 80.00 | 70.00 |
+""")
+    self.assertEqual([row['x'] for row in self.rows()],
+                     ['0.0', '0.0', '80.0', '90.0'])
+    for name in ('figure.png', 'figure_flops.png'):
+      self.assertGreater(os.path.getsize(os.path.join(self.sweep, name)), 5000)
+
+  def test_rows_are_those_asked_for(self):
+    self.leave('rigl_80_seed0', _result(.74, method='rigl'))
+    text = self.collect(rows=['^RigL$', 'nothing'])
+    self.assertIn('RigL', text)
+    self.assertNotIn('Top-KAST', text)
+    with self.assertRaisesRegex(ValueError, "`rows` .='nothing'. must match"):
+      self.collect(rows=['nothing'])
+
   def test_what_is_missing_or_broken_is_named(self):
     with self.assertRaisesRegex(ValueError, '`sweep_dir` .*must be a folder'):
       self.collect(sweep_dir=os.path.join(self.sweep, 'absent'))
@@ -154,25 +186,6 @@ class CollectTest(parameterized.TestCase):
         text=True, check=False)
     self.assertEqual(done.returncode, 2)
     self.assertIn('must be a folder in which', done.stderr)
-
-
-class FiguresTest(absltest.TestCase):
-
-  def test_nothing_of_ours_yet_is_still_a_figure(self):
-    with tempfile.TemporaryDirectory() as folder:
-      path = os.path.join(folder, 'figure.png')
-      row = {'row': 'RigL', 'published': 74.6, 'published_x': .23,
-             'ours': None, 'x': .23, 'deviation': None}
-      figures.draw([row], path, 'title', table_lib.Figure('x', 'y'))
-      both = os.path.join(folder, 'both.png')
-      figures.draw([row | {'ours': 70.}], both, 'title',
-                   table_lib.Figure('x', 'y'))
-      one, two = (pathlib.Path(each).read_bytes() for each in (path, both))
-      self.assertStartsWith(one, _PNG)
-      self.assertNotEqual(one, two)
-      figures.draw([row], path, 'title', table_lib.Figure('x', 'y'), False)
-      self.assertNotEqual(pathlib.Path(path).read_bytes(), one)
-      self.assertLen(os.listdir(folder), 2)
 
 
 if __name__ == '__main__':

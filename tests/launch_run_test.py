@@ -256,6 +256,8 @@ class ErrorTest(RunTestCase):
       ({'seeds': ['0', 'x']}, "`seeds` .='0,x'"),
       ({'seeds': []}, "`seeds` .=''. must be different integers"),
       ({'seeds': ['0', '0']}, "`seeds` .='0,0'. must be different integers"),
+      ({'rows': ['(']}, r"`rows` \(='\('\) must be a regular expression"),
+      ({'rows': ['^x']}, r"`rows` \(='\^x'\) must match a row"),
       ({'cell_flag': ['--seed=3']}, "`cell_flag` .='--seed=3'.*--seeds and"),
       ({'cell_flag': ['-workdir', 'x']}, "`cell_flag` .='-workdir'"),
       ({'cell_flag': ['--colour=red']}, "(?s)mode=good.*'colour'"),
@@ -403,6 +405,12 @@ class DryRunTest(RunTestCase):
     self.assertIn(_COSTS, text)
     self.assertEndsWith(text, '1.5e+07 multiply-adds in all 3 cells. Memory is '
                         'that of one device of 4.\n')
+
+  def test_rows_are_those_asked_for(self):
+    text = self.plan(_table('alpha', 'beta'), rows=['^be'])
+    self.assertIn('1 cells of launched', text)
+    self.assertIn('--mode=beta', text)
+    self.assertNotIn('--mode=alpha', text)
 
   def test_what_is_finished_is_not_printed(self):
     self.start(_table('good'))

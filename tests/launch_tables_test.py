@@ -7,9 +7,11 @@ from absl.testing import parameterized
 
 from experiments.image import builders
 from experiments.image import input_pipeline
+from experiments.image import models
 from launch import describe
 from launch import table as table_lib
 from launch import tables
+from launch.tables import comparisons
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _ALL = [(name, scale) for name in tables.TABLES for scale in table_lib.SCALES]
@@ -44,7 +46,8 @@ class TablesTest(parameterized.TestCase):
       if point.step is None:
         self.assertIn(point.metric, table_lib.METRICS)
       self.assertTrue(point.published is None or point.published >= 0)
-      self.assertTrue(table.figure is None or point.x is not None)
+      self.assertTrue(table.figure is None or table.figure.x
+                      or point.x is not None)
 
   def test_both_scales_print_the_same_numbers(self):
     for name in tables.TABLES:
@@ -87,6 +90,27 @@ class TablesTest(parameterized.TestCase):
     self.assertEqual({table_lib.name_of(table, point) for point in mine},
                      {'swat_u_80', 'swat_u_90'})
     self.assertLen(table_lib.runs(table), 3 * 14)
+
+  @parameterized.parameters(*comparisons.NARROW)
+  def test_small_dense_has_as_many_weights_as_a_sparse_network(
+      self, model, dataset, width):
+    spec = input_pipeline.DATASETS[dataset]
+    whole, *small = (models.kernel_count(models.create(
+        model, num_classes=spec.num_classes, width=each), spec.image_shape)
+                     for each in (width, *comparisons.NARROW[
+                         model, dataset, width].values()))
+    for sparsity, count in zip(comparisons.NARROW[model, dataset, width],
+                               small, strict=True):
+      self.assertAlmostEqual(count / whole, 1 - sparsity / 100, delta=.01)
+
+  def test_one_kind_of_operand_at_a_time(self):
+    dense, *sparse = tables.get('sensitivity_cifar10', 'small').points
+    self.assertNotIn('operands', dense.flags)
+    self.assertEqual([point.flags['operands'] for point in sparse
+                      if point.x == 90], [
+        ['forward_weight=0.9'], ['forward_activation=0.9'],
+        ['backward_weight=0.9', 'backward_activation=0.9'],
+        ['output_gradient=0.9']])
 
   def test_unknown_names_are_named(self):
     with self.assertRaisesRegex(ValueError, "`table` .='table_9'.* must be"):

@@ -305,41 +305,38 @@ class PlotsTest(ReportingTestCase):
     plots.training_curves(rows, path, 'A run')
     self.assert_png(path)
 
-  def test_accuracy_vs_sparsity(self):
-    rows = [{'method': method, 'sparsity': sparsity, 'accuracy': 0.7}
-            for method in 'abcdefghij' for sparsity in (0.8, 0.9)]
-    rows.append({'method': 'dense', 'sparsity': 0., 'accuracy': .77,
-                 'accuracy_std': .01})
-    path = self.directory / 'sparsity.png'
-    plots.against_sparsity(rows, path, 'Ten methods')
+  def draw(self, rows, **options):
+    path = self.directory / 'lines.png'
+    plots.lines(rows, path, 'Title', **{'xlabel': 'x', 'ylabel': 'y'} | options)
     self.assert_png(path)
+    return path.read_bytes()
 
-  @parameterized.parameters(plots.against_sparsity,
-                            plots.against_flops)
-  def test_one_point_on_a_power_of_ten(self, draw):
-    path = self.directory / 'point.png'
-    draw([{'method': 'a', 'sparsity': .9, 'accuracy': .5,
-           'training_multiplier': 1 - .9}], path, 'One method')
-    self.assert_png(path)
+  @parameterized.parameters('linear', 'log', 'sparsity')
+  def test_lines(self, scale):
+    rows = [{'row': f'method {i}', 'x': x, 'ours': 70. + i, 'deviation': .5}
+            for i in range(14) for x in (80., 90., 98.)]
+    rows.append({'row': 'dense', 'x': 0., 'ours': 77.})
+    self.draw(rows, scale=scale, published=False)
+    self.draw(rows[:1], scale=scale)  # One point has no range to scale.
 
-  def test_the_sparsity_that_most_have_gets_the_label(self):
-    self.assertEqual(plots._apart([.2, .1, .105, .1, .2]), [.2, .1])
+  def test_what_is_published_is_drawn_if_asked_for(self):
+    row = {'row': 'RigL', 'published': 74.6, 'published_x': .23, 'ours': None,
+           'x': .23, 'deviation': None}
+    theirs = self.draw([row])
+    self.assertNotEqual(theirs, self.draw([row | {'ours': 70.}]))
+    self.assertNotEqual(theirs, self.draw([row], published=False))
 
-  def test_names_of_lines_that_end_near_each_other_stand_apart(self):
-    starts = [(.5, .8), (.05, .8), (.1, .8)]
-    heights = dict(plots._beside(range(3), starts, .045))
-    self.assertEqual(heights[0], .8)
-    self.assertGreater(abs(heights[1] - heights[2]), .04)
-
-  def test_accuracy_vs_flops(self):
-    rows = [{'method': method, 'sparsity': .9, 'accuracy': 0.7,
-             'training_multiplier': flops}
-            for method in 'ab' for flops in (0.1, 0.4)]
-    rows.append({'method': 'dense', 'sparsity': 0., 'accuracy': .77,
-                 'training_multiplier': 1.})
-    path = self.directory / 'flops.png'
-    plots.against_flops(rows, path, 'Two methods')
-    self.assert_png(path)
+  def test_points_far_from_all_others_are_left_out(self):
+    axes = mock.Mock()
+    rows = [{'row': 'a', 'x': x, 'ours': 70. + x} for x in range(8)]
+    plots._leave_out_failures(axes, rows, False)
+    axes.set_ylim.assert_not_called()
+    plots._leave_out_failures(axes, rows + [{'row': 'b', 'x': 1, 'ours': 9.}],
+                              False)
+    low, high = axes.set_ylim.call_args.args
+    self.assertBetween(low, 68., 70.)
+    self.assertBetween(high, 77., 79.)
+    self.assertEqual(axes.text.call_args.args[2], '1 of 9 points lie outside')
 
   def test_layer_density(self):
     path = self.directory / 'density.png'
@@ -349,8 +346,7 @@ class PlotsTest(ReportingTestCase):
 
   @parameterized.named_parameters(
       ('curves', lambda path: plots.training_curves([], path, '')),
-      ('sparsity', lambda path: plots.against_sparsity([], path, '')),
-      ('flops', lambda path: plots.against_flops([], path, '')),
+      ('lines', lambda path: plots.lines([], path, '', xlabel='', ylabel='')),
       ('density', lambda path: plots.layer_density([], path)))
   def test_refuses_no_rows(self, draw):
     with self.assertRaisesRegex(ValueError, r'rows \(=\[\]\)'):

@@ -44,7 +44,10 @@ import jax.numpy as jnp
 
 import sparse_jax
 from experiments import devices
+from experiments import files
+from experiments import locking
 from experiments import plots
+from experiments import programs
 from experiments import reporting
 from experiments import tasks
 from experiments import training
@@ -316,15 +319,14 @@ def write(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any],
 
   reporting.write_json(path('json'), {
       'rows': rows, 'settings': settings._asdict(), 'flags': dict(values)})
-  with open(path('md'), 'w') as file:
-    file.write(table(rows))
-  points = [{'method': kind.replace('_', ' '), 'accuracy': row[kind],
-             'sparsity': row['filter_sparsity']}
+  files.write_text(path('md'), table(rows))
+  points = [{'row': 'dense' if kind == 'trained' else kind.replace('_', ' '),
+             'ours': 100 * row[kind], 'x': 100 * row['filter_sparsity']}
             for kind in ('trained', 'fine_tuned', 'from_scratch', 'pruned')
             for row in rows if kind in row]
-  points[0]['method'] = 'dense'
-  plots.against_sparsity(
-      points, path('png'), f'{values["dataset"]}, {values["model"]}', 'filters')
+  plots.lines(points, path('png'), f'{values["dataset"]}, {values["model"]}',
+              xlabel='filters that are removed (%)', scale='sparsity',
+              ylabel='test accuracy (%)', published=False)
   print(table(rows))
 
 
@@ -385,10 +387,13 @@ def main(argv):
   try:
     values['workdir'] = values['workdir'] or training.workdir_name(values)
     study(values, settings())
+  except locking.Held as error:
+    logging.error('%s', error)
+    sys.exit(locking.EXIT_CODE)
   except (ValueError, OSError, FloatingPointError) as error:
     logging.error('%s', error)
-    sys.exit(2)
+    sys.exit(programs.BAD)
 
 
 if __name__ == '__main__':
-  app.run(main)
+  programs.run(main)

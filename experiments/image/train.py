@@ -183,13 +183,6 @@ def describe(values: Mapping[str, Any]) -> dict[str, Any]:
   return training.describe(task, values, steps, examples)
 
 
-def check(values: Mapping[str, Any]) -> None:
-  """Raises what `train` would for bad flags or absent data; makes no arrays."""
-  training.check_values(values, LIMITS)
-  data = load(values, 'train')
-  make_task(values, run_length(values, data.num_examples))
-
-
 def run_length(values: Mapping[str, Any], num_examples: int) -> int:
   """Steps of the run, from --train_steps or --train_epochs."""
   steps, epochs = values['train_steps'], values['train_epochs']

@@ -209,15 +209,6 @@ def describe(values: Mapping[str, Any]) -> dict[str, Any]:
   return training.describe(task, values, steps, examples)
 
 
-def check(values: Mapping[str, Any]) -> None:
-  """Raises what `train` would for bad flags or absent data; makes no arrays."""
-  check_values(values)
-  text, test = (load(values, split) for split in ('train',
-                                                  values['eval_split']))
-  task = make_task(values, len(text.vocabulary))
-  check_length(task.problem, text.tokens, test.tokens)
-
-
 def check_length(problem: Prediction, tokens, test_tokens) -> None:
   """Raises ValueError if a text has not enough for a batch."""
   needed = problem.batch_size * problem.segment_length
