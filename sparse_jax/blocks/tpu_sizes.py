@@ -24,28 +24,29 @@ class Chip(NamedTuple):
   cores: int
 
 
-# Of a large memory XLA keeps a part for other arrays.
-_CHIPS = {'TPU v4': Chip(16 * _MIB, 2), 'TPU v5 lite': Chip(64 * _MIB, 1),
-          'TPU v5e': Chip(64 * _MIB, 1), 'TPU v5': Chip(48 * _MIB, 2),
-          'TPU v5p': Chip(48 * _MIB, 2), 'TPU v6 lite': Chip(64 * _MIB, 1),
-          'TPU v6e': Chip(64 * _MIB, 1), 'TPU7x': Chip(48 * _MIB, 1)}
-_ANY_CHIP = Chip(16 * _MIB, 2)  # Fits all of them.
+# Of a large memory XLA keeps a part for other arrays. What is not named here
+# gets what all of them have.
+_VMEM = {'TPU v5 lite': 64 * _MIB, 'TPU v5e': 64 * _MIB, 'TPU v5': 48 * _MIB,
+         'TPU v5p': 48 * _MIB, 'TPU v6 lite': 64 * _MIB, 'TPU v6e': 64 * _MIB,
+         'TPU7x': 48 * _MIB}
+_LEAST_VMEM, _MOST_CORES = 16 * _MIB, 2
 
 
 def chip() -> Chip:
-  """That of the mesh in use, else of the first device, else what fits all.
+  """That of the mesh in use, else of the first device.
 
   A program that is compiled for chips which are not there says which by
-  `jax.set_mesh`.
+  `jax.set_mesh`; else it gets sizes that fit every kind.
 
   Example:
-    >>> chip().vmem // 2**20  # On a CPU.
-    16
+    >>> chip()  # On a CPU.
+    Chip(vmem=16777216, cores=2)
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is None:
     device = jax.devices()[0]
-  return _CHIPS.get(device.device_kind, _ANY_CHIP)
+  return Chip(_VMEM.get(device.device_kind, _LEAST_VMEM),
+              getattr(device, 'num_cores', None) or _MOST_CORES)
 
 
 def taken(x: jax.Array, block: tuple[int, int], count: int = 1) -> bool:

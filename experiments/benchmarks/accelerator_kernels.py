@@ -1,0 +1,270 @@
+"""Packed against dense products on one GPU or TPU, in ten minutes.
+
+  python -m experiments.benchmarks.accelerator_kernels
+  python -m experiments.benchmarks.accelerator_kernels --aot=v5e:2x2
+
+Prints a Markdown table of blocks and densities: times as fast as the dense
+product of the same process (interleaved medians), forward and with both
+gradients, the fraction of what the chip could reach, temporary memory.
+
+With --aot nothing runs: the real compiler of a TPU that is not there (pip
+install libtpu) compiles the same programs and states their memory, and the
+time is estimated:
+
+  * a kernel's bundles, one a cycle, each as often as its loops turn, but a
+    product no faster than the matrix units' peak;
+  * and what passes before the first panel of rows is there and after the last
+    one is done, at the bandwidth of the memory;
+  * or all bytes that the kernel moves at that bandwidth, if that is more;
+  * the dense product, and what else XLA makes, by XLA's own estimate.
+
+Waits that only a run shows are in none of these. Recorded: README.md beside
+this file.
+"""
+
+import collections
+import functools
+import glob
+import os
+import re
+import tempfile
+from typing import NamedTuple
+
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sparse_jax
+from experiments import reporting
+from experiments.benchmarks import schedules
+from experiments.benchmarks import timing
+from sparse_jax.blocks import packing
+from sparse_jax.blocks import tpu_sizes
+
+_AOT = flags.DEFINE_string('aot', None, 'A TPU topology to compile for '
+                           'instead, such as v5e:2x2 or v6e:2x2.')
+_BATCH = flags.DEFINE_integer('batch', 8192, 'Rows of the input.')
+_SIZE = flags.DEFINE_integer('size', 4096, 'Inputs and outputs.')
+_BLOCKS = flags.DEFINE_multi_integer('block', None, 'Sides of a block. '
+                                     'Default: all that have kernels.')
+_DENSITIES = flags.DEFINE_multi_float('density', [.1, .2, .4],
+                                      'Fraction of blocks that are kept.')
+_DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'],
+                           'Of all operands.')
+_ROUNDS = flags.DEFINE_integer('rounds', 15, 'Timings of each contender.')
+_REPEATS = flags.DEFINE_integer('repeats', 10, 'Calls within a timing.')
+
+
+class Peak(NamedTuple):
+  """Of a chip, as its maker states them."""
+
+  flops: float  # A second, in bfloat16.
+  bandwidth: float  # Bytes a second.
+  clock: float | None = None  # Of a TPU core, whose matrix units make `flops`.
+
+
+PEAKS = {
+    'TPU v4': Peak(275e12, 1.23e12),
+    'TPU v5 lite': Peak(197e12, 8.2e11, 1.5e9),
+    'TPU v5': Peak(459e12, 2.46e12, 1.75e9),
+    'TPU v6 lite': Peak(918e12, 1.64e12, 1.75e9),
+    'A100': Peak(312e12, 2.04e12), 'H100': Peak(989e12, 3.35e12),
+    'H200': Peak(989e12, 4.8e12), 'L4': Peak(121e12, 3e11),
+    'B200': Peak(2250e12, 8e12)}
+
+
+def peak(kind: str) -> Peak | None:
+  """The peak of the longest name that the kind of a device has in it."""
+  known = [name for name in PEAKS if name in kind]
+  return PEAKS[max(known, key=len)] if known else None
+
+
+def problem(side: int, density: float):
+  """x, a cotangent, a packed weight: NumPy arrays, half a percent off."""
+  random, size = np.random.RandomState(0), _SIZE.value
+  dtype = jnp.dtype(_DTYPE.value)
+  draw = lambda *shape: (random.rand(*shape) - .5).astype(dtype)
+  grid = size // side
+  count = sparse_jax.keep_count(grid**2, 1 - density)
+  ids = random.permutation(grid**2)[:count].astype(np.int32)
+  packed = packing.PackedBlocks(
+      draw(count, side, side), ids // grid, ids % grid, shape=(size, size),
+      block=(side, side))
+  return draw(_BATCH.value, size), draw(_BATCH.value, size), packed
+
+
+def programs(multiply):
+  """The product, and the product with both gradients."""
+  def both(x, dy, weight):
+    y, vjp = jax.vjp(multiply, x, weight)
+    grad_x, grad = vjp(dy)
+    return y, grad_x, getattr(grad, 'blocks', grad)
+
+  return {'forward': lambda x, dy, weight: multiply(x, weight), 'both': both}
+
+
+def work(name: str, x, weight) -> tuple[float, float]:
+  """Products and bytes that a program cannot do without."""
+  blocks = getattr(weight, 'blocks', weight)
+  times = {'forward': 1, 'both': 3}[name]
+  return 2. * times * x.shape[0] * blocks.size, float(
+      times * (2 * x.nbytes + blocks.nbytes))
+
+
+def ways(implementations):
+  """Functions of x and a weight, by name."""
+  return {name: functools.partial(sparse_jax.packed_matmul,
+                                  implementation=name)
+          for name in implementations}
+
+
+def mib(compiled) -> float:
+  return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def measured(side: int, density: float) -> list[dict]:
+  """Rows of the table of one block and density, by the clock."""
+  x, dy, packed = jax.tree.map(jnp.asarray, problem(side, density))
+  dense = jnp.zeros(packed.shape, packed.dtype) + x[0, 0]
+  platform = jax.devices()[0].platform
+  kernel = {'tpu': 'tpu', 'gpu': 'gpu'}.get(platform)
+  contenders = {'dense': (jnp.matmul, dense), **{
+      name: (way, packed) for name, way in ways(
+          ('batched', kernel) if kernel else ('batched', 'loop')).items()}}
+  best, rows = peak(jax.devices()[0].device_kind), collections.defaultdict(dict)
+  for what in ('forward', 'both'):
+    ready = {name: (jax.jit(programs(way)[what]).lower(x, dy, w).compile(), w)
+             for name, (way, w) in contenders.items()}
+    times = timing.interleaved_medians(
+        {name: functools.partial(run, x, dy, w)
+         for name, (run, w) in ready.items()},
+        rounds=_ROUNDS.value, repeats=_REPEATS.value)
+    for name, (run, weight) in ready.items():
+      row = rows[name]
+      row.update({'block': side, 'density': density, 'way': name,
+                  f'{what} us': 1e6 * times[name],
+                  f'{what}, times dense': times['dense'] / times[name]})
+      if best:
+        flops, moved = work(what, x, weight)
+        row[f'{what}, of roofline'] = max(
+            flops / best.flops, moved / best.bandwidth) / times[name]
+      row['temporaries MiB'] = mib(run)
+  return list(rows.values())
+
+
+class Compiler:
+  """The compiler of a TPU that is not there, and what it writes down."""
+
+  def __init__(self, topology: str):
+    self._folder = tempfile.TemporaryDirectory()
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1',
+        LIBTPU_INIT_ARGS=f'--xla_jf_dump_to={self._folder.name} '
+        '--xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true')
+    from jax.experimental import topologies
+    device = topologies.get_topology_desc(
+        platform='tpu', topology_name=topology).devices[0]
+    self.mesh = jax.sharding.Mesh(
+        [device], ('one',), axis_types=(jax.sharding.AxisType.Auto,))
+    self.peak = peak(device.device_kind)
+
+  def __call__(self, fn, *args):
+    """The compiled program, and the schedules of its kernels by their names."""
+    for path in glob.glob(os.path.join(self._folder.name, '*')):
+      os.remove(path)
+    place = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+    args = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=place), args)
+    with jax.set_mesh(self.mesh):
+      compiled = jax.jit(fn).lower(*args).compile()
+    found = []
+    for path in glob.glob(os.path.join(self._folder.name,
+                                       '*-packed_*-final_bundles.txt')):
+      if 'schedule-analysis' not in path:
+        with open(path) as file:
+          found.append((os.path.basename(path), file.read()))
+    return compiled, found
+
+
+def estimated(compiler: Compiler, side: int, density: float) -> list[dict]:
+  """Rows of the table of one block and density, by the compiler."""
+  x, dy, packed = problem(side, density)
+  dense = jax.ShapeDtypeStruct(packed.shape, packed.dtype)
+  rows = {name: {'block': side, 'density': density, 'way': name}
+          for name in ('dense', 'batched', 'tpu')}
+  for what in ('forward', 'both'):
+    for name, row in rows.items():
+      multiply = jnp.matmul if name == 'dense' else ways([name])[name]
+      weight = dense if name == 'dense' else packed
+      compiled, found = compiler(programs(multiply)[what], x, dy, weight)
+      row['temporaries MiB'] = mib(compiled)
+      if compiler.peak is None or compiler.peak.clock is None:
+        continue
+      spent = xla_seconds(compiled.as_text(), compiler.peak)
+      with jax.set_mesh(compiler.mesh):
+        spent += sum(kernel_seconds(*file, x, packed, compiler.peak)
+                     for file in found)
+      row[f'{what} us'] = 1e6 * spent
+      row[f'{what}, times dense'] = rows['dense'][f'{what} us'] / (1e6 * spent)
+  return list(rows.values())
+
+
+def xla_seconds(text: str, best: Peak) -> float:
+  """Of all that is no kernel; there are no loops in these programs."""
+  cycles = re.findall(r'"estimated_cycles":"(\d+)"', text)
+  return sum(map(int, cycles)) / best.clock
+
+
+def kernel_seconds(name: str, text: str, x, packed, best: Peak) -> float:
+  """Of a product or a gradient of the blocks, from its schedule."""
+  side, size = packed.block[0], x.dtype.itemsize
+  count, columns = packed.blocks.shape[0], packed.grid[1]
+  per_core = best.flops / best.clock / 2 / tpu_sizes.chip().cores
+  used = len(np.unique(packed.rows)) / columns
+  cores = tpu_sizes.chip().cores
+  if 'packed_product' in name:
+    rows, group = tpu_sizes.panel(x, packed.block, side, x.shape[1])
+    panels = x.shape[0] // rows
+    steps = panels * (columns // group)
+    cycles = schedules.cycles(
+        text, [steps, group, count / columns], {1: [used, 1 - used]},
+        {2: rows * side**2 / per_core})
+    moved = 2 * x.nbytes + panels * packed.blocks.nbytes
+    ends = rows * (x.shape[1] + group * side) * size
+  else:
+    rows, chunk = tpu_sizes.chunk(x, x, packed.block, count)
+    panels, chunks = x.shape[0] // rows, -(-count // chunk)
+    strips = used * columns / count
+    cycles = schedules.cycles(
+        text, [panels * chunks, count / chunks, count / chunks / panels,
+               2 / panels], {1: [strips]}, {1: rows * side**2 / per_core})
+    moved = chunks * 2 * x.nbytes + packed.blocks.nbytes
+    ends = 2 * rows * x.shape[1] * size
+  return max(cycles / cores / best.clock + ends / best.bandwidth,
+             moved / best.bandwidth)
+
+
+def main(_):
+  kernels = (128, 256, 512)
+  if _AOT.value is None and jax.devices()[0].platform != 'tpu':
+    kernels = (32, 64, 128)
+  row_of = measured
+  if _AOT.value is not None:
+    compiler = Compiler(_AOT.value)
+    row_of = functools.partial(estimated, compiler)
+    kind = compiler.mesh.devices.flat[0].device_kind
+    print(f'{kind}, jax {jax.__version__}: compiled and estimated, not run\n')
+  else:
+    print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}\n')
+  rows = [row for side in _BLOCKS.value or kernels
+          for density in _DENSITIES.value for row in row_of(side, density)]
+  shown = {name: '.2f' if 'dense' in name or 'roof' in name else '.0f'
+           for name in rows[-1] if name.startswith(('forward', 'both'))}
+  print(reporting.markdown_table(rows, formats={
+      **shown, 'temporaries MiB': '.1f'}))
+
+
+if __name__ == '__main__':
+  app.run(main)
