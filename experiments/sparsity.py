@@ -168,13 +168,15 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
                     'path has a match stay dense. For example: stem,head.')
 
 
-def from_flags(values: Mapping[str, Any], train_steps: int
+def from_flags(values: Mapping[str, Any], train_steps: int,
+               also_sparse: tuple[str, ...] = ()
                ) -> sparse_jax.SparseMethod:
   """Makes the method that the flags ask for.
 
   Args:
     values: flag values by name, as `flags.FLAGS.flag_values_dict()` gives.
     train_steps: length of the run, for windows given as shares of it.
+    also_sparse: patterns of leaves that are dense by default, and sparse here.
 
   Returns:
     The method.
@@ -196,10 +198,11 @@ def from_flags(values: Mapping[str, Any], train_steps: int
       raise ValueError(f'`{flag}` (={values[flag]!r}) is a setting of '
                        f'--structure={structure}, not of '
                        f'{values["structure"] or "element"}.')
-  method = constructor(**_arguments(values, name, known, train_steps))
+  rules = _layer_rules(values, also_sparse)
+  method = constructor(**_arguments(values, name, known, train_steps, rules))
   if values['operands']:
     method = sparse_jax.operators.add_operands(method, _operands(values),
-                                               is_sparse=_dense_rules(values))
+                                               is_sparse=rules)
   _check_operator_flags(values, method)
   if values['powerprop_alpha'] is not None:
     method = sparse_jax.powerprop(method, values['powerprop_alpha'])
@@ -267,12 +270,12 @@ def _is_given(flag, values) -> bool:
       typed or values[flag] != flags.FLAGS[flag].default)
 
 
-def _arguments(values, name, known, train_steps) -> dict[str, Any]:
+def _arguments(values, name, known, train_steps, rules) -> dict[str, Any]:
   """The flags that are set, and what the recipes set, of those `known`."""
   chosen = {argument: values[flag] for flag, argument in ARGUMENTS.items()
             if argument in known and values[flag] not in (None, [])}
-  if 'is_sparse' in chosen:
-    chosen['is_sparse'] = _dense_rules(values)
+  if 'is_sparse' in known and rules:
+    chosen['is_sparse'] = rules
   if 'allocation' in chosen:
     chosen['allocation'] = ALLOCATIONS[chosen['allocation']]
   if 'structure' in chosen:
@@ -319,7 +322,7 @@ def _of_pair(flag, values, make) -> sparse_jax.masks.structures.Structure:
   return structure
 
 
-def _dense_rules(values) -> list[tuple[str, bool]] | None:
+def _layer_rules(values, also_sparse) -> list[tuple[str, bool]] | None:
   layers = values['dense_layers']
   for layer in layers:
     try:
@@ -327,7 +330,8 @@ def _dense_rules(values) -> list[tuple[str, bool]] | None:
     except re.error as error:
       raise ValueError(f'`dense_layers` (={",".join(layers)!r}) has {layer!r}, '
                        f'no regular expression: {error}.') from None
-  return [(layer, False) for layer in layers] or None
+  rules = [(layer, False) for layer in layers]
+  return rules + [(pattern, True) for pattern in also_sparse] or None
 
 
 def _window(chosen, name, train_steps) -> dict[str, Any]:

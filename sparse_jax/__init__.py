@@ -7,6 +7,9 @@ from sparse_jax import masks
 from sparse_jax import operators
 from sparse_jax import rules
 from sparse_jax import transforms
+from sparse_jax.aged_adam import aged_adam
+from sparse_jax.aged_adam import aged_adamw
+from sparse_jax.cost.effective import effective_sparsity
 from sparse_jax.getters import linen_getter
 from sparse_jax.getters import nnx_getter
 from sparse_jax.getters import nnx_start
@@ -38,6 +41,7 @@ from sparse_jax.methods.fixed import static
 from sparse_jax.methods.learned import cs
 from sparse_jax.methods.learned import dst
 from sparse_jax.methods.learned import str_
+from sparse_jax.methods.one_shot import one_shot
 from sparse_jax.methods.powerprop import powerprop
 from sparse_jax.methods.pruning import gmp
 from sparse_jax.methods.redistribution import dsr
@@ -64,14 +68,15 @@ from sparse_jax.transforms import sparsify
 __version__ = '0.2.0'
 
 __all__ = [
-    'ac_dc', 'Block', 'blocks', 'Channel', 'contracting_axes', 'cost', 'cs',
-    'dense', 'dense_weights', 'dnw', 'dsr', 'dst', 'erdos_renyi', 'erk',
+    'ac_dc', 'aged_adam', 'aged_adamw', 'Block', 'blocks', 'Channel',
+    'contracting_axes', 'cost', 'cs', 'dense', 'dense_weights', 'dnw',
+    'dsr', 'dst', 'effective_sparsity', 'erdos_renyi', 'erk',
     'exploration_loss', 'FanIn', 'Filter', 'fixed', 'get_state', 'gmp',
-    'grasp', 'group', 'itop', 'jaxprs', 'keep_count', 'linen_getter', 'make_mask',
-    'masked_weight', 'masks', 'NM', 'nnx_getter', 'nnx_start',
-    'operators', 'packed', 'powerprop', 'rigl', 'rules', 'schedules',
-    'scores', 'set_', 'snfs', 'snip', 'SparseMethod', 'SparseState',
-    'sparsify', 'sr_ste', 'start', 'static', 'ste', 'str_', 'summarize',
-    'Summary', 'swat', 'top_k_mask', 'top_kast', 'transforms', 'uniform',
-    'uniform_plus', 'Unstructured', 'with_method',
+    'grasp', 'group', 'itop', 'jaxprs', 'keep_count', 'linen_getter',
+    'make_mask', 'masked_weight', 'masks', 'NM', 'nnx_getter', 'nnx_start',
+    'one_shot', 'operators', 'packed', 'powerprop', 'rigl', 'rules',
+    'schedules', 'scores', 'set_', 'snfs', 'snip', 'SparseMethod',
+    'SparseState', 'sparsify', 'sr_ste', 'start', 'static', 'ste', 'str_',
+    'summarize', 'Summary', 'swat', 'top_k_mask', 'top_kast', 'transforms',
+    'uniform', 'uniform_plus', 'Unstructured', 'with_method',
 ]

@@ -202,8 +202,8 @@ def seen_operands(values: Mapping[str, Any], data, sparsity: float):
 
 def cycles(seen, sparsity: float, machine: sparse_jax.cost.Machine):
   """(path, LayerCycles) of each layer."""
-  return [(path, sparse_jax.cost.layer_cycles(product, lhs, rhs, machine=machine,
-                                              saved=saved(path, lhs, sparsity)))
+  return [(path, sparse_jax.cost.layer_cycles(
+      product, lhs, rhs, machine=machine, saved=saved(path, lhs, sparsity)))
           for path, product, lhs, rhs in seen]
 
 

@@ -115,7 +115,7 @@ def work(name: str, x, weight) -> tuple[float, float]:
 
 def ways(implementations):
   """Functions of x and a weight, by name."""
-  return {name: functools.partial(sparse_jax.packed_matmul,
+  return {name: functools.partial(sparse_jax.blocks.matmul,
                                   implementation=name)
           for name in implementations}
 

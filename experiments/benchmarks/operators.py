@@ -6,8 +6,8 @@ Steps of experiments.image.train on made-up CIFAR-10 images, interleaved in one
 process: dense; SWAT's weights alone; SWAT with activations chosen exactly every
 step, or by a threshold that is kept for 20; activations packed or kept with
 their zeros. Memory is what XLA allots for temporary arrays, beside what the
-program asks to keep for its backward pass (`sparse_jax.cost.memory_cost`). A first
-table has the memory of twelve ReLU layers. Recorded results: README.md beside
+program asks to keep for its backward pass (`cost.memory_cost`). A first table
+has the memory of twelve ReLU layers. Recorded results: README.md beside
 this file.
 """
 

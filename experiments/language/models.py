@@ -512,7 +512,8 @@ def kernel_count(model: TransformerXL) -> int:
   These are the leaves that may be sparse by default, those of two axes; biases
   and the scales of normalisation are left out.
 
-  Law: it is the number of entries of the leaves `sparse_jax.masks.is_kernel` takes.
+  Law: it is the number of entries of the leaves of two axes that are no
+  bias.
 
   Example:
     >>> kernel_count(create('tiny', vocab_size=256))

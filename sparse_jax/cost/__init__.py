@@ -10,3 +10,5 @@ from sparse_jax.cost.flops import training_cost
 from sparse_jax.cost.flops import TrainingCost
 from sparse_jax.cost.memory import memory_cost
 from sparse_jax.cost.memory import MemoryCost
+from sparse_jax.cost.effective import connectivity
+from sparse_jax.cost.effective import effective_sparsity

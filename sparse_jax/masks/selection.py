@@ -204,7 +204,8 @@ def _predicate(is_sparse, batch_axes, leaves):
     return default
   if callable(is_sparse):
     return is_sparse
-  rules = [(re.compile(pattern), bool(value)) for pattern, value in _rules(is_sparse)]
+  rules = [(re.compile(pattern), bool(value))
+           for pattern, value in _rules(is_sparse)]
   for pattern, _ in rules:
     if not any(pattern.search(path) for path in leaves):
       raise ValueError(f'`is_sparse` has a rule {pattern.pattern!r} that is '

@@ -13,8 +13,9 @@ from sparse_jax.rules.state import SparseMethod
 
 
 def ac_dc(sparsity: float, *, scope: str = 'global', final_dense: int = 0,
-          reset_slots: bool = True, allocation=uniform, structure=Unstructured(),
-          is_sparse: selection.IsSparse = None, batch_axes: selection.Axes = (),
+          reset_slots: bool = True, allocation=uniform,
+          structure=Unstructured(), is_sparse: selection.IsSparse = None,
+          batch_axes: selection.Axes = (),
           contracting: selection.Axes | None = None, update_every: int = 100,
           update_begin: int = 0, update_end: int | None = None) -> SparseMethod:
   """Alternating compressed and decompressed training.
