@@ -169,14 +169,15 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
 
 
 def from_flags(values: Mapping[str, Any], train_steps: int,
-               also_sparse: tuple[str, ...] = ()
+               also_sparse: Mapping[str, tuple[int, ...]] = {}
                ) -> sparse_jax.SparseMethod:
   """Makes the method that the flags ask for.
 
   Args:
     values: flag values by name, as `flags.FLAGS.flag_values_dict()` gives.
     train_steps: length of the run, for windows given as shares of it.
-    also_sparse: patterns of leaves that are dense by default, and sparse here.
+    also_sparse: patterns of leaves that are dense by default and sparse here,
+      and the axes that their products sum over.
 
   Returns:
     The method.
@@ -199,7 +200,8 @@ def from_flags(values: Mapping[str, Any], train_steps: int,
                        f'--structure={structure}, not of '
                        f'{values["structure"] or "element"}.')
   rules = _layer_rules(values, also_sparse)
-  method = constructor(**_arguments(values, name, known, train_steps, rules))
+  method = constructor(**_arguments(values, name, known, train_steps, rules,
+                                    also_sparse))
   if values['operands']:
     method = sparse_jax.operators.add_operands(method, _operands(values),
                                                is_sparse=rules)
@@ -270,12 +272,15 @@ def _is_given(flag, values) -> bool:
       typed or values[flag] != flags.FLAGS[flag].default)
 
 
-def _arguments(values, name, known, train_steps, rules) -> dict[str, Any]:
+def _arguments(values, name, known, train_steps, rules, also_sparse
+               ) -> dict[str, Any]:
   """The flags that are set, and what the recipes set, of those `known`."""
   chosen = {argument: values[flag] for flag, argument in ARGUMENTS.items()
             if argument in known and values[flag] not in (None, [])}
   if 'is_sparse' in known and rules:
     chosen['is_sparse'] = rules
+  if 'contracting' in known and also_sparse:
+    chosen['contracting'] = also_sparse
   if 'allocation' in chosen:
     chosen['allocation'] = ALLOCATIONS[chosen['allocation']]
   if 'structure' in chosen:

@@ -128,7 +128,8 @@ class Binary(NamedTuple):
 
 
 def make_task(problem: Problem, values: Mapping[str, Any],
-              train_steps: int, also_sparse: tuple[str, ...] = ()) -> Task:
+              train_steps: int, also_sparse: Mapping[str, tuple[int, ...]] = {}
+              ) -> Task:
   """Adds the method and the optimizer of the flags."""
   method = sparsity.from_flags(values, train_steps, also_sparse)
   tx = sparse_jax.sparsify(optimization.make(values, train_steps), method,

@@ -7,9 +7,10 @@ from sparse_jax import masks
 from sparse_jax import operators
 from sparse_jax import rules
 from sparse_jax import transforms
-from sparse_jax.aged_adam import aged_adam
-from sparse_jax.aged_adam import aged_adamw
+from sparse_jax.adam import aged_adam
+from sparse_jax.adam import aged_adamw
 from sparse_jax.cost.effective import effective_sparsity
+from sparse_jax.description import describe
 from sparse_jax.getters import linen_getter
 from sparse_jax.getters import nnx_getter
 from sparse_jax.getters import nnx_start
@@ -69,8 +70,8 @@ __version__ = '0.2.0'
 
 __all__ = [
     'ac_dc', 'aged_adam', 'aged_adamw', 'Block', 'blocks', 'Channel',
-    'contracting_axes', 'cost', 'cs', 'dense', 'dense_weights', 'dnw',
-    'dsr', 'dst', 'effective_sparsity', 'erdos_renyi', 'erk',
+    'contracting_axes', 'cost', 'cs', 'dense', 'dense_weights', 'describe',
+    'dnw', 'dsr', 'dst', 'effective_sparsity', 'erdos_renyi', 'erk',
     'exploration_loss', 'FanIn', 'Filter', 'fixed', 'get_state', 'gmp',
     'grasp', 'group', 'itop', 'jaxprs', 'keep_count', 'linen_getter',
     'make_mask', 'masked_weight', 'masks', 'NM', 'nnx_getter', 'nnx_start',

@@ -80,7 +80,7 @@ def sparsify(optimizer: optax.GradientTransformation,
     if params is None:
       raise ValueError('`params` (=None) must be given to update().')
     sparse, slots = state
-    if penalty:
+    if penalty and not getattr(method.penalty, 'is_zero', False):
       grads = _add_penalty(method, grads, params, sparse)
     given, all_grads = params, grads
     params, grads = map(packing.without_growth, (params, grads))

@@ -42,7 +42,7 @@ class FiguresTest(parameterized.TestCase):
     method = sparse_jax.gmp(.5, update_begin=90, update_end=91)
     params = {'hidden': {'kernel': jnp.ones((10, 20))},
               'head': {'kernel': jnp.ones((20, 10))}}
-    state = sparse_jax.static(.5).init(params)
+    state = sparse_jax.gmp(.5).init(params)
     found = figures(method, state)
     self.assertEqual(found['inference_multiplier'], .5)
     self.assertGreater(found['training_multiplier'], .9)

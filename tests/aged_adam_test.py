@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax import aged_adam as aged_lib
+from sparse_jax import adam as aged_lib
 
 METHODS = {name: method(update_every=25) for name, method in {
     'set_': functools.partial(sparse_jax.set_, .5),

@@ -325,7 +325,6 @@ class EffectTest(parameterized.TestCase):
       ('dropout', 0., .5, {'model': 'wrn_16_8'}),
       ('bfloat16', False, True, {}),
       ('label_smoothing', 0., .1, {}),
-      ('packed', False, True, {'structure': 'block'}),
       ('log_every', 50, 60, {}),
       ('activation_scope', 'tensor', 'example', {'method': 'swat'}),
       ('gradient_scope', 'tensor', 'unified', {'method': 'swat'}),
@@ -341,7 +340,7 @@ class EffectTest(parameterized.TestCase):
   ELSEWHERE = {'seed', 'data_dir', 'augment', 'workdir', 'eval_every',
                'compare_masks_every',
                'checkpoint_every', 'model_parallel', 'powerprop_alpha',
-               'operands'}
+               'operands', 'storage'}
 
   @parameterized.parameters(*METHOD_FLAGS)
   def test_method_flag_changes_an_argument(self, flag, one, other, context):
@@ -375,6 +374,13 @@ class EffectTest(parameterized.TestCase):
     # Methods and optimizers are functions, made anew each time.
     first, second = (task._replace(method=None, tx=None) for task in tasks)
     self.assertNotEqual(first, second)
+
+  def test_storage_changes_how_parameters_are_held(self):
+    masked, packed = (sparsity.from_flags(_values(
+        structure='block', storage=storage), 60)
+                      for storage in ('masked', 'packed'))
+    self.assertIsNone(masked.pack)
+    self.assertIsNotNone(packed.pack)
 
   def test_power_wraps_the_method(self):
     """At alpha 2 training starts from the square roots."""
@@ -451,17 +457,17 @@ class RefusalTest(parameterized.TestCase):
       ('block_reduce_without_blocks', {
           'structure': 'filter', 'block_reduce': 'max'},
        'block_reduce.*max.*structure=block.*filter'),
-      ('packed_without_blocks', {'packed': True},
-       'packed.*structure=block.*element'),
+      ('packed_without_blocks', {'storage': 'packed'},
+       'storage.*packed.*Block'),
       ('packed_pruning', {
-          'packed': True, 'structure': 'block', 'method': 'gmp'},
-       'packed.*method=gmp'),
+          'storage': 'packed', 'structure': 'block', 'method': 'gmp'},
+       'storage.*method=gmp'),
       ('packed_operands', {
-          'packed': True, 'structure': 'block', 'method': 'swat'},
-       'packed.*method=swat'),
+          'storage': 'packed', 'structure': 'block', 'method': 'swat'},
+       'storage.*method=swat'),
       ('packed_and_split', {
-          'packed': True, 'structure': 'block', 'model_parallel': 2},
-       'packed.*model_parallel.*2'),
+          'storage': 'packed', 'structure': 'block', 'model_parallel': 2},
+       'storage.*model_parallel.*2'),
       ('nm_reversed', {'structure': 'nm', 'nm': ['4', '2'], 'sparsity': .5},
        'nm.*4,2'),
       ('nm_without_nm', {'nm': ['1', '4']}, 'nm.*1.*structure=nm'),

@@ -94,9 +94,9 @@ class RunTest(parameterized.TestCase):
       path = pathlib.Path(self.unbroken['workdir'], picture)
       self.assertEqual(path.read_bytes()[:4], b'\x89PNG')
 
-  def test_packed_products_make_the_same_run(self):
+  def test_packed_storage_makes_the_same_run(self):
     """Masks and losses, to the rounding of sums."""
-    values = self.values('packed', packed=True)
+    values = self.values('packed', storage='packed')
     result = train.train(values)
     for row, other in zip(_rows(values), _rows(self.unbroken), strict=True):
       for key in row:

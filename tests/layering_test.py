@@ -15,12 +15,12 @@ LAYERS = (
     {'blocks'},
     {'jaxprs', 'rules'},
     {'operators', 'cost'},
-    {'methods', 'loop'},
-    {'transforms', 'aged_adam', 'getters', 'summary'},
+    {'methods', 'loop', 'description'},
+    {'transforms', 'adam', 'getters', 'summary'},
     {'__init__'},
 )
 # Only these files may know these packages.
-OWNERS = {'optax': {'transforms', 'aged_adam'}, 'flax': {'getters'}}
+OWNERS = {'optax': {'transforms', 'adam'}, 'flax': {'getters'}}
 FOREIGN = {'jax', 'numpy', 'optax', 'flax'}
 
 

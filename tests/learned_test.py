@@ -87,9 +87,8 @@ class StrTest(parameterized.TestCase):
   def test_trains_an_nnx_module(self):
     method = sparse_jax.str_(initial=-2.)
     model = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
-    model = sparse_jax.nnx_parametrize(method, model)
-    optimizer = nnx.Optimizer(model, sparse_jax.sparsify(
-        optax.sgd(.01), method), wrt=nnx.Param)
+    model, optimizer = sparse_jax.nnx_start(model, sparse_jax.sparsify(
+        optax.sgd(.01), method), method)
     before = np.array(model.thresholds['kernel'][...])
 
     @nnx.jit

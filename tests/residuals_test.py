@@ -189,7 +189,8 @@ class MemoryTest(absltest.TestCase):
     sparse = operators.sparse_conv_general_dilated(
         operands.Operands(backward_activation=.9))
     asked, allotted = costs(lax.conv_general_dilated) - costs(sparse)
-    self.assertAlmostEqual(allotted / asked, 1., delta=.2)
+    # No less; and more, since the top-k of an activation keeps no arrays.
+    self.assertBetween(allotted / asked, .9, 1.3)
 
   def test_saved_bytes_of_a_product_are_those_of_the_packed_activation(self):
     """At 90% of 64 x 128: values and bits, and the weight, whole."""

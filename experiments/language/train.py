@@ -272,7 +272,7 @@ def level(values: Mapping[str, Any]) -> str:
 def make_task(values: Mapping[str, Any], vocab_size: int) -> tasks.Task:
   """Problem, method and optimizer of the flags."""
   return training.make_task(make_problem(values, vocab_size), values,
-                            values['train_steps'], ('embedding$',))
+                            values['train_steps'], {'embedding$': (1,)})
 
 
 def train_batches(problem: Prediction, tokens, part: tuple[int, int],

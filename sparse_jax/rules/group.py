@@ -185,9 +185,7 @@ def _check(methods: Any) -> None:
       raise ValueError(f'`methods` has {method!r} at {pattern!r}, which must '
                        'be a SparseMethod.')
     probe = jax.ShapeDtypeStruct((8, 8), jnp.float32)
-    learns = 'probe' not in jax.eval_shape(
-        method.parametrize, {'probe': probe}) or len(jax.eval_shape(
-            method.parametrize, {'probe': probe})) > 1
+    learns = len(jax.eval_shape(method.parametrize, {'kernel': probe})) > 1
     if learns or method.skips or method.resets:
       raise ValueError(f'`methods` has {method.name!r} at {pattern!r}, which '
                        'works on the whole model: it learns thresholds, skips '

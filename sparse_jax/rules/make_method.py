@@ -246,6 +246,8 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
       return jnp.float32(0)
     return penalty(params, check(params, state))
 
+  total_penalty.is_zero = penalty is None
+
   def update(updates, grads, state, params, **extra_args):
     check(params, state)
     seen = Seen(params, updates, grads, extra_args, params, updates)

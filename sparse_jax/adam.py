@@ -136,7 +136,18 @@ def aged_adamw(
     eps: float = 1e-8, eps_root: float = 0.0, mu_dtype: Any = None,
     weight_decay: float = 1e-4, mask: Any = None, *, warmup_steps: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-  """`optax.adamw` for weights that grow; see `aged_adam`."""
+  """`optax.adamw` for weights that grow; see `aged_adam`.
+
+  Args:
+    learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask: as of
+      `optax.adamw`.
+    warmup_steps: as of `aged_adam`.
+
+  Example:
+    >>> tx = aged_adamw(1e-3, weight_decay=.1)
+    >>> len(tx.init({'kernel': jnp.ones((2, 2))}))
+    3
+  """
   return optax.chain(
       scale_by_aged_adam(b1, b2, eps, eps_root, mu_dtype,
                          warmup_steps=warmup_steps),
