@@ -206,6 +206,29 @@ class ChoiceTest(parameterized.TestCase):
         self.assertEqual(tpu.gradient_fits(given, x, block, 3), fits)
         self.assertTrue(tpu.scores_fit(given, block))
 
+  def test_no_kernel_where_xla_splits_the_arrays_but_in_shard_map(self):
+    packed, x, dy = packed_problem(128, grid=(3, 3), batch=16)
+    mesh = jax.make_mesh((2,), ('data',), devices=jax.devices()[:2],
+                         axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    with jax.set_mesh(mesh):
+      text = lowered('tpu', product_and_gradients, packed, x, dy)
+      self.assertNotIn(CALLS['tpu'], text)
+      with self.assertRaisesRegex(ValueError, 'shard_map'):
+        sparse_jax.packed_matmul(x, packed, implementation='tpu')
+
+    def shard(packed, x, dy):
+      y, grad_x, *grads = product_and_gradients(packed, x, dy)
+      return y, grad_x, jax.lax.psum(grads[0], 'data')
+
+    rows = spec('data')
+    split = jax.shard_map(shard, mesh=mesh, in_specs=(spec(), rows, rows),
+                          out_specs=(rows, rows, spec()), check_vma=False)
+    self.assertIn(CALLS['tpu'], lowered('tpu', split, packed, x, dy))
+    for got, want in zip(jax.jit(split)(packed, x, dy),
+                         product_and_gradients(packed, x, dy, 'loop')):
+      np.testing.assert_allclose(got, want, atol=1e-4)
+
   @parameterized.parameters('tpu', 'gpu')
   def test_a_kernel_asked_for_by_name_must_be_there(self, name):
     packed, x, _ = packed_problem(8, grid=(3, 3))

@@ -161,8 +161,9 @@ def _run(product, plan, *args):
   if _kernels(product, plan, args):
     return _run_kernel(product, plan, *args)
   if plan.implementation is not None:
+    where = ' outside jax.shard_map' if _split() else ''
     raise ValueError(f'`implementation` (={plan.implementation!r}) has no '
-                     f'kernel for blocks of {plan.inputs.size} x '
+                     f'kernel{where} for blocks of {plan.inputs.size} x '
                      f'{plan.outputs.size} and x of {args[0].dtype} and shape '
                      f'{args[0].shape}.')
   return lax.platform_dependent(
@@ -190,12 +191,19 @@ _run_kernel.defvjp(
 
 def _kernels(product, plan, args):
   """By platform, those that take these shapes and that the plan allows."""
-  if not isinstance(plan.inputs, Columns):
+  if not isinstance(plan.inputs, Columns) or _split():
     return {}
   found = {platform: product.kernel(module, plan, *args)
            for name, (platform, module) in _KERNELS.items()
            if plan.implementation in (None, name)}
   return {name: kernel for name, kernel in found.items() if kernel is not None}
+
+
+def _split() -> bool:
+  """Whether XLA splits arrays over a mesh here: kernels it does not split."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return any(size > 1 and kind != jax.sharding.AxisType.Manual
+             for size, kind in zip(mesh.axis_sizes, mesh.axis_types))
 
 
 def _multiply_kernel(module, plan, x, blocks, *_):
