@@ -21,6 +21,9 @@ usage() {
 
 stop() {
   local name pid
+  # Steps of running jobs would live on without their daemons.
+  SLURM_CONF=$folder/slurm.conf timeout 10 scancel --user="$(id -un)" \
+    2>/dev/null || true
   for name in slurmd slurmctld munged; do
     pid=$(cat "$folder/$name.pid" 2>/dev/null) || continue
     kill "$pid" 2>/dev/null || continue

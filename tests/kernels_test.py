@@ -215,7 +215,7 @@ class ChoiceTest(parameterized.TestCase):
       text = lowered('tpu', product_and_gradients, packed, x, dy)
       self.assertNotIn(CALLS['tpu'], text)
       with self.assertRaisesRegex(ValueError, 'shard_map'):
-        sparse_jax.packed_matmul(x, packed, implementation='tpu')
+        sparse_jax.blocks.matmul(x, packed, implementation='tpu')
 
     def shard(packed, x, dy):
       y, grad_x, *grads = product_and_gradients(packed, x, dy)
