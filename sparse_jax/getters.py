@@ -7,11 +7,29 @@ import types
 from typing import Any
 
 from flax import nnx
+from flax import serialization
 
 from sparse_jax import loop
 from sparse_jax import trees
 from sparse_jax.blocks import packing
 from sparse_jax.rules import state as state_lib
+
+
+def _blocks_to_dict(packed):
+  return {name: serialization.to_state_dict(getattr(packed, name))
+          for name in ('blocks', 'growth') if getattr(packed, name) is not None}
+
+
+def _blocks_from_dict(packed, saved):
+  return packed.replace(**{name: serialization.from_state_dict(
+      getattr(packed, name), value) for name, value in saved.items()})
+
+
+# `flax.serialization` asks for what it does not know; a plan is no data.
+serialization.register_serialization_state(
+    state_lib.Plan, lambda plan: {}, lambda plan, saved: plan)
+serialization.register_serialization_state(
+    packing.PackedBlocks, _blocks_to_dict, _blocks_from_dict)
 
 
 def linen_getter(method: state_lib.SparseMethod, opt_state: Any
@@ -72,6 +90,7 @@ def nnx_getter(method: state_lib.SparseMethod, opt_state: Any
 
   Example:
     >>> from flax import nnx
+from flax import serialization
     >>> import jax.numpy as jnp, optax, sparse_jax
     >>> model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
     >>> method = sparse_jax.static(sparsity=0.75)

@@ -4,6 +4,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 from flax import linen as nn
 from flax import nnx
+from flax import serialization
 from flax.training import train_state
 import jax
 import jax.numpy as jnp
@@ -283,6 +284,21 @@ class GetStateTest(parameterized.TestCase):
       found = sparse_jax.get_state(state)
       self.assertEqual(found.step, 7)
       self.assertIsInstance(found.extra[0], sparse_jax.SparseState)
+
+
+class SerializationTest(parameterized.TestCase):
+
+  @parameterized.parameters(False, True)
+  def test_flax_writes_and_reads_params_and_state(self, is_packed):
+    method = sparse_jax.rigl(.5, structure=sparse_jax.Block((2, 2)))
+    method = sparse_jax.packed(method) if is_packed else method
+    tx = sparse_jax.sparsify(optax.adam(.1), method)
+    saved = sparse_jax.start(tx, method, {'kernel': jnp.arange(
+        32.).reshape(4, 8)})
+    blank = jax.tree.map(jnp.zeros_like, saved)
+    restored = serialization.from_bytes(blank, serialization.to_bytes(saved))
+    self.assertEqual(jax.tree.structure(restored), jax.tree.structure(saved))
+    jax.tree.map(np.testing.assert_array_equal, restored, saved)
 
 
 if __name__ == '__main__':
