@@ -90,7 +90,6 @@ def nnx_getter(method: state_lib.SparseMethod, opt_state: Any
 
   Example:
     >>> from flax import nnx
-from flax import serialization
     >>> import jax.numpy as jnp, optax, sparse_jax
     >>> model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
     >>> method = sparse_jax.static(sparsity=0.75)
