@@ -27,9 +27,9 @@ def _blocks_from_dict(packed, saved):
 
 # `flax.serialization` asks for what it does not know; a plan is no data.
 serialization.register_serialization_state(
-    state_lib.Plan, lambda plan: {}, lambda plan, saved: plan)
+    state_lib.Plan, lambda plan: {}, lambda plan, saved: plan, override=True)
 serialization.register_serialization_state(
-    packing.PackedBlocks, _blocks_to_dict, _blocks_from_dict)
+    packing.PackedBlocks, _blocks_to_dict, _blocks_from_dict, override=True)
 
 
 def linen_getter(method: state_lib.SparseMethod, opt_state: Any
