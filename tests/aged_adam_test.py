@@ -118,7 +118,7 @@ class AgedAdamTest(parameterized.TestCase):
   def test_first_steps_after_growth_are_no_larger_than_a_new_optimizers(
       self, name):
     self.assertGreater(largest_step(name, optax.adam), 2)
-    # The largest that a new one makes at a time is smaller, 1.05 to 1.2.
+    # Of plain Adam 2.5 and more; 1.21 to 1.23 were seen.
     self.assertLess(largest_step(name, aged_lib.aged_adam), 1.3)
 
   def test_warmup_scales_what_has_grown_alone(self):
