@@ -117,7 +117,9 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
       arguments.
     method: the method.
     opt_state: an Optax state that contains the method's.
-    implementation: of the products by blocks, as of `blocks.matmul`.
+    implementation: of the products by blocks, as of `blocks.matmul`. On
+      several TPUs under plain `jit`, without `jax.set_mesh`, it must be
+      'batched': XLA cannot split a kernel by itself.
     **operators: `thresholds`, `due`, `activation_scope`, `gradient_scope` and
       `pack`, as of `operators.with_operators`.
 

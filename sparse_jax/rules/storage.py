@@ -89,11 +89,6 @@ def entry_marks(state: state_lib.SparseState, packed: Any = None,
   return trees.map_leaves(spread, state.marks, like)
 
 
-def is_packed(path: trees.Path, state: state_lib.SparseState) -> bool:
-  """Whether a leaf is stored as blocks."""
-  return path in state.packed
-
-
 def zeros_like_leaves(leaves: dict[trees.Path, Any]) -> dict[trees.Path,
                                                              jax.Array]:
   """float32 zeros of each leaf's own shape: a method's running averages."""
