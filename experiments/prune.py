@@ -7,9 +7,14 @@ takes the finished dense run that experiments.image.train or
 experiments.language.train left in RUN and prunes it by each rule to each
 sparsity, from batches of its training data. What is left is tested before and
 after fine-tuning by the run's own optimizer with fresh slots, at a constant
-rate; beside it stands the dense network after as many steps. --pattern=2:4
-keeps 2 of each 4 inputs instead. --dense_layers=head,vocabulary leaves out
-leaves in whose path one of these regular expressions is found.
+rate; beside it stands the dense network after as many steps. --distill=0.5
+makes half of the loss the divergence from the dense network's outputs.
+--pattern=2:4 keeps 2 of each 4 inputs instead. --dense_layers=head,vocabulary
+leaves out leaves in whose path one of these regular expressions is found.
+
+--by=iterative prunes by magnitude in rounds, with rewinding to the values at
+step --rewind_to; --by=gmp and rigl train as long as the run, sparse from early
+on. `steps` says what each row took to train before it is fine-tuned.
 
 RUN gets one_shot.json and one_shot.md, a row for each network: the fraction of
 its pruned leaves that is zero, and that is zero or on no path from an input to
@@ -20,7 +25,6 @@ import argparse
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
-import functools
 import importlib
 import json
 import math
@@ -34,8 +38,6 @@ from absl import app
 from absl import flags
 from absl import logging
 import jax
-import jax.numpy as jnp
-import optax
 
 import sparse_jax
 from sparse_jax import trees
@@ -44,12 +46,16 @@ from sparse_jax.jaxprs import products
 from sparse_jax.masks import selection
 from sparse_jax.methods import one_shot
 from experiments import devices
-from experiments import optimization
+from experiments import pruning
 from experiments import reporting
 from experiments import tasks
 from experiments import training
 
 PROGRAMS = ('experiments.image.train', 'experiments.language.train')
+
+
+# Not in one shot: in rounds from early values, and sparse from early on.
+IN_TRAINING = ('iterative', 'gmp', 'rigl')
 
 
 class Settings(NamedTuple):
@@ -62,6 +68,8 @@ class Settings(NamedTuple):
   calibration_batches: int = 8
   fine_tune_steps: int = 0
   fine_tune_learning_rate: float = 1e-4
+  distill: float = 0.  # Share of the loss that is the teacher's.
+  rewind_to: int = 0  # The step whose values iterative pruning returns to.
 
 
 def open_run(workdir: str) -> tuple[training.Binary, training.Run]:
@@ -91,23 +99,37 @@ def study(workdir: str, settings: Settings) -> list[dict[str, Any]]:
 
   Returns:
     The rows of one_shot.json, the dense network first: `by`, `sparsity`,
-    `effective_sparsity`, and the test metric as `pruned` and `fine_tuned`.
+    `effective_sparsity`, `steps` of training, and the test metric as `pruned`
+    and `fine_tuned`.
 
   Raises:
     ValueError, FileNotFoundError: naming the argument, before anything runs.
   """
   check(settings)
   binary, run = open_run(workdir)
+  if not 0 <= settings.rewind_to < run.train_steps:
+    raise ValueError(f'`rewind_to` (={settings.rewind_to!r}) must be in '
+                     f'[0, {run.train_steps}).')
   state = training.last_state(run)
   examples = calibration(run, state, settings.calibration_batches)
+  leaves = chosen(run, state, examples, settings)
   rows = []
   for by, sparsity in [('dense', 0.)] + [
       (by, sparsity) for sparsity in sparsities(settings)
       for by in settings.by]:
-    params = state.params if by == 'dense' else prune(
-        run, state, examples, by, sparsity, settings)
-    rows.append({'by': by} | measure(
-        binary, run, settled(run, state, params, examples), settings))
+    params, steps = state.params, run.train_steps
+    if by == 'iterative':
+      params, steps = pruning.ticket(
+          run, params, sparsity, leaves, structure_of(settings),
+          settings.rewind_to)
+    elif by in IN_TRAINING:
+      params = pruning.trained(binary, run, by, sparsity, leaves,
+                               settings.pattern)
+    elif by != 'dense':
+      params = prune(run, state, examples, by, sparsity, leaves, settings)
+    rows.append({'by': by, 'steps': steps} | measure(
+        binary, run, settled(run, state, params, examples), settings,
+        teacher=state.params))
     print(rows[-1], flush=True)
   write(rows, binary, run, settings)
   return rows
@@ -116,9 +138,9 @@ def study(workdir: str, settings: Settings) -> list[dict[str, Any]]:
 def check(settings: Settings) -> None:
   """Raises ValueError for what cannot work."""
   for by in settings.by:
-    if by not in one_shot.RULES:
+    if by not in (*one_shot.RULES, *IN_TRAINING):
       raise ValueError(f'`by` (={by!r}) must be of '
-                       f'{", ".join(one_shot.RULES)}.')
+                       f'{", ".join((*one_shot.RULES, *IN_TRAINING))}.')
   for sparsity in settings.sparsity:
     if not 0 < sparsity < 1:
       raise ValueError(f'`sparsity` (={sparsity!r}) must be in (0, 1).')
@@ -136,6 +158,8 @@ def check(settings: Settings) -> None:
     raise ValueError('`fine_tune_learning_rate` '
                      f'(={settings.fine_tune_learning_rate!r}) must be finite '
                      'and above 0.')
+  if not 0 <= settings.distill <= 1:
+    raise ValueError(f'`distill` (={settings.distill!r}) must be in [0, 1].')
   structure_of(settings)
 
 
@@ -176,9 +200,8 @@ def calibration(run: training.Run, state: tasks.TrainState, count: int
 
 
 def prune(run: training.Run, state: tasks.TrainState, examples, by: str,
-          sparsity: float, settings: Settings) -> Any:
+          sparsity: float, leaves, settings: Settings) -> Any:
   """The parameters of a run, pruned, with a bar that says how far it is."""
-  leaves = chosen(run, state, examples, settings)
   bar = []  # Made when it is known how many layers there are.
 
   def report(path, done, total):
@@ -229,7 +252,7 @@ def masks_of(params) -> Any:
   return trees.map_leaves(mask, params)
 
 
-def measure(binary, run, state, settings) -> dict[str, Any]:
+def measure(binary, run, state, settings, teacher) -> dict[str, Any]:
   """Sparsity, effective sparsity, and the metric before and after tuning."""
   metric = f'test_{binary.metric(run.values)}'
   masks = masks_of(state.params)
@@ -243,47 +266,12 @@ def measure(binary, run, state, settings) -> dict[str, Any]:
            'effective_sparsity': found.effective_sparsity}
   row['pruned'] = training.evaluate(run, state)[metric]
   if settings.fine_tune_steps:
-    row['fine_tuned'] = training.evaluate(
-        run, fine_tune(run, state, masks, settings))[metric]
+    row['fine_tuned'] = training.evaluate(run, pruning.fine_tune(
+        run, state, masks, teacher=teacher, distill=settings.distill,
+        begin=run.train_steps + settings.calibration_batches,
+        steps=settings.fine_tune_steps,
+        learning_rate=settings.fine_tune_learning_rate))[metric]
   return row
-
-
-def fine_tune(run: training.Run, state: tasks.TrainState, masks,
-              settings: Settings) -> tasks.TrainState:
-  """Trains on at a constant rate; what is zero stays zero."""
-  first = run.train_steps + settings.calibration_batches
-  tx = optimization.make({**run.values, 'warmup_share': 0.,
-                          'lr_schedule': 'constant',
-                          'learning_rate': settings.fine_tune_learning_rate},
-                         settings.fine_tune_steps)
-
-  def masked(tree):
-    return trees.map_leaves(
-        lambda path, leaf, mask: leaf if mask is None else jnp.where(
-            mask, leaf, 0), tree, masks)
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def step(carried, batch, index):
-    params, model_state, opt_state = carried
-    key = jax.random.fold_in(jax.random.key(run.values['seed']), index)
-    grads, (model_state, _) = jax.grad(run.task.problem.loss, has_aux=True)(
-        params, model_state, batch, key)
-    updates, opt_state = tx.update(masked(grads), opt_state, params)
-    params = optax.apply_updates(params, masked(updates))
-    return params, model_state, opt_state
-
-  # Copies: what a step is given is gone.
-  params, model_state = jax.tree.map(jnp.copy, (state.params,
-                                                state.model_state))
-  carried = params, model_state, tx.init(params)
-  with (contextlib.closing(run.train_batches(first)) as batches,
-        reporting.Progress(settings.fine_tune_steps, 0,
-                           run.values['log_every']) as progress):
-    for index in range(settings.fine_tune_steps):
-      batch = devices.put_batch(next(batches), run.mesh)
-      carried = step(carried, batch, first + index)
-      progress.update(index + 1)
-  return state._replace(params=carried[0], model_state=carried[1])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -316,7 +304,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   defaults = Settings()
   given.add_argument('--run', required=True, help='Folder of a finished run.')
   given.add_argument('--by', type=words, default=defaults.by, help='Rules, '
-                     f'separated by commas: {", ".join(one_shot.RULES)}.')
+                     'separated by commas: '
+                     f'{", ".join((*one_shot.RULES, *IN_TRAINING))}.')
   given.add_argument('--sparsity', type=floats, default=defaults.sparsity,
                      help='Sparsities, separated by commas.')
   given.add_argument('--pattern', help='n:m, as 2:4: n of each m inputs.')
@@ -330,6 +319,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                      default=defaults.fine_tune_steps)
   given.add_argument('--fine_tune_learning_rate', type=float,
                      default=defaults.fine_tune_learning_rate)
+  given.add_argument('--distill', type=float, default=defaults.distill,
+                     help='Share of the loss of fine-tuning that is the '
+                     'divergence from the outputs of the dense network.')
+  given.add_argument('--rewind_to', type=int, default=defaults.rewind_to,
+                     help='iterative: the step whose values rounds return to.')
   flags.FLAGS(argv[:1])
   return given.parse_args(argv[1:])
 

@@ -32,6 +32,9 @@ class Problem(Protocol):
   def loss(self, weights, model_state, batch, key):
     """The loss, and (the new model state, a dict of metrics)."""
 
+  def log_probabilities(self, weights, model_state, batch, key):
+    """float[..., classes] of what is predicted: a teacher's word."""
+
   def first_carry(self) -> Any:
     """What the first batch of an evaluation is given."""
 

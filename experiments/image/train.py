@@ -90,6 +90,13 @@ class Classification(NamedTuple):
     accuracy = jnp.mean(logits.argmax(-1) == batch['label'])
     return loss, (updates.get('batch_stats', {}), {'accuracy': accuracy})
 
+  def log_probabilities(self, weights, batch_stats, batch, key):
+    """Of every class, as `loss` sees them: what a student learns from."""
+    logits, _ = self.apply(
+        weights, batch_stats, batch['image'], train=True,
+        mutable=['batch_stats'], rngs={'dropout': key})
+    return jax.nn.log_softmax(logits)
+
   def score(self, weights, batch_stats, carry, batch):
     """Summed loss, hits and weights of one batch."""
     logits = self.apply(weights, batch_stats, batch['image'], train=False)

@@ -110,6 +110,13 @@ class Prediction(NamedTuple):
                                 rngs={'dropout': key})
     return losses.mean(), (memory, {})
 
+  def log_probabilities(self, weights, memory, batch, key):
+    """Of every next token, without dropout: what a student learns from."""
+    del key
+    memory = models.reset_memory(memory, batch['begins'])
+    return self.model.apply({'params': weights}, batch['inputs'], memory,
+                            method=self.model.logits)[0]
+
   def score(self, weights, memory, carry, batch):
     """The evaluation's own memory, and the nats of a batch summed up."""
     del memory  # Of the training text.
