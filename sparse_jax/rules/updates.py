@@ -8,12 +8,17 @@ from typing import NamedTuple
 
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from sparse_jax import checks
 from sparse_jax import trees
 from sparse_jax.masks import marks as marks_lib
 from sparse_jax.masks import schedules
+
+
+# Names what a refresh makes again rather than is handed (`jaxprs.sinking`).
+AGAIN = 'sparse_jax: made again at a refresh'
 
 
 class Seen(NamedTuple):
@@ -52,6 +57,11 @@ def apply_update(param: jax.Array, update: jax.Array) -> jax.Array:
   kind = jnp.finfo(param.dtype)
   exact = lax.reduce_precision(total.astype(jnp.float32), kind.nexp, kind.nmant)
   return exact.astype(param.dtype)
+
+
+def made_again(updates: trees.PyTree) -> trees.PyTree:
+  """The updates, named so that an ordinary step need not write them."""
+  return jax.tree.map(lambda u: checkpoint_name(u, AGAIN), updates)
 
 
 def zero_outside(updates: trees.PyTree, params: trees.PyTree,
