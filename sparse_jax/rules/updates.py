@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
-import math
 from typing import Any
 from typing import NamedTuple
 
@@ -92,7 +91,8 @@ def refresh_window(every: int, begin: int, end: int | None, *,
     if (every, begin, end) == (1, 0, None):
       return True
     due = (step % every == 0) & (step >= begin)
-    due &= step <= (math.inf if end is None else end)
+    if end is not None:
+      due &= step <= end
     if also_at_end and end is not None:
       due |= step == end
     if also_at is not None:
