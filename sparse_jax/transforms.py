@@ -1,5 +1,6 @@
 """Methods and masks as Optax gradient transformations."""
 
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -11,10 +12,13 @@ from sparse_jax import checks
 
 from sparse_jax import trees
 from sparse_jax.rules import losses
+from sparse_jax.rules import slots as slots_lib
 from sparse_jax.blocks import packing
+from sparse_jax.jaxprs import sinking
 from sparse_jax.masks import marks as marks_lib
 from sparse_jax.rules import state as state_lib
 from sparse_jax.rules import storage
+from sparse_jax.rules import updates as updates_lib
 
 
 class SparsifyState(NamedTuple):
@@ -27,7 +31,8 @@ class SparsifyState(NamedTuple):
 def sparsify(optimizer: optax.GradientTransformation,
              method: state_lib.SparseMethod, *,
              key: int | jax.Array | None = None,
-             penalty: bool = True) -> optax.GradientTransformationExtraArgs:
+             penalty: bool = True, bound_grown: bool = True
+             ) -> optax.GradientTransformationExtraArgs:
   """Makes an optimizer train by a sparse method.
 
   Each update: the penalty's gradient is added, the gradient is masked to the
@@ -40,8 +45,18 @@ def sparsify(optimizer: optax.GradientTransformation,
   Whatever scales or changes updates outside of it breaks exact zeros, so
   `sparsify` goes outermost; `MultiSteps` and `apply_if_finite` are fine.
 
+  Adam, and whatever else has one count beside its means of squares, divides
+  an entry that has just entered by a root that is far too small: the count is
+  old, the means are new, and its steps are up to 6 learning rates. So an entry
+  that has entered the backward set since the start takes no larger a step
+  than a new optimizer would take first, on the same gradient and at the same
+  point of every schedule. `aged_adam` needs no bound: it corrects each entry
+  by its own age. Other optimizers (SGD with momentum, those of the papers) are
+  left as they are. Methods that make all slots anew renew the count too.
+
   Laws: at sparsity 0 it is the optimizer; penalty=True gives the updates that
-  penalty=False gives with `method.penalty` added to the loss.
+  penalty=False gives with `method.penalty` added to the loss; as long as no
+  entry has entered the backward set, `bound_grown` changes nothing.
 
   Args:
     optimizer: any Optax optimizer. Its extra arguments are passed on.
@@ -49,6 +64,9 @@ def sparsify(optimizer: optax.GradientTransformation,
     key: seed of the method's random choices: None (a fixed one), an int, or a
       key. Every replica must be given the same.
     penalty: whether to add the gradient of the method's penalty.
+    bound_grown: whether to bound the steps of entries that have entered, as
+      said above. False for an optimizer whose first steps are small by design
+      (`optax.radam`): it would hold them back for ever.
 
   Returns:
     An Optax transformation. `update` needs `params`.
@@ -70,6 +88,7 @@ def sparsify(optimizer: optax.GradientTransformation,
     raise ValueError(f'`method` (={method!r}) must be a SparseMethod, such as '
                      'sparse_jax.top_kast(...).')
   checks.check_bool('penalty', penalty)
+  checks.check_bool('bound_grown', bound_grown)
   optimizer = optax.with_extra_args_support(optimizer)
 
   def init_fn(params):
@@ -79,16 +98,26 @@ def sparsify(optimizer: optax.GradientTransformation,
   def update_fn(grads, state, params=None, **extra_args):
     if params is None:
       raise ValueError('`params` (=None) must be given to update().')
+    return sinking.conditions_first(
+        functools.partial(one_update, **extra_args), updates_lib.AGAIN,
+        lambda outs: outs[1].sparse, _before_refresh)(grads, state, params)
+
+  def one_update(grads, state, params, **extra_args):
     sparse, slots = state
     if penalty and not getattr(method.penalty, 'is_zero', False):
       grads = _add_penalty(method, grads, params, sparse)
     given, all_grads = params, grads
     params, grads = map(packing.without_growth, (params, grads))
     marks = storage.entry_marks(sparse, like=params)
+    grads, fresh = _mask(grads, marks), optimizer.init(params)
     updates, new_slots = optimizer.update(
-        _mask(grads, marks), _fresh_outside(
-            slots, optimizer.init(params), params, sparse, marks), params,
+        grads, _fresh_outside(slots, fresh, params, sparse, marks), params,
         **extra_args)
+    known = slots_lib.corrected(params, slots)
+    if bound_grown and known and method.resets is None:
+      first, _ = optimizer.update(
+          grads, slots_lib.renewed(params, slots, fresh), params, **extra_args)
+      updates = _bounded(updates, first, marks, known)
     updates = _mask(updates, marks, still=-0.)
     if method.skips is not None:
       updates, new_slots = _skip(method.skips(sparse), updates,
@@ -98,7 +127,7 @@ def sparsify(optimizer: optax.GradientTransformation,
                                     **extra_args)
     if renewed is not None:
       fresh = optimizer.init(optax.apply_updates(params, updates))
-      new_slots = _renew(renewed, new_slots, fresh, params)
+      new_slots = slots_lib.renewed(params, new_slots, fresh, renewed)
     return _like(given, updates), SparsifyState(sparse, new_slots)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -208,6 +237,15 @@ def _add_penalty(method, grads, params, sparse):
   return jax.tree.map(lambda g, d: g + d.astype(g.dtype), grads, decay)
 
 
+def _before_refresh(args, sparse):
+  """The arguments of an update, their marks read off those that it gave."""
+  grads, (old, slots), params = args
+  marks = trees.map_leaves(
+      lambda path, marks: marks_lib.previous(marks, sparse.refreshed_at(path)),
+      sparse.marks)
+  return grads, SparsifyState(old._replace(marks=marks), slots), params
+
+
 def _mask(tree, marks, still=0.):
   """Zeros (or -0) outside B."""
   def mask(leaf, marks):
@@ -244,30 +282,19 @@ def _fresh_outside(slots, fresh, params, sparse, marks):
                        marks_lib.backward_mask(own))
     return jnp.where(inside, slot, new)
 
-  return _map_slots(visit, params, slots, fresh)
+  return slots_lib.map_slots(visit, params, slots, fresh)
 
 
-def _renew(renewed, slots, fresh, params):
-  """Every slot as `optimizer.init` makes it, where `renewed` (a bool[])."""
-  return _map_slots(lambda path, slot, new: jnp.where(renewed, new, slot),
-                    params, slots, fresh)
+def _bounded(updates, first, marks, known):
+  """Updates of entries that came later, no larger than the `first` ones."""
+  def bound(path, update, most, marks):
+    if path not in known or not marks_lib.is_marked(marks):
+      return update
+    most = jnp.abs(most)
+    return jnp.where(marks_lib.came_later(marks),
+                     jnp.clip(update, -most, most), update)
 
-
-def _map_slots(fn, params, slots, fresh):
-  """Maps fn(path, slot, fresh slot) over the slots of parameters.
-
-  A slot is a leaf whose path ends with a parameter's path and has its shape.
-  """
-  # Dense leaves too: a slot of theirs must not pass for a namesake's.
-  leaves = trees.leaves_by_path(params)
-
-  def visit(path, slot, new):
-    owner = trees.owner_of(trees.path_name(path), leaves)
-    if owner is None or getattr(slot, 'shape', None) != leaves[owner].shape:
-      return slot
-    return fn(owner, slot, new)
-
-  return jax.tree.map_with_path(visit, slots, fresh)
+  return trees.map_leaves(bound, updates, first, marks)
 
 
 def _skip(skip, updates, slots):

@@ -59,7 +59,7 @@ def largest_step(name, optimizer):
   """The largest ordinary update of a kernel, in learning rates."""
   tx = optimizer(RATE, **DECAYS)
   if name is not None:
-    tx = sparse_jax.sparsify(tx, METHODS[name])
+    tx = sparse_jax.sparsify(tx, METHODS[name], bound_grown=False)
   return max(np.abs(updates['dense']['kernel']).max() / RATE
              for i, updates in enumerate(run(tx, 120)[0])
              if i > 0 and i % 25 < 24)  # Refreshes set weights to 0.
@@ -117,7 +117,8 @@ class AgedAdamTest(parameterized.TestCase):
   @parameterized.parameters(*METHODS)
   def test_first_steps_after_growth_are_no_larger_than_a_new_optimizers(
       self, name):
-    self.assertGreater(largest_step(name, optax.adam), 2)
+    if name != 'ac_dc':  # It renews the count with all slots.
+      self.assertGreater(largest_step(name, optax.adam), 2)
     # Of plain Adam 2.5 and more; 1.21 to 1.23 were seen.
     self.assertLess(largest_step(name, aged_lib.aged_adam), 1.3)
 

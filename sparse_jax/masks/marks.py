@@ -1,9 +1,10 @@
 """The sets of one leaf, coded in one byte a group.
 
 The low two bits of a mark are the level (2 in the forward set A, 1 in B but
-not in A, 0 in neither), so that A lies inside B by construction; three more
-bits remember whether the group was ever in A, and whether it was in A and in B
-before the last refresh. A leaf that is never sparse has None in place of its
+not in A, 0 in neither), so that A lies inside B by construction; five more
+bits remember whether the group was ever in A, whether it was in A and in B
+before the last refresh, in B before the one before, and whether it has entered
+B since the start. A leaf that is never sparse has None in place of its
 marks.
 """
 
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 
 from sparse_jax import trees
 
-_LEVEL, _EVER, _BEFORE, _HELD = 3, 4, 8, 16
+_LEVEL, _EVER, _BEFORE, _HELD, _HELD_EARLIER = 3, 4, 8, 16, 32
+_LATER = 64
 _FORWARD = 2
 
 
@@ -30,7 +32,21 @@ def mark(new: jax.Array, marks: jax.Array | None = None) -> jax.Array:
     marks = new
   ever = marks & _EVER | _bit(_EVER, forward)
   before = _bit(_BEFORE, forward_mask(marks))
-  return new | ever | before | _bit(_HELD, backward_mask(marks))
+  held = _bit(_HELD, backward_mask(marks)) | (marks & _HELD) << 1
+  enters = (new > 0) & ~backward_mask(marks)
+  return new | ever | before | held | marks & _LATER | _bit(_LATER, enters)
+
+
+def previous(marks: jax.Array, refreshed: jax.Array) -> jax.Array:
+  """Marks of the sets before the last update, if that `refreshed` them.
+
+  They know no more than the sets, `stays_backward`, and of what is in B
+  `came_later`. An update that is made
+  of these depends on the new marks, and so comes after the refresh.
+  """
+  level = (_bit(1, (marks & _HELD) > 0) + _bit(1, (marks & _BEFORE) > 0))
+  old = level | (marks & _HELD_EARLIER) >> 1 | marks & _LATER
+  return jnp.where(refreshed, old, marks)
 
 
 def _bit(bit: int, where: jax.Array) -> jax.Array:
@@ -65,6 +81,11 @@ def newly_active(marks: jax.Array) -> jax.Array:
 def stays_backward(marks: jax.Array) -> jax.Array:
   """bool, same shape: in B now and before the last refresh."""
   return backward_mask(marks) & ((marks & _HELD) > 0)
+
+
+def came_later(marks: jax.Array) -> jax.Array:
+  """bool, same shape: has entered B at a refresh, at any time."""
+  return (marks & _LATER) > 0
 
 
 def map_marked(fn, params: trees.PyTree, marks: trees.PyTree,

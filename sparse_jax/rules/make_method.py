@@ -250,7 +250,8 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
 
   def update(updates, grads, state, params, **extra_args):
     check(params, state)
-    seen = Seen(params, updates, grads, extra_args, params, updates)
+    again = updates_lib.made_again(updates) if zeros else updates
+    seen = Seen(params, again, grads, extra_args, params, updates)
     if not zeros and storage is storage_lib.MASKED:
       stepped = jax.tree.map(updates_lib.apply_update, params, updates)
       seen = seen._replace(params=stepped, updates=None)

@@ -2,18 +2,22 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
-import math
 from typing import Any
 from typing import NamedTuple
 
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from sparse_jax import checks
 from sparse_jax import trees
 from sparse_jax.masks import marks as marks_lib
 from sparse_jax.masks import schedules
+
+
+# Names what a refresh makes again rather than is handed (`jaxprs.sinking`).
+AGAIN = 'sparse_jax: made again at a refresh'
 
 
 class Seen(NamedTuple):
@@ -54,6 +58,11 @@ def apply_update(param: jax.Array, update: jax.Array) -> jax.Array:
   return exact.astype(param.dtype)
 
 
+def made_again(updates: trees.PyTree) -> trees.PyTree:
+  """The updates, named so that an ordinary step need not write them."""
+  return jax.tree.map(lambda u: checkpoint_name(u, AGAIN), updates)
+
+
 def zero_outside(updates: trees.PyTree, params: trees.PyTree,
                  old: trees.PyTree, new: trees.PyTree) -> trees.PyTree:
   """Updates that lead to 0 outside A, and where a weight has just entered.
@@ -82,7 +91,8 @@ def refresh_window(every: int, begin: int, end: int | None, *,
     if (every, begin, end) == (1, 0, None):
       return True
     due = (step % every == 0) & (step >= begin)
-    due &= step <= (math.inf if end is None else end)
+    if end is not None:
+      due &= step <= end
     if also_at_end and end is not None:
       due |= step == end
     if also_at is not None:

@@ -1,0 +1,97 @@
+"""An optimizer's arrays beside each parameter, and the counts beside those."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparse_jax import trees
+
+# Fields of running means of squares, whose bias a count corrects.
+_SQUARES = ('nu', 'v')
+
+
+def map_slots(fn: Callable[..., Any], params: trees.PyTree, slots: Any,
+              fresh: Any) -> Any:
+  """Maps fn(path, slot, fresh slot) over the slots of parameters.
+
+  A slot is a leaf whose path ends with a parameter's path and has its shape.
+
+  Args:
+    fn: what to make of a slot, and of the one that `optimizer.init` makes.
+    params: the parameters, sparse or not: a slot of one must not pass for a
+      namesake's.
+    slots: an Optax state.
+    fresh: another of the same structure.
+  """
+  leaves = trees.leaves_by_path(params)
+
+  def visit(path, slot, new):
+    owner = _owner(trees.path_name(path), slot, leaves)
+    return slot if owner is None else fn(owner, slot, new)
+
+  return jax.tree.map_with_path(visit, slots, fresh)
+
+
+def renewed(params: trees.PyTree, slots: Any, fresh: Any,
+            where: bool | jax.Array = True) -> Any:
+  """Slots, and the counts that stand beside them, as they were at first.
+
+  A count beside slots corrects their bias (`ScaleByAdamState.count`); that of
+  a schedule stands alone and goes on.
+
+  Args:
+    params, slots, fresh: as of `map_slots`.
+    where: bool[], whether to do it.
+  """
+  counts = _counts(params, slots)
+  anew = lambda old, new: new if where is True else jnp.where(where, new, old)
+  state = map_slots(lambda path, slot, new: anew(slot, new), params, slots,
+                    fresh)
+
+  def visit(path, old, new):
+    return anew(old, new) if trees.path_name(path) in counts else old
+
+  return jax.tree.map_with_path(visit, state, fresh)
+
+
+def corrected(params: trees.PyTree, slots: Any) -> set[trees.Path]:
+  """The parameters whose mean of squares is corrected by one count for all.
+
+  A state that keeps the age of each entry needs no help (`aged_adam`).
+  """
+  found = _counts(params, slots)
+  names = {trees.path_name(path) for path, _ in
+           jax.tree.leaves_with_path(slots)}
+  return {owner for count, beside in found.items() for field, owner in beside
+          if field in _SQUARES
+          and _joined(count.removesuffix('count'), 'age', owner) not in names}
+
+
+def _counts(params, slots) -> dict[str, list[tuple[str, trees.Path]]]:
+  """{name of a count: (field, parameter) of each slot beside it}."""
+  leaves = trees.leaves_by_path(params)
+  named = [(trees.path_name(path), leaf)
+           for path, leaf in jax.tree.leaves_with_path(slots)]
+  names, found = {name for name, _ in named}, {}
+  for name, slot in named:
+    owner = _owner(name, slot, leaves)
+    if owner is None:
+      continue
+    *above, field = name.removesuffix(owner).rstrip('/').split('/')
+    count = _joined(*above, 'count')
+    if count in names:
+      found.setdefault(count, []).append((field, owner))
+  return found
+
+
+def _joined(*names: str) -> str:
+  return '/'.join(name.strip('/') for name in names if name.strip('/'))
+
+
+def _owner(name, slot, leaves) -> trees.Path | None:
+  owner = trees.owner_of(name, leaves)
+  if owner is None or getattr(slot, 'shape', None) != leaves[owner].shape:
+    return None
+  return owner
