@@ -2,15 +2,11 @@
 
 import contextlib
 import functools
-import importlib.util
-import os
 import re
-from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -18,6 +14,7 @@ import optax
 import sparse_jax
 
 P = jax.sharding.PartitionSpec
+COLLECTIVE = r'= (\S+|\(.*?\)) (all-[a-z]+|reduce-scatter|coll[a-z-]+)\('
 AXES = {'auto': jax.sharding.AxisType.Auto,
         'explicit': jax.sharding.AxisType.Explicit}
 BLOCK = sparse_jax.Block((4, 4))
@@ -50,8 +47,10 @@ def placed(mesh, kind):
   def place(path, leaf):
     if getattr(path[-1], 'name', '') == 'reservoir':
       return at().with_memory_kind('pinned_host')
-    split = axis and leaf.ndim == 3 and leaf.shape[0] % mesh.shape[axis] == 0
-    return at(axis) if split else at()
+    dense = leaf.shape in SIZES.values()  # A weight, or a slot of one.
+    if axis is None or leaf.ndim != 3 and not dense:
+      return at()
+    return at(None, axis) if dense and kind == 'columns' else at(axis)
 
   return lambda tree: jax.tree.map_with_path(place, tree)
 
@@ -77,29 +76,48 @@ def stepper(method, tx, **options):
   return step
 
 
-def train(method, kind='one', axes='auto', context=False):
-  """Weights and loss after five steps, where blocks lie, programs compiled."""
+def compiled_step(method, kind='one', axes='auto', context=False):
+  """A jitted step, its state and batch where they belong."""
   params, x = problem()
   tx = sparse_jax.sparsify(optax.adam(.01), method)
   state = sparse_jax.start(tx, method, params)
-  options, own, mesh = {}, {}, None
-  if kind != 'one':
-    mesh = mesh_of(kind, axes)
-    places = placed(mesh, kind)(state)
-    whole = jax.sharding.NamedSharding(mesh, P())
-    rows = jax.sharding.NamedSharding(mesh, P('data'))
-    state, x = jax.device_put(state, places), jax.device_put(x, rows)
-    options = dict(out_shardings=(places, whole))
-    if kind == 'columns' and axes == 'auto':
-      own = dict(column_axes=('model',))
-  with jax.set_mesh(mesh) if context else contextlib.nullcontext():
-    step = jax.jit(stepper(method, tx, **own), **options)
+  if kind == 'one':
+    return jax.jit(stepper(method, tx)), state, x
+  mesh = mesh_of(kind, axes)
+  places = placed(mesh, kind)(state)
+  whole, rows = (jax.sharding.NamedSharding(mesh, spec)
+                 for spec in (P(), P('data')))
+  own = {}
+  if kind == 'columns' and axes == 'auto':
+    own = dict(column_axes=('model',))
+  step = jax.jit(stepper(method, tx, **own), out_shardings=(places, whole))
+  return step, jax.device_put(state, places), jax.device_put(x, rows)
+
+
+def train(method, *place):
+  """Weights and loss after five steps, where blocks lie, programs compiled."""
+  step, state, x = compiled_step(method, *place)
+  with in_context(*place):
     for _ in range(5):
       state, loss = step(state, x)
   blocks = getattr(state[0]['a'], 'blocks', None)
   return (sparse_jax.dense_weights(method, *jax.device_get(state)),
           float(loss), blocks is not None and blocks.sharding,
           step._cache_size())
+
+
+def in_context(kind='one', axes='auto', context=False):
+  return jax.set_mesh(mesh_of(kind, axes)) if context else (
+      contextlib.nullcontext())
+
+
+def moved(method, *place):
+  """What a step hands around: (collective, an array), sorted."""
+  step, state, x = compiled_step(method, *place)
+  with in_context(*place):
+    text = step.lower(state, x).compile().as_text()
+  return sorted((name, array) for arrays, name in re.findall(COLLECTIVE, text)
+                for array in re.findall(r'\w+\[[\d,]*\]', arrays))
 
 
 @functools.cache
@@ -131,6 +149,41 @@ class DevicesTest(parameterized.TestCase):
   def test_columns_over_devices(self, mesh):
     self.check(COLUMNS, 'columns', 'auto' if mesh == 'bare' else mesh,
                mesh != 'bare')
+
+  @parameterized.product(kind=['data', 'fsdp', 'columns'], axes=list(AXES))
+  def test_collectives_are_those_of_dense_with_blocks_for_weights(
+      self, kind, axes):
+    structure, parts = (BALANCED, 2) if kind == 'columns' else (BLOCK, 1)
+    static = sparse_jax.packed(sparse_jax.static(.5, structure=structure))
+    shapes = [(rows, columns // parts) for rows, columns in SIZES.values()]
+    weights = {f'f32[{a},{b}]' for shape in shapes
+               for a, b in (shape, shape[::-1])}
+    blocks = f'f32[{16 // parts},4,4]'
+    # Of automatic axes XLA splits dense products otherwise.
+    want = moved(sparse_jax.dense(), kind, 'explicit', True)
+    self.assertNoCommonElements(weights, {blocks})
+    self.assertLen([1 for _, array in want if array in weights],
+                   4 if kind == 'fsdp' else 2)
+    self.assertEqual(moved(static, kind, axes, True), sorted(
+        (name, blocks if array in weights else array) for name, array in want))
+
+  @parameterized.parameters('data', 'fsdp', 'columns')
+  def test_a_refresh_sums_rows_of_tiles_and_gathers_places_alone(self, kind):
+    structure = BALANCED if kind == 'columns' else BLOCK
+    parts = 2 if kind == 'columns' else 1
+    make = lambda method: moved(sparse_jax.packed(method), kind, 'explicit',
+                                True)
+    more = make(sparse_jax.rigl(.5, structure=structure, update_every=2))
+    for each in make(sparse_jax.static(.5, structure=structure)):
+      more.remove(each)
+    strips = [('all-reduce', f'f32[4,{columns // parts}]')
+              for _, columns in SIZES.values()]
+    for each in strips:
+      more.remove(each)
+    for name, array in more:
+      self.assertEqual(name, 'all-gather')
+      self.assertLessEqual(np.prod([int(n) for n in re.findall(
+          r'\d+', array)[1:]]), 128, array)  # At most x of one device, 4 x 32.
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ from sparse_jax.blocks import gpu
 from sparse_jax.blocks import splitting
 from sparse_jax.blocks import tiles
 from sparse_jax.blocks import tpu
+from sparse_jax.blocks import unsplit
 from sparse_jax.blocks.packing import PackedBlocks
 from sparse_jax.blocks.tiles import Columns
 from sparse_jax.blocks.tiles import Plan
@@ -123,9 +124,12 @@ def _run_fast(product, plan, *args):
     kernel, = kernels.values()
     return lax.platform_dependent(
         *args, cpu=functools.partial(kernel, interpret=True), default=kernel)
+  batched = functools.partial(product.batched, plan)
+  kernels = {platform: unsplit.unless_split(kernel, batched)
+             for platform, kernel in kernels.items()}
   return lax.platform_dependent(
       *args, **kernels, cpu=functools.partial(product.loop, plan),
-      default=functools.partial(product.batched, plan))
+      default=batched)
 
 
 _run_fast.defvjp(

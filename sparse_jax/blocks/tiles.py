@@ -92,7 +92,7 @@ def scores_loop(static, plan, x, cotangent):
 
   def tile_score(row, column):
     grad = dot(plan.inputs.take(x, row), plan.outputs.take(cotangent, column),
-                (0, 0))
+               (0, 0))
     return packing.tile_scores(grad.astype(dtype), reduce).astype(jnp.float32)
 
   row_scores = lambda row: lax.map(lambda column: tile_score(row, column),
@@ -139,7 +139,7 @@ def weight_loop(plan, x, cotangent, rows, columns):
   def step(grad, tile):
     k, row, column = tile
     own = dot(plan.inputs.take(x, row), plan.outputs.take(cotangent, column),
-               (0, 0))
+              (0, 0))
     return lax.dynamic_update_index_in_dim(grad, own, k, 0), None
 
   grad = _scan(step, _empty_weight(plan, cotangent, rows),
