@@ -15,13 +15,13 @@ from typing import NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from sparse_jax.blocks import packing
 from sparse_jax.blocks import tiles
 from sparse_jax.blocks.packing import PackedBlocks
+from sparse_jax.masks import placing
 
 Names = tuple[str, ...]
 
@@ -54,13 +54,8 @@ def split_of(plan: tiles.Plan, args: Sequence[jax.Array]) -> Split | None:
   is in their types. What XLA splits by itself is in no type, so rows are split
   over as many of the axes as divide them, unless the plan says otherwise.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    mesh = next((found for found in map(_mesh_of, args) if not found.empty),
-                mesh)
-  sizes = {name: size for name, size, kind in zip(
-      mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
-           if kind != AxisType.Manual}
+  mesh = placing.mesh_of(*args)
+  sizes = placing.shared_axes(mesh)
   if math.prod(sizes.values()) == 1:
     return None
   columns = tuple(name for name in plan.columns if name in sizes)
@@ -151,12 +146,12 @@ def in_types(fn: Callable[..., jax.Array], plan: tiles.Plan, x: jax.Array,
     x: float[..., in].
     packed: the weight.
   """
-  mesh, spec = _mesh_of(x), jax.typeof(x).sharding.spec
-  if AxisType.Explicit not in (*mesh.axis_types,
-                               *_mesh_of(packed.blocks).axis_types):
+  if not placing.is_explicit((x, packed.blocks)):
     return fn(plan, x, packed)
-  rows = _names(spec[:-1])
-  columns = ()
+  mesh, spec = placing.mesh_of(x, packed.blocks), jax.typeof(x).sharding.spec
+  lead = spec[:-1] if len(packed.shape) == 2 else (spec[0],) + (None,) * (
+      x.ndim - 2)
+  rows, columns = _names(lead), ()
   if packed.balanced:
     held = _names(jax.typeof(packed.blocks).sharding.spec[:1])
     columns = tuple(name for name in held if name not in rows)
@@ -165,15 +160,11 @@ def in_types(fn: Callable[..., jax.Array], plan: tiles.Plan, x: jax.Array,
     columns = ()
   # The output's own width must divide, too, to be split in its type.
   whole = packed.shape[-1] % math.prod(mesh.shape[name] for name in columns)
-  lead = spec[:-1] if len(packed.shape) == 2 else (spec[0],) + (None,) * (
-      x.ndim - 2)
   out = PartitionSpec(*lead, None if whole else columns or None)
   plan = plan._replace(rows=rows, columns=columns)
-  run_ = jax.sharding.auto_axes(
-      lambda x, packed: fn(plan, x, packed),
-      out_sharding=NamedSharding(jax.sharding.get_abstract_mesh(), out)
-      if mesh.empty else NamedSharding(mesh, out))
-  return jax.jit(run_)(x, packed)
+  placed = jax.sharding.auto_axes(lambda x, packed: fn(plan, x, packed),
+                                  out_sharding=NamedSharding(mesh, out))
+  return jax.jit(placed)(x, packed)
 
 
 def _names(spec) -> Names:
@@ -181,7 +172,3 @@ def _names(spec) -> Names:
   found = [name if isinstance(name, tuple) else (name,)
            for name in spec if name is not None]
   return tuple(name for names in found for name in names)
-
-
-def _mesh_of(x: Any) -> jax.sharding.AbstractMesh:
-  return jax.typeof(x).sharding.mesh

@@ -7,6 +7,7 @@ gathered either, and what comes out is laid like what it belongs to.
 """
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
@@ -68,6 +69,29 @@ def is_explicit(tree) -> bool:
   return any(AxisType.Explicit in jax.typeof(leaf).sharding.mesh.axis_types
              for leaf in jax.tree.leaves(tree)
              if isinstance(leaf, jax.Array))
+
+
+def mesh_of(*arrays: jax.Array) -> jax.sharding.AbstractMesh:
+  """The mesh of the context, or the one on which arrays lie; may be empty.
+
+  Types say the mesh of arrays that were put on one, also where its axes are
+  automatic and `jit` was given no mesh.
+  """
+  context = jax.sharding.get_abstract_mesh()
+  meshes = (context, *(jax.typeof(array).sharding.mesh for array in arrays))
+  return next((mesh for mesh in meshes if not mesh.empty), context)
+
+
+def shared_axes(mesh: jax.sharding.AbstractMesh) -> dict[str, int]:
+  """The sizes of axes over which XLA may split arrays: not those by hand."""
+  return {name: size for name, size, kind in zip(
+      mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+          if kind != AxisType.Manual}
+
+
+def is_shared(*arrays: jax.Array) -> bool:
+  """Whether XLA may split such arrays over devices, as far as one can know."""
+  return math.prod(shared_axes(mesh_of(*arrays)).values()) > 1
 
 
 def is_split(array: jax.Array) -> bool:
