@@ -1,6 +1,6 @@
 """The step of a run, compiled for TPUs that are not there.
 
-The compiler is the chip's own (`pip install libtpu`): it says whether the step
+The compiler is the chip's own (the extra `[aot]`): it says whether the step
 fits, what memory it takes, which collectives it has, and how many cycles it
 expects. Nothing is run.
 """
@@ -28,7 +28,7 @@ def check(topology: str) -> None:
   """Raises ValueError if there is no compiler, or no such topology's name."""
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError(f'`compile` (={topology!r}) needs the compiler of TPUs, '
-                     'the extra [aot]: pip install libtpu.')
+                     'the extra [aot]: pip install "jax[tpu]".')
   if not re.fullmatch(r'\w+:\d+x\d+(x\d+)?', topology):
     raise ValueError(f'`compile` (={topology!r}) must be a topology such as '
                      'v5e:2x4 or v5p:4x4x4.')
