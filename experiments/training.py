@@ -148,22 +148,34 @@ def make_run(values: Mapping[str, Any], workdir: str, task: Task,
     state = jax.eval_shape(first)
   carry = jax.eval_shape(task.problem.first_carry)
   axes = task.problem.batch_axes
-  places = jax.tree.map_with_path(functools.partial(devices.place, mesh),
-                                  state)._replace(
-      model_state=_places(mesh, state.model_state, axes(state.model_state)))
+  places = state_places(task, mesh, state)
   carried = _places(mesh, carry, axes(carry))
   rows, whole = devices.split(mesh), devices.replicated(mesh)
   return Run(
       values, workdir, train_steps, task, mesh,
       jax.jit(first, out_shardings=places).trace(),
-      jax.jit(functools.partial(tasks.train_step, task), donate_argnums=0,
-              in_shardings=(places, rows), out_shardings=places),
+      step_fn(task, places, rows),
       jax.jit(tasks.compare_masks, donate_argnums=0, in_shardings=(places,),
               out_shardings=(places, whole)),
       jax.jit(task.problem.first_carry, out_shardings=carried),
       jax.jit(functools.partial(tasks.eval_step, task),
               in_shardings=(places, carried, rows),
               out_shardings=(carried, whole)), **data)
+
+
+def state_places(task: Task, mesh: jax.sharding.Mesh, state: TrainState
+                 ) -> TrainState:
+  """Where each array of the state lies."""
+  axes = task.problem.batch_axes(state.model_state)
+  return jax.tree.map_with_path(
+      functools.partial(devices.place, mesh), state)._replace(
+          model_state=_places(mesh, state.model_state, axes))
+
+
+def step_fn(task: Task, places: TrainState, rows: jax.sharding.Sharding):
+  """(TrainState, batch) -> TrainState, jitted for a mesh."""
+  return jax.jit(functools.partial(tasks.train_step, task), donate_argnums=0,
+                 in_shardings=(places, rows), out_shardings=places)
 
 
 @contextlib.contextmanager

@@ -6,10 +6,11 @@ imports it, lets its parser read the command lines, and answers:
   python -m launch.describe < request.json > answers.jsonl
 
 The request holds `binary`, `commands` (lists of arguments) and `figures`,
-whether to build each model, method and optimizer from shapes. An answer a
-command, in order: `values`, the flags by name, `free`, those that a
-continuation may change, and `figures`; or `error`. No data is read, and no
-array is made.
+whether to build each model, method and optimizer from shapes; `compile` may
+name TPUs for which to compile each step. An answer a command, in order:
+`values`, the flags by name, `free`, those that a continuation may change,
+`figures`, and `compiled` (`launch.compiling`); or `error`. No data is read, and
+no array is made.
 """
 
 from collections.abc import Iterator
@@ -22,10 +23,12 @@ import subprocess
 import sys
 from typing import Any
 
+from launch import compiling
 
-def ask(binary: str, commands: Sequence[Sequence[str]], figures: bool
-        ) -> list[dict[str, Any]]:
-  """The answers of a process as above.
+
+def ask(binary: str, commands: Sequence[Sequence[str]], figures: bool,
+        topology: str | None = None) -> list[dict[str, Any]]:
+  """The answers of a process as above; `topology` is its `compile`.
 
   Raises:
     ValueError: if there is no such binary, it cannot be asked, or it does not
@@ -33,12 +36,12 @@ def ask(binary: str, commands: Sequence[Sequence[str]], figures: bool
   """
   if _absent(binary):
     raise ValueError(f'`binary` (={binary!r}) must be a module; there is none.')
-  request = {'binary': binary, 'figures': figures,
+  request = {'binary': binary, 'figures': figures, 'compile': topology,
              'commands': [list(command) for command in commands]}
   done = subprocess.run(
       [sys.executable, '-m', 'launch.describe'], input=json.dumps(request),
       capture_output=True, text=True, env={**os.environ,
-                                           'JAX_PLATFORMS': 'cpu'})
+                                           **compiling.environment()})
   if done.returncode:
     raise ValueError(f'`binary` (={binary!r}) cannot be asked for its flags:\n'
                      f'{done.stderr.strip()}')
@@ -58,8 +61,8 @@ def _absent(binary: str) -> bool:
     return True
 
 
-def answers(binary: str, commands: Sequence[Sequence[str]], figures: bool
-            ) -> Iterator[dict[str, Any]]:
+def answers(binary: str, commands: Sequence[Sequence[str]], figures: bool,
+            topology: str | None = None) -> Iterator[dict[str, Any]]:
   """What the process says of each command, while it is alive."""
   from absl import flags
   module = importlib.import_module(binary)
@@ -79,8 +82,10 @@ def answers(binary: str, commands: Sequence[Sequence[str]], figures: bool
                          if name not in (*module.FREE, 'seed')}, sort_keys=True)
       if same not in known:  # Seeds differ in nothing that matters here.
         made = (module.describe if figures else module.without_data)(values)
-        known[same] = made if figures else None
-      answer['figures'] = known[same]
+        known[same] = {'figures': made if figures else None}
+        if topology:
+          known[same]['compiled'] = compiling.figures(module, values, topology)
+      answer |= known[same]
     except (ValueError, flags.Error) as error:
       answer = {'error': str(error)}
     yield answer
@@ -89,7 +94,7 @@ def answers(binary: str, commands: Sequence[Sequence[str]], figures: bool
 def main() -> None:
   request = json.load(sys.stdin)
   for answer in answers(request['binary'], request['commands'],
-                        request['figures']):
+                        request['figures'], request.get('compile')):
     print(json.dumps(answer), flush=True)
 
 

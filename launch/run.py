@@ -10,12 +10,15 @@ the table, at any time.
   python -m launch.run --table=swat_imagenet --scale=paper --dry_run
 
 prints every command, builds each model, method and optimizer from shapes, and
-prints what the cells cost in arithmetic and memory; nothing runs. A flag that
-the cells' binary does not have is an error before anything starts.
+prints what the cells cost in arithmetic and memory; nothing runs. With
+--compile=v5p:4x4x4 it also compiles each cell's step for those chips, by their
+own compiler: memory, estimated time, collectives, beside the dense step's. A
+flag that the cells' binary does not have is an error before anything starts.
 --rows=rigl,set takes only the rows of the table that match.
 
-Status: 0 if every cell is finished or submitted, 1 if one failed, 2 for flags
-that make no run, 75 if stopped by SIGTERM or Ctrl-C with work left.
+Status: 0 if every cell is finished or submitted, 1 if one failed or does not
+fit the chips it is compiled for, 2 for flags that make no run, 75 if stopped by
+SIGTERM or Ctrl-C with work left.
 """
 
 from collections.abc import Mapping
@@ -36,6 +39,7 @@ from experiments import files
 from experiments import programs
 from experiments import results
 from launch import backends
+from launch import compiling
 from launch import describe
 from launch import pool
 from launch import table as table_lib
@@ -83,6 +87,8 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
   integer('num_slices', 1, 'xpk: slices of a cell.')
   integer('devices', 1, '--dry_run: over how many a batch is split, for the '
           'memory of one.')
+  string('compile', None, '--dry_run: TPUs that need not be there, for which '
+         'each step is compiled: v5e:2x4, v5p:4x4x4. Needs libtpu.')
 
 
 def define_table_flags(into: flags.FlagValues) -> None:
@@ -106,10 +112,11 @@ class Cell(NamedTuple):
   values: Mapping[str, Any]
   free: Sequence[str]  # Flags that a continuation may change.
   figures: Mapping[str, Any] | None
+  compiled: Mapping[str, Any] | None = None
 
 
-def cells(runs: Sequence[table_lib.Run], sweep_dir: str, figures: bool
-          ) -> list[Cell]:
+def cells(runs: Sequence[table_lib.Run], sweep_dir: str, figures: bool,
+          topology: str | None = None) -> list[Cell]:
   """Asks the binary about its runs.
 
   Raises:
@@ -119,8 +126,9 @@ def cells(runs: Sequence[table_lib.Run], sweep_dir: str, figures: bool
     return []
   answers = describe.ask(runs[0].binary, [
       run.arguments(backends.workdir(sweep_dir, run.name)) for run in runs],
-                         figures)
-  return [Cell(run, answer['values'], answer['free'], answer.get('figures'))
+                         figures, topology)
+  return [Cell(run, answer['values'], answer['free'], answer.get('figures'),
+               answer.get('compiled'))
           for run, answer in zip(runs, answers, strict=True)]
 
 
@@ -206,6 +214,10 @@ def check(values: Mapping[str, Any]) -> None:
   for name in AT_LEAST_ONE:
     if values[name] < 1:
       raise ValueError(f'`{name}` (={values[name]}) must be at least 1.')
+  if values['compile'] is not None:
+    if not values['dry_run']:
+      raise ValueError(f'`compile` (={values["compile"]!r}) needs --dry_run.')
+    compiling.check(values['compile'])
   for name in ('retries', 'gpus_per_worker'):
     if values[name] < 0:
       raise ValueError(f'`{name}` (={values[name]}) must be at least 0.')
@@ -291,7 +303,15 @@ def plan(values: Mapping[str, Any], table: table_lib.Table,
     command, slices = commander(values, sweep_dir), values['tpu_names'] or [0]
     text += ''.join(f'{shlex.join(command(run, number % len(slices)))}\n'
                     for number, run in enumerate(left))
-  return text + '\n' + costs(found, values['devices'])
+  text += '\n' + costs(found, values['devices'])
+  compiled = _compiled(found)
+  return text + '\n' + compiling.table(compiled) if compiled else text
+
+
+def _compiled(found: Sequence[Cell]) -> dict[str, Mapping[str, Any]]:
+  """What the compiler said of the cells, seeds left out."""
+  return {cell.run.name.rpartition('_seed')[0]: cell.compiled
+          for cell in found if cell.compiled}
 
 
 def costs(found: Sequence[Cell], devices: int) -> str:
@@ -328,10 +348,11 @@ def run(values: Mapping[str, Any], table: table_lib.Table) -> int:
   """
   check(values)
   sweep_dir = sweep_dir_of(values)
-  found = cells(runs_of(values, table), sweep_dir, values['dry_run'])
+  found = cells(runs_of(values, table), sweep_dir, values['dry_run'],
+                values['compile'])
   if values['dry_run']:
     print(plan(values, table, found, sweep_dir), end='', flush=True)
-    return 0
+    return 0 if compiling.fits(_compiled(found)) else 1
   return start(values, found, sweep_dir)
 
 

@@ -102,6 +102,7 @@ def _together(params, opt_state, state):
 
 def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
                 opt_state: Any, *, implementation: str | None = None,
+                column_axes: tuple[str, ...] = (),
                 **operators: Any) -> Callable[..., Any]:
   """The function as the method computes it, for training and evaluation.
 
@@ -118,8 +119,9 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
     method: the method.
     opt_state: an Optax state that contains the method's.
     implementation: of the products by blocks, as of `blocks.matmul`. On
-      several TPUs under plain `jit`, without `jax.set_mesh`, it must be
-      'batched': XLA cannot split a kernel by itself.
+      several devices each does its own rows; nobody writes a `shard_map`.
+    column_axes: axes of an automatic mesh over which balanced blocks are split
+      by columns, as of `blocks.matmul`.
     **operators: `thresholds`, `due`, `activation_scope`, `gradient_scope` and
       `pack`, as of `operators.with_operators`.
 
@@ -168,7 +170,8 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
     def computed(weights, *arrays):
       return fn(rebuild(weights), *fill(arrays), **kwargs)
 
-    held = _held(weights, plan, implementation)
+    held = _held(weights, plan, implementation=implementation,
+                 column_axes=column_axes)
     _check_axes(computed, held, arrays, plan)
     rule, paths = injection.rule_of(method, params, opt_state, computed, held,
                                     *arrays, **operators)
@@ -202,13 +205,12 @@ def _arrays_of(args):
   return [leaf for leaf, array in zip(leaves, is_array) if array], fill
 
 
-def _held(weights, plan, implementation):
+def _held(weights, plan, **options):
   """The weights, packed ones as what the interpreter carries."""
   def visit(path, weight):
     if not packing.is_packed(weight):
       return weight
-    return holding.hold(path, weight, plan.by_path[path].layout,
-                        implementation=implementation)
+    return holding.hold(path, weight, plan.by_path[path].layout, **options)
 
   return trees.map_leaves(visit, weights, is_leaf=packing.is_packed)
 

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import io
 import os
+import re
 from unittest import mock
 import warnings
 
@@ -22,6 +23,7 @@ from sparse_jax.blocks import packing
 from sparse_jax.blocks import tpu
 from sparse_jax.blocks import tpu_sizes
 
+P = jax.sharding.PartitionSpec
 CHIPS = {'v4:2x2x1': (512, jnp.bfloat16), 'v5e:2x2': (256, jnp.float32),
          'v5p:2x2x1': (512, jnp.float32), 'v6e:2x2': (256, jnp.bfloat16)}
 CALLS = {'cuda': '__gpu$xla.gpu.triton', 'tpu': 'tpu_custom_call'}
@@ -206,28 +208,46 @@ class ChoiceTest(parameterized.TestCase):
         self.assertEqual(tpu.gradient_fits(given, x, block, 3), fits)
         self.assertTrue(tpu.scores_fit(given, block))
 
-  def test_no_kernel_where_xla_splits_the_arrays_but_in_shard_map(self):
-    packed, x, dy = packed_problem(128, grid=(3, 3), batch=16)
+  def test_without_any_mesh_xla_splits_and_a_warning_says_so(self):
+    """Arrays that lie nowhere, and shardings that `jit` alone knows."""
     mesh = jax.make_mesh((2,), ('data',), devices=jax.devices()[:2],
                          axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec
-    with jax.set_mesh(mesh):
-      text = lowered('tpu', product_and_gradients, packed, x, dy)
-      self.assertNotIn(CALLS['tpu'], text)
-      with self.assertRaisesRegex(ValueError, 'shard_map'):
-        sparse_jax.blocks.matmul(x, packed, implementation='tpu')
+    rows, whole = (jax.sharding.NamedSharding(mesh, spec)
+                   for spec in (P('data'), P()))
+    args = abstract(packed_problem(128, grid=(3, 3), batch=16))
+    step = jax.jit(product_and_gradients, in_shardings=(whole, rows, rows))
+    with self.assertWarnsRegex(UserWarning, 'set_mesh'):
+      text = step.trace(*args).lower(lowering_platforms=('tpu',)).as_text()
+    self.assertNotIn(CALLS['tpu'], text)
 
-    def shard(packed, x, dy):
-      y, grad_x, *grads = product_and_gradients(packed, x, dy)
+  @parameterized.parameters('bare', 'auto', 'explicit', 'by hand')
+  def test_kernels_on_every_device_of_a_mesh(self, kind):
+    """Without `set_mesh`, with it, and in a user's own `shard_map`."""
+    axis = 'Explicit' if kind == 'explicit' else 'Auto'
+    mesh = jax.make_mesh((2,), ('data',), devices=jax.devices()[:2],
+                         axis_types=(getattr(jax.sharding.AxisType, axis),))
+    spec = jax.sharding.PartitionSpec
+    rows = spec('data')
+    args = packed_problem(128, grid=(3, 3), batch=16)
+    want = product_and_gradients(*args, 'loop')
+    place = lambda tree, spec: jax.device_put(
+        tree, jax.sharding.NamedSharding(mesh, spec))
+    args = (place(args[0], spec()), *place(args[1:], rows))
+
+    def by_hand(packed, x, dy):
+      y, grad_x, *grads = product_and_gradients(
+          packed.replace(growth=None), x, dy)
       return y, grad_x, jax.lax.psum(grads[0], 'data')
 
-    rows = spec('data')
-    split = jax.shard_map(shard, mesh=mesh, in_specs=(spec(), rows, rows),
-                          out_specs=(rows, rows, spec()), check_vma=False)
-    self.assertIn(CALLS['tpu'], lowered('tpu', split, packed, x, dy))
-    for got, want in zip(jax.jit(split)(packed, x, dy),
-                         product_and_gradients(packed, x, dy, 'loop')):
-      np.testing.assert_allclose(got, want, atol=1e-4)
+    fn = product_and_gradients
+    if kind == 'by hand':
+      fn = jax.shard_map(by_hand, mesh=mesh, in_specs=(spec(), rows, rows),
+                         out_specs=(rows, rows, spec()), check_vma=False)
+    with contextlib.nullcontext() if kind == 'bare' else jax.set_mesh(mesh):
+      # Growth scores have no kernel where gradients of devices are summed.
+      self.assertEqual(lowered('tpu', fn, *args).count(CALLS['tpu']), 3)
+      for got, wanted in zip(jax.jit(fn)(*args), want):
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
 
   @parameterized.parameters('tpu', 'gpu')
   def test_a_kernel_asked_for_by_name_must_be_there(self, name):
@@ -244,30 +264,58 @@ class CompileTest(parameterized.TestCase):
       (name, *kind) for name, other in CHIPS.items()
       for kind in ((128, jnp.bfloat16), other)))
   def test_compiles_for_tpus_with_little_memory(self, topology, side, dtype):
-    sides = 4096 // side
-    with mock.patch.dict(os.environ, TPU_SKIP_MDS_QUERY='1',
-                         ALLOW_MULTIPLE_LIBTPU_LOAD='1'):
-      chips = topologies.get_topology_desc(platform='tpu',
-                                           topology_name=topology)
-    mesh = jax.sharding.Mesh(chips.devices[:1], ('one',),
-                             axis_types=(jax.sharding.AxisType.Auto,))
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    leaf = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype,
-                                                     sharding=place)
-    count = round(.1 * sides**2)
-    ids = leaf((count,), jnp.int32)
-    packed = packing.PackedBlocks(
-        leaf((count, side, side), dtype), ids, ids,
-        growth=leaf((sides, sides), jnp.float32), shape=(4096, 4096),
-        block=(side, side))
-    x = leaf((2048, 4096), dtype)
+    mesh = mesh_of(topology, 1, jax.sharding.AxisType.Auto)
+    args = shapes(mesh, side, dtype)
     with jax.set_mesh(mesh):
       self.assertEqual(tpu_sizes.chip().vmem == 2**24,
                        topology.startswith('v4'))
-      compiled = jax.jit(product_and_gradients).lower(packed, x, x).compile()
+      compiled = jax.jit(product_and_gradients).lower(*args).compile()
     kernels = f'custom_call_target="{CALLS["tpu"]}"'
     self.assertEqual(compiled.as_text().count(kernels), 4)
     self.assertLess(compiled.memory_analysis().temp_size_in_bytes, 2**23)
+
+  @parameterized.parameters('bare', 'auto', 'explicit')
+  def test_compiles_for_eight_chips(self, kind):
+    axis = 'Explicit' if kind == 'explicit' else 'Auto'
+    mesh = mesh_of('v5e:2x4', 8, getattr(jax.sharding.AxisType, axis))
+    packed, x, dy = shapes(mesh, 256, jnp.bfloat16)
+    packed = packed.replace(growth=None)
+    with contextlib.nullcontext() if kind == 'bare' else jax.set_mesh(mesh):
+      compiled = jax.jit(product_and_gradients).lower(packed, x, dy).compile()
+    text = compiled.as_text()
+    self.assertEqual(
+        text.count(f'custom_call_target="{CALLS["tpu"]}"'), 3)
+    self.assertEqual(re.findall(
+        r'= (\S+?)\{\S* (all-[a-z]+|reduce-scatter|coll[a-z-]+)\(', text),
+                     [('bf16[26,256,256]', 'all-reduce')])
+    self.assertLess(compiled.memory_analysis().temp_size_in_bytes, 2**23)
+
+
+def mesh_of(topology, count, axis):
+  """A mesh of chips that are not there."""
+  with mock.patch.dict(os.environ, TPU_SKIP_MDS_QUERY='1',
+                       ALLOW_MULTIPLE_LIBTPU_LOAD='1'):
+    chips = topologies.get_topology_desc(platform='tpu',
+                                         topology_name=topology)
+  return jax.sharding.Mesh(chips.devices[:count], ('data',),
+                           axis_types=(axis,))
+
+
+def shapes(mesh, side, dtype):
+  """A packed weight of 4096 x 4096 at 10%, an input and a cotangent."""
+  def leaf(shape, dtype, *spec):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.
+                                NamedSharding(mesh, P(*spec)))
+
+  sides = 4096 // side
+  count = round(.1 * sides**2)
+  ids = leaf((count,), jnp.int32)
+  packed = packing.PackedBlocks(
+      leaf((count, side, side), dtype), ids, ids,
+      growth=leaf((sides, sides), jnp.float32), shape=(4096, 4096),
+      block=(side, side))
+  x = leaf((2048, 4096), dtype, 'data')
+  return packed, x, x
 
 
 if __name__ == '__main__':

@@ -96,6 +96,16 @@ class LayeringTest(absltest.TestCase):
       packages = {name.partition('.')[0] for name in _imports(path)}
       self.assertEmpty(packages - known, str(path))
 
+  def test_no_file_asks_which_devices_are_here(self):
+    """A program may be for others: `lax.platform_dependent` and types say."""
+    asked = {'default_backend', 'device_count', 'local_device_count'}
+    for path in LIBRARY.rglob('*.py'):
+      if path.name == 'search.py':
+        continue
+      names = {node.attr for node in ast.walk(ast.parse(path.read_text()))
+               if isinstance(node, ast.Attribute)}
+      self.assertEmpty(names & asked, path)
+
 
 if __name__ == '__main__':
   absltest.main()

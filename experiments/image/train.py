@@ -179,15 +179,17 @@ def describe(values: Mapping[str, Any]) -> dict[str, Any]:
     ValueError: naming the flag and its value. No data need be there.
   """
   task, steps = without_data(values)
-  spec = task.problem.spec
+  return training.describe(task, values, steps,
+                           functools.partial(examples, task))
 
-  def examples(size):
-    shape = jax.ShapeDtypeStruct
-    _, batch_stats = jax.eval_shape(task.problem.init, jax.random.key(0))
-    return batch_stats, {'image': shape((size, *spec.image_shape), jnp.uint8),
-                         'label': shape((size,), jnp.int32)}
 
-  return training.describe(task, values, steps, examples)
+def examples(task: tasks.Task, size: int) -> tuple[Any, Any]:
+  """Shapes of the batch statistics, and of a batch of so many images."""
+  shape = jax.ShapeDtypeStruct
+  _, batch_stats = jax.eval_shape(task.problem.init, jax.random.key(0))
+  return batch_stats, {
+      'image': shape((size, *task.problem.spec.image_shape), jnp.uint8),
+      'label': shape((size,), jnp.int32)}
 
 
 def run_length(values: Mapping[str, Any], num_examples: int) -> int:

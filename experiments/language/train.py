@@ -203,17 +203,18 @@ def describe(values: Mapping[str, Any]) -> dict[str, Any]:
     ValueError: naming the flag and its value. No data need be there.
   """
   task, steps = without_data(values)
+  return training.describe(task, values, steps,
+                           functools.partial(examples, task))
 
-  def examples(size):
-    problem = task.problem
-    shape = jax.ShapeDtypeStruct
-    tokens = shape((size, problem.segment_length), jnp.int32)
-    memory = jax.eval_shape(lambda: models.init_memory(
-        problem.model, size, problem.memory_length))
-    return memory, {'inputs': tokens, 'targets': tokens,
-                    'begins': shape((size,), bool)}
 
-  return training.describe(task, values, steps, examples)
+def examples(task: tasks.Task, size: int) -> tuple[Any, Any]:
+  """Shapes of the memory, and of a batch of so many streams."""
+  problem, shape = task.problem, jax.ShapeDtypeStruct
+  tokens = shape((size, problem.segment_length), jnp.int32)
+  memory = jax.eval_shape(lambda: models.init_memory(
+      problem.model, size, problem.memory_length))
+  return memory, {'inputs': tokens, 'targets': tokens,
+                  'begins': shape((size,), bool)}
 
 
 def check_length(problem: Prediction, tokens, test_tokens) -> None:

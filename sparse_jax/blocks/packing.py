@@ -17,7 +17,7 @@ from sparse_jax import trees
 from sparse_jax.masks import topk
 
 _DATA = ['blocks', 'rows', 'columns', 'forward', 'growth', 'due']
-_META = ['shape', 'block', 'reduce']
+_META = ['shape', 'block', 'reduce', 'balanced']
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA,
@@ -49,6 +49,9 @@ class PackedBlocks:
     shape: the weight's own shape, stacked axes left out; static.
     block: (rows, columns) of a tile; static.
     reduce: 'sum' or 'max', how magnitudes make the score of a tile; static.
+    balanced: whether each column of tiles has as many blocks as any other, and
+      they are stored column by column, those of A among themselves too;
+      static. Then columns may be split over devices.
 
   Example:
     >>> packed = pack(jnp.eye(4), block=(2, 2), sparsity=0.5)
@@ -65,6 +68,7 @@ class PackedBlocks:
   shape: tuple[int, ...] = dataclasses.field(kw_only=True)
   block: tuple[int, int] = dataclasses.field(kw_only=True)
   reduce: str = dataclasses.field(default='sum', kw_only=True)
+  balanced: bool = dataclasses.field(default=False, kw_only=True)
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -305,6 +309,8 @@ def check_indices(packed: PackedBlocks) -> PackedBlocks:
       raise ValueError(f'`{name}` (of shape {index.shape}) must have the '
                        f'shape ({count},), one for each block.')
     _check_range(name, index, limit)
+  if packed.balanced:
+    _check_balanced(packed)
   return packed
 
 
@@ -316,6 +322,16 @@ def _check_range(name, index, limit):
   if low < 0 or high >= limit:
     raise ValueError(f'`{name}` (from {low} to {high}) must be in '
                      f'[0, {limit}).')
+
+
+def _check_balanced(packed):
+  columns, count = packed.grid[1], packed.columns.size
+  known = not isinstance(packed.columns, jax.core.Tracer)
+  if count % columns or known and not np.array_equal(
+      packed.columns, np.repeat(np.arange(columns), count // columns)):
+    raise ValueError(f'`columns` (={packed.columns}) must go through all '
+                     f'{columns} in order, each as often, where blocks are '
+                     '`balanced`.')
 
 
 def spread(packed: PackedBlocks) -> jax.Array:

@@ -7,8 +7,9 @@ from jax import lax
 import jax.numpy as jnp
 
 from sparse_jax import checks
+from sparse_jax.blocks import dispatch
 from sparse_jax.blocks import packing
-from sparse_jax.blocks import tiles
+from sparse_jax.blocks import splitting
 from sparse_jax.blocks.packing import PackedBlocks
 from sparse_jax.blocks.tiles import Columns
 from sparse_jax.blocks.tiles import Plan
@@ -18,7 +19,8 @@ _PLAIN = (None, 'loop', 'batched')
 
 
 def matmul(x: jax.Array, packed: PackedBlocks, *,
-           implementation: str | None = None) -> jax.Array:
+           implementation: str | None = None,
+           column_axes: tuple[str, ...] = ()) -> jax.Array:
   """x @ weight, where only the kept blocks of the weight exist.
 
   The forward pass and the gradient to `x` multiply by the blocks of A, the
@@ -28,6 +30,13 @@ def matmul(x: jax.Array, packed: PackedBlocks, *,
 
   Laws: it is x @ unpack(packed), and so is its gradient to x; the gradient to
   `packed.blocks` is that of the dense weight, block by block, on B.
+
+  On several devices each multiplies its rows of `x`, in a `jax.shard_map` that
+  nobody has to write: the mesh is that of the context or of the arrays. Blocks
+  that are split (FSDP) are gathered; what is summed over devices is the
+  gradient of the blocks alone, once. On automatic axes rows are split over all
+  that divide them and are not `column_axes`, on explicit ones as their types
+  say.
 
   Args:
     x: float[..., in].
@@ -40,7 +49,12 @@ def matmul(x: jax.Array, packed: PackedBlocks, *,
       block, 'tpu' and 'gpu' run kernels (interpreted on a CPU). None takes
       the loop on a CPU, as measured, the kernel of a TPU or an NVIDIA GPU for
       the blocks that it has (sides of 128 to 512, of 32 to 128), and
-      'batched' elsewhere.
+      'batched' elsewhere. 'loop' and 'batched' leave it to XLA to split them
+      over devices.
+    column_axes: axes of an automatic mesh over which the columns of tiles are
+      split, as the blocks are (tensor parallelism): those of `packed` must be
+      `balanced`, else nothing is split so. On explicit axes the type of the
+      blocks says it.
 
   Returns:
     float[..., out], of the operands' common dtype.
@@ -56,18 +70,24 @@ def matmul(x: jax.Array, packed: PackedBlocks, *,
   """
   _check_product(x, packed, implementation)
   (tall, wide), (rows, columns) = packed.block, packed.grid
-  plan = Plan(Columns(tall), Columns(wide), columns * wide, implementation)
-  flat = x.reshape(-1, x.shape[-1])
-  flat = jnp.pad(flat, ((0, 0), (0, rows * tall - flat.shape[1])))
-  y = _product(plan, flat, packed)[:, :packed.shape[1]]
-  return y.reshape(*x.shape[:-1], packed.shape[1])
+  plan = Plan(Columns(tall), Columns(wide), columns * wide, implementation,
+              columns=column_axes if packed.balanced else ())
+
+  def product(plan, x, packed):
+    flat = x.reshape(-1, x.shape[-1])
+    flat = jnp.pad(flat, ((0, 0), (0, rows * tall - flat.shape[1])))
+    y = _product(plan, flat, packed)[:, :packed.shape[1]]
+    return y.reshape(*x.shape[:-1], packed.shape[1])
+
+  return splitting.in_types(product, plan, x, packed)
 
 
 def conv(x: jax.Array, packed: PackedBlocks, *,
          strides: int | tuple[int, ...] = 1,
          padding: str | tuple[tuple[int, int], ...] = 'SAME',
          dilation: int | tuple[int, ...] = 1,
-         implementation: str | None = None) -> jax.Array:
+         implementation: str | None = None,
+         column_axes: tuple[str, ...] = ()) -> jax.Array:
   """The convolution by a packed kernel: only its kept blocks exist.
 
   A block is a tile of the input and output channels at one position of the
@@ -84,6 +104,7 @@ def conv(x: jax.Array, packed: PackedBlocks, *,
       for each spatial axis.
     padding: 'SAME', 'VALID' or (before, after) for each spatial axis.
     implementation: as in `matmul`, 'tpu' and 'gpu' excepted.
+    column_axes: as in `matmul`.
 
   Returns:
     float[batch, spatial..., out].
@@ -107,7 +128,8 @@ def conv(x: jax.Array, packed: PackedBlocks, *,
   if set(packed.shape[:-2] + strides) <= {1}:
     matrix = packed.replace(shape=packed.shape[-2:])
     return matmul(_padded(x, _pads(x, (1,) * count, strides, padding)),
-                  matrix, implementation=implementation)
+                  matrix, implementation=implementation,
+                  column_axes=column_axes)
   reach = tuple((n - 1) * step + 1
                 for n, step in zip(packed.shape, dilation))
   x = _padded(x, _pads(x, reach, strides, padding))
@@ -116,10 +138,13 @@ def conv(x: jax.Array, packed: PackedBlocks, *,
   if min(outputs) < 1:
     raise ValueError(f'`x` (padded to {x.shape}) must not be smaller than the '
                      f'kernel\'s reach {reach}.')
-  y = _convolve(x, packed, Windows(
+  windows = Windows(
       packed.block[0], -(-packed.shape[-2] // packed.block[0]),
-      packed.shape[:-2], strides, dilation, outputs), implementation)
-  return y.reshape(x.shape[0], *outputs, packed.shape[-1])
+      packed.shape[:-2], strides, dilation, outputs)
+  wide, columns = packed.block[1], packed.grid[1]
+  plan = Plan(windows, Columns(wide), columns * wide, implementation,
+              columns=column_axes if packed.balanced else ())
+  return splitting.in_types(_convolve, plan, x, packed)
 
 
 def transposed(packed: PackedBlocks) -> PackedBlocks:
@@ -136,7 +161,7 @@ def transposed(packed: PackedBlocks) -> PackedBlocks:
   return packed.replace(
       blocks=packed.blocks.swapaxes(-1, -2), rows=packed.columns,
       columns=packed.rows, growth=growth, shape=packed.shape[::-1],
-      block=packed.block[::-1])
+      block=packed.block[::-1], balanced=False)
 
 
 @jax.custom_vjp
@@ -171,12 +196,12 @@ def _assemble_backward(packed, cotangent):
 assemble.defvjp(_assemble_forward, _assemble_backward)
 
 
-def _convolve(x, packed, windows, implementation):
-  wide, columns = packed.block[1], packed.grid[1]
-  plan = Plan(windows, Columns(wide), columns * wide, implementation)
+def _convolve(plan, x, packed):
+  windows = plan.inputs
   more = windows.tiles * windows.size - x.shape[-1]
   x = _padded(x, ((0, 0),) * (x.ndim - 2), more)
-  return _product(plan, x, packed)[:, :packed.shape[-1]]
+  y = _product(plan, x, packed)[:, :packed.shape[-1]]
+  return y.reshape(x.shape[0], *windows.outputs, packed.shape[-1])
 
 
 def _pads(x, reach, strides, padding):
@@ -217,7 +242,7 @@ def _product_backward(plan, saved, cotangent):
 def _growth(plan, x, packed, cotangent):
   """The growth scores where they are due, else zeros."""
   def scores():
-    return tiles.growth_scores(plan, x, packed, cotangent)
+    return dispatch.growth_scores(plan, x, packed, cotangent)
 
   if packed.due is None:
     return scores()
@@ -230,7 +255,7 @@ _product.defvjp(_product_forward, _product_backward)
 def _multiply(plan, x, packed):
   kept = packed.read()
   dtype = jnp.result_type(x, kept.blocks)
-  y = tiles.multiply(
+  y = dispatch.multiply(
       plan, x.astype(dtype), kept.blocks.astype(dtype), kept.rows, kept.columns)
   return y.astype(dtype)
 
@@ -240,13 +265,13 @@ def _gradients(plan, x, packed, cotangent):
   dtype = cotangent.dtype
   if packed.forward is None:
     blocks = packed.blocks.astype(dtype)
-    grad_x, grad = tiles.both_gradients(
+    grad_x, grad = dispatch.both_gradients(
         plan, x.astype(dtype), cotangent, blocks, packed.rows, packed.columns)
   else:
     kept = packed.read()
-    grad_x = tiles.input_gradient(
+    grad_x = dispatch.input_gradient(
         plan, x, cotangent, kept.blocks.astype(dtype), kept.rows, kept.columns)
-    grad = tiles.weight_gradient(
+    grad = dispatch.weight_gradient(
         plan, x.astype(dtype), cotangent, packed.rows, packed.columns)
   return grad_x.astype(x.dtype), grad.astype(packed.dtype)
 
@@ -263,7 +288,7 @@ def _check_product(x, packed, implementation):
   if len(packed.shape) != 2 or x.shape[-1:] != packed.shape[:1]:
     raise ValueError(f'`x` (of shape {x.shape}) must end in the rows of '
                      f'`packed`, a matrix (of shape {packed.shape}).')
-  _check_common(packed, implementation, tiles.IMPLEMENTATIONS)
+  _check_common(packed, implementation, dispatch.IMPLEMENTATIONS)
 
 
 def _check_common(packed, implementation, known):

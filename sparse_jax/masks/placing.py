@@ -7,10 +7,12 @@ gathered either, and what comes out is laid like what it belongs to.
 """
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec
 
 from sparse_jax import trees
 
@@ -63,11 +65,65 @@ def shapes_of(fn: Callable[..., trees.PyTree], *args: Any) -> trees.PyTree:
   return jax.eval_shape(fn, *bare)
 
 
+def by_rows(fn: Callable[..., trees.PyTree], rows: tuple[str, ...],
+            *arrays: jax.Array) -> trees.PyTree:
+  """fn of each device's part of the first axes, as of `row_axes`."""
+  mesh, at = mesh_of(*arrays), PartitionSpec(rows)
+  bare = jax.sharding.get_abstract_mesh().empty
+  return jax.jit(jax.shard_map(
+      fn, mesh=mesh if bare else None, in_specs=at, out_specs=at,
+      axis_names=set(shared_axes(mesh)), check_vma=False))(*arrays)
+
+
 def is_explicit(tree) -> bool:
   """Whether the type of an array says how it is sharded."""
   return any(AxisType.Explicit in jax.typeof(leaf).sharding.mesh.axis_types
              for leaf in jax.tree.leaves(tree)
              if isinstance(leaf, jax.Array))
+
+
+def mesh_of(*arrays: jax.Array) -> jax.sharding.AbstractMesh:
+  """The mesh of the context, or the one on which arrays lie; may be empty.
+
+  Types say the mesh of arrays that were put on one, also where its axes are
+  automatic and `jit` was given no mesh.
+  """
+  context = jax.sharding.get_abstract_mesh()
+  meshes = (context, *(jax.typeof(array).sharding.mesh for array in arrays))
+  return next((mesh for mesh in meshes if not mesh.empty), context)
+
+
+def shared_axes(mesh: jax.sharding.AbstractMesh) -> dict[str, int]:
+  """The sizes of axes over which XLA may split arrays: not those by hand."""
+  return {name: size for name, size, kind in zip(
+      mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+          if kind != AxisType.Manual}
+
+
+def row_axes(array: jax.Array, without: tuple[str, ...] = ()
+             ) -> tuple[str, ...]:
+  """The axes of a mesh over which the first axis of an array is split.
+
+  Explicit ones as the type says. What XLA splits is in no type: as many of the
+  automatic ones as divide the array.
+
+  Args:
+    array: of any shape with a first axis.
+    without: axes that are used otherwise.
+  """
+  if is_explicit(array):
+    entry = jax.typeof(array).sharding.spec[0]
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+  found, parts = (), 1
+  for name, size in shared_axes(mesh_of(array)).items():
+    if name not in without and array.shape[0] % (parts * size) == 0:
+      found, parts = (*found, name), parts * size
+  return found
+
+
+def is_shared(*arrays: jax.Array) -> bool:
+  """Whether XLA may split such arrays over devices, as far as one can know."""
+  return math.prod(shared_axes(mesh_of(*arrays)).values()) > 1
 
 
 def is_split(array: jax.Array) -> bool:

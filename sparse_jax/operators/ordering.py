@@ -10,6 +10,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from sparse_jax.masks import placing
+
 
 @jax.custom_jvp
 def after(x: jax.Array, first: jax.Array) -> jax.Array:
@@ -17,9 +19,8 @@ def after(x: jax.Array, first: jax.Array) -> jax.Array:
 
   An optimization barrier says that on GPU and TPU. XLA for CPUs removes
   barriers before it schedules, so there `x` is what is selected by a test of
-  an entry of `first` that no value passes, not even NaN. On several CPU
-  devices the one entry would have to be sent to all, so that only the barrier
-  stands.
+  an entry of `first` that no value passes, not even NaN. On several devices
+  the one entry would have to be sent to all, so that only the barrier stands.
 
   Law: the values are those of `x`, bit for bit, and so are its derivatives.
 
@@ -48,10 +49,12 @@ def _after(x, first):
   if not first.size:
     return x
   x, first = lax.optimization_barrier((x, first))
-  if jax.default_backend() != 'cpu' or jax.device_count() > 1:
+  if placing.is_shared(x, first):
     return x
-  one = first[(0,) * first.ndim]
-  return jnp.where(one > jnp.inf, jnp.zeros((), x.dtype), x)
+  never = lax.platform_dependent(
+      first[(0,) * first.ndim], cpu=lambda one: one > jnp.inf,
+      default=lambda one: jnp.zeros_like(one, bool))
+  return jnp.where(never, jnp.zeros((), x.dtype), x)
 
 
 @_after.def_vmap

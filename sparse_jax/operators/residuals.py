@@ -13,6 +13,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from sparse_jax.masks import placing
+
 _WORD = 32
 
 
@@ -35,8 +37,8 @@ def pack(x: jax.Array, mask: jax.Array, count: int, *,
     mask: bool[...], the shape of `x`.
     count: entries that there is room for in each part; of more marked ones
       the last, in row-major order, are lost.
-    parts: how many equal parts of the leading axis are packed on their own,
-      so that a batch sharded over as many devices stays where it is.
+    parts: how many equal parts of the leading axis are packed on their own.
+      On several devices that divide them each packs its own: nothing moves.
 
   Returns:
     The packed array.
@@ -53,12 +55,20 @@ def pack(x: jax.Array, mask: jax.Array, count: int, *,
   kind = _smallest(size, count, x.dtype.itemsize)
   if kind == 'whole':
     return Packed(jnp.where(mask, x, jnp.zeros((), x.dtype)), None)
-  words = _words(split(mask, parts))
-  places = _each_part(lambda words: _positions(words, count, size), words)
-  values = _each_part(
-      lambda x, places: x.at[places].get(mode='fill', fill_value=0),
-      split(x, parts), places)
-  return Packed(values, words if kind == 'bits' else places)
+
+  def pack_own(x, mask):
+    own = x.size // size
+    words = _words(split(mask, own))
+    places = _each_part(lambda words: _positions(words, count, size), words)
+    values = _each_part(
+        lambda x, places: x.at[places].get(mode='fill', fill_value=0),
+        split(x, own), places)
+    return Packed(values, words if kind == 'bits' else places)
+
+  rows = _rows(x, parts)
+  if rows:
+    return placing.by_rows(pack_own, rows, x, mask)
+  return pack_own(x, mask)
 
 
 def unpack(packed: Packed, like: jax.Array) -> jax.Array:
@@ -68,14 +78,31 @@ def unpack(packed: Packed, like: jax.Array) -> jax.Array:
     return values
   parts, count = values.shape
   size = math.prod(like.shape) // parts
-  if places.dtype == jnp.uint32:
-    places = _each_part(lambda words: _positions(words, count, size), places)
 
   def spread(values, places):
     return _zeros(size, values.dtype, places).at[places].set(
         values, mode='drop', unique_indices=True, indices_are_sorted=True)
 
-  return join(_each_part(spread, values, places), like.shape)
+  def unpack_own(values, places):
+    if places.dtype == jnp.uint32:
+      places = _each_part(lambda words: _positions(words, count, size), places)
+    lead = like.shape[:1] and (like.shape[0] * values.shape[0] // parts,)
+    return join(_each_part(spread, values, places), lead + like.shape[1:])
+
+  rows = _rows(values, parts)
+  if rows:
+    return placing.by_rows(unpack_own, rows, values, places)
+  return unpack_own(values, places)
+
+
+def _rows(array, parts: int) -> tuple[str, ...]:
+  """Axes of a mesh over which the parts are split; () where they are not."""
+  if parts == 1:
+    return ()
+  rows = placing.row_axes(array)
+  sizes = placing.shared_axes(placing.mesh_of(array))
+  over = math.prod(sizes[name] for name in rows)
+  return rows if over > 1 and parts % over == 0 else ()
 
 
 def split(x: jax.Array, parts: int) -> jax.Array:

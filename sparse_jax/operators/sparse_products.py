@@ -90,7 +90,10 @@ def sparse_dot_general(operands: Operands, *, weight: str = 'right',
     structure: what is kept together of the weight.
     batch_axes: axes of the weight that stack layers, each with its own top-k.
     pack: whether x is kept for dW as its kept entries alone. It saves memory
-      and costs time; without it x is kept whole, with zeros.
+      and costs time; without it x is kept whole, with zeros. Where axis 0 is
+      split over devices each packs its own examples: the top-k is still that
+      of the scope, but a device has room for a quarter more than its share,
+      and beyond it the last entries are lost to dW.
     thresholds: None for an exact top-k each time. Otherwise the smallest
       magnitude that each operand keeps, a float32[] each, and the *gradient*
       with respect to it is the threshold to be stored for the next step: the
@@ -335,14 +338,19 @@ def _save(rule, x, mask, traced) -> residuals.Packed:
   if mask is None or sparsity is None or not rule.options.pack:
     return residuals.Packed(_where(mask, x), None)
   parts = operands_lib.parts_of(rule.options.activation_scope, x)
+  room = 1. if traced.thresholds is None else _SLACK
+  if parts == 1 and rule.axes.examples and placing.is_shared(x):
+    sizes = placing.shared_axes(placing.mesh_of(x))
+    parts = math.prod(sizes[name] for name in placing.row_axes(x))
+    room = _SLACK if parts > 1 else room
   if parts == 1 and placing.is_split(x):
     raise ValueError(
         f'`activation_scope` (={rule.options.activation_scope!r}) packs the '
-        f'whole activation as one, but it is sharded by {jax.typeof(x)}. Give '
-        'as many parts as devices share it, \'example\', or `pack=False`.')
+        f'whole activation as one, but it is sharded by {jax.typeof(x)}: split '
+        'its axis 0 alone, or pass `pack=False`.')
   count = topk.keep_count(x.size // parts, sparsity)
-  if traced.thresholds is not None:
-    count = min(math.ceil(count * _SLACK), x.size // parts)
+  if room > 1:
+    count = min(math.ceil(count * room), x.size // parts)
   return residuals.pack(x, mask, count, parts=parts)
 
 

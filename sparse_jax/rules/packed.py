@@ -35,7 +35,8 @@ class Place(NamedTuple):
   The axes of stacked layers stand in front of those named here.
   """
 
-  ids: jax.Array  # int32[n], the tile of each stored block, row by row.
+  # int32[n], the tile of each stored block, counted row by row.
+  ids: jax.Array
   forward: jax.Array | None  # int32[m], the positions of A; None: all.
   # float[layers * tiles, rows, columns] in host memory, every tile of the
   # weight; those that are stored are out of date. None: the others are 0.
@@ -139,7 +140,7 @@ def _place(rule, leaf, weight, marks) -> Place:
   levels = _of_slices(leaf.layout, marks)
 
   def find(levels):
-    ids = jnp.flatnonzero(marks_lib.backward_mask(levels), size=outer)
+    ids = _find(leaf, marks_lib.backward_mask(levels), outer)
     return ids.astype(jnp.int32), _forward(levels, ids, inner)
 
   ids, forward = _per_slice(leaf, find)(levels)
@@ -149,6 +150,18 @@ def _place(rule, leaf, weight, marks) -> Place:
   scores = packing.tile_scores(jnp.asarray(tiles), leaf.layout.structure.reduce)
   flat = tiles.reshape(-1, *tiles.shape[-2:])
   return Place(ids, forward, jax.device_put(flat, _HOST), scores)
+
+
+def _find(leaf, wanted, size: int):
+  """int[size]: the tiles of a slice that are wanted, row by row.
+
+  Column by column if they are balanced: then each column keeps its positions.
+  """
+  if not leaf.layout.structure.balanced:
+    return jnp.flatnonzero(wanted, size=size)
+  columns = leaf.layout.group_shape[-1]
+  order = np.arange(wanted.size).reshape(-1, columns).T.ravel()
+  return jnp.asarray(order)[jnp.flatnonzero(wanted[order], size=size)]
 
 
 def _forward(levels, ids, inner: int):
@@ -173,7 +186,8 @@ def _pack(rule, leaf, weight, place) -> packing.PackedBlocks:
     growth = jnp.zeros((*stack, *grid), jnp.float32)
   return packing.PackedBlocks(
       jnp.asarray(blocks), growth=growth, shape=shape,
-      block=layout.structure.shape, reduce=layout.structure.reduce)
+      block=layout.structure.shape, reduce=layout.structure.reduce,
+      balanced=layout.structure.balanced)
 
 
 def _joined(plan, params):
@@ -192,7 +206,7 @@ def _joined(plan, params):
     return packing.PackedBlocks(
         stored, growth=growth.get(path), block=structure.shape,
         shape=leaf.layout.view_shape[len(leaf.layout.stacked):],
-        reduce=structure.reduce)
+        reduce=structure.reduce, balanced=structure.balanced)
 
   return trees.map_leaves(visit, params, is_leaf=packing.is_packed)
 
@@ -266,7 +280,7 @@ def _exchange(rule, leaf, place, old, new, param, update):
     """The tiles at all positions, and which positions changed hands."""
     wanted = marks_lib.backward_mask(levels)
     stored = jnp.zeros(wanted.shape, bool).at[ids].set(True)
-    entering = jnp.flatnonzero(wanted & ~stored, size=ids.size)
+    entering = _find(leaf, wanted & ~stored, ids.size)
     free = ~wanted[ids]
     rank = jnp.cumsum(free) - 1  # The k-th that is free takes the k-th.
     enters = free & (rank < jnp.sum(wanted & ~stored))

@@ -1,0 +1,155 @@
+"""A packed step on a pod that is not there: bytes, cycles, collectives.
+
+  python -m experiments.benchmarks.pod --topology=v5e:4x4
+  python -m experiments.benchmarks.pod --topology=v5e:4x4 --split=fsdp
+
+An 8-layer transformer (nn.scan, remat, bfloat16, AdamW, donated), its
+projections packed in blocks of 256 at 90%, by RigL and by Top-KAST with the
+reservoir in host memory, beside the dense step. The chips' own compiler (pip
+install 'jax[tpu]') says everything; nothing is run. What is counted and what is
+not: launch/cycles.py. Recorded: README.md beside this file.
+"""
+
+import os
+
+os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1')
+
+from absl import app  # noqa: E402
+from absl import flags  # noqa: E402
+import flax.linen as nn  # noqa: E402
+import jax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
+
+import sparse_jax  # noqa: E402
+from experiments import reporting  # noqa: E402
+from launch import cycles  # noqa: E402
+
+_TOPOLOGY = flags.DEFINE_string('topology', 'v5e:4x4', 'The chips.')
+_SPLIT = flags.DEFINE_enum('split', 'data', ['data', 'fsdp'], 'Whether the '
+                           'state lies whole on each chip, or in pieces.')
+_BATCH = flags.DEFINE_integer('batch', 256, 'Sequences of a step.')
+_LENGTH = flags.DEFINE_integer('length', 512, 'Tokens of a sequence.')
+_WIDTH = flags.DEFINE_integer('width', 1024, 'Of the model; 4 times in the '
+                              'middle.')
+_LAYERS = flags.DEFINE_integer('layers', 8, 'Of the transformer.')
+_BLOCK = flags.DEFINE_integer('block', 256, 'Sides of a block.')
+_SPARSITY = flags.DEFINE_float('sparsity', .9, 'Of the blocks.')
+_METHODS = flags.DEFINE_multi_string('method', ['dense', 'static', 'rigl',
+                                                'top_kast'], 'Which rows.')
+
+
+class Layer(nn.Module):
+  """Attention and a network, of Flax's own parts."""
+
+  @nn.compact
+  def __call__(self, x, _):
+    width, dtype = x.shape[-1], jnp.bfloat16
+    y = nn.LayerNorm(dtype=dtype)(x)
+    x = x + nn.MultiHeadDotProductAttention(num_heads=8, dtype=dtype)(y, y)
+    y = nn.gelu(nn.Dense(4 * width, dtype=dtype)(nn.LayerNorm(dtype=dtype)(x)))
+    return x + nn.Dense(width, dtype=dtype)(y), None
+
+
+class Transformer(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    layers = nn.scan(nn.remat(Layer, prevent_cse=False),
+                     variable_axes={'params': 0}, split_rngs={'params': True},
+                     length=_LAYERS.value)
+    return layers(name='layers')(x, None)[0]
+
+
+def methods() -> dict[str, sparse_jax.SparseMethod]:
+  options = dict(structure=sparse_jax.Block((_BLOCK.value,) * 2),
+                 batch_axes={'layers': (0,)})
+  pack, sparsity = sparse_jax.packed, _SPARSITY.value
+  return {'dense': sparse_jax.dense(),
+          'static': pack(sparse_jax.static(sparsity, **options)),
+          'rigl': pack(sparse_jax.rigl(sparsity, **options)),
+          'top_kast': pack(sparse_jax.top_kast(
+              sparsity, backward_sparsity=sparsity - .1, **options))}
+
+
+def place(mesh, path, leaf):
+  """Whole on each chip; with --split=fsdp the longest axis in pieces."""
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  if getattr(path[-1], 'name', '') == 'reservoir':
+    return whole.with_memory_kind('pinned_host')
+  axes = [axis for axis, size in enumerate(leaf.shape)
+          if size % mesh.size == 0]
+  if _SPLIT.value == 'data' or not axes or leaf.size < 2**16:
+    return whole
+  longest = max(axes, key=lambda axis: leaf.shape[axis])
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(
+      *[None] * longest, 'data'))
+
+
+def row(mesh, name, method) -> dict:
+  """What the compiler says of one step."""
+  model, shape = Transformer(), (_BATCH.value, _LENGTH.value, _WIDTH.value)
+  tx = sparse_jax.sparsify(optax.adamw(1e-3), method)
+  x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  state = jax.eval_shape(lambda: sparse_jax.start(tx, method, model.init(
+      jax.random.key(0), jnp.zeros((1, *shape[1:]), x.dtype))['params']))
+  put = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
+                                              sharding=at)
+  places = jax.tree.map_with_path(lambda *args: place(mesh, *args), state)
+  state = jax.tree.map(put, state, places)
+  x = put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(
+      'data')))
+
+  def step(state, x):
+    params, opt_state = state
+
+    def loss(params):
+      apply = sparse_jax.with_method(model.apply, method, opt_state)
+      y = apply({'params': params}, x)
+      return jnp.mean(jnp.square(y.astype(jnp.float32)))
+
+    grads = jax.grad(loss)(params)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  program = jax.jit(step, donate_argnums=0, out_shardings=places).lower(
+      state, x).compile()
+  chip = cycles.CHIPS[mesh.devices.flat[0].device_kind]
+  memory, text = program.memory_analysis(), program.as_text()
+  ordinary, refresh = (cycles.count(text, chip, dearest=dear)
+                       for dear in (False, True))
+  held = memory.argument_size_in_bytes - x.size * x.dtype.itemsize // mesh.size
+  moved = lambda cost: ', '.join(f'{name} {size / 2**20:.1f}' for name, size
+                                 in sorted(cost.collectives.items()))
+  return {'step': name, 'state MiB': held / 2**20,
+          'temporaries MiB': memory.temp_size_in_bytes / 2**20,
+          'host MiB': memory.host_argument_size_in_bytes / 2**20,
+          'ordinary ms': 1e3 * ordinary.cycles / chip.clock,
+          'refresh ms': 1e3 * refresh.cycles / chip.clock,
+          'collectives MiB': moved(ordinary),
+          'in a refresh': moved(refresh),
+          'not counted': f'{dict(refresh.unknown) or ""}'}
+
+
+def main(_):
+  found = topologies.get_topology_desc(platform='tpu',
+                                       topology_name=_TOPOLOGY.value)
+  mesh = jax.sharding.Mesh(found.devices, ('data',), axis_types=(
+      jax.sharding.AxisType.Auto,))
+  print(f'{_TOPOLOGY.value}, jax {jax.__version__}: compiled and estimated, '
+        'not run\n')
+  rows = [row(mesh, name, methods()[name]) for name in _METHODS.value]
+  for each in rows:
+    for name in ('state', 'temporaries'):
+      each[f'{name}, of dense'] = (each[f'{name} MiB']
+                                   / rows[0][f'{name} MiB'])
+    each['ordinary, of dense'] = each['ordinary ms'] / rows[0]['ordinary ms']
+  print(reporting.markdown_table(rows, formats={
+      name: '.3f' if 'of dense' in name else '.1f' for name in rows[0]
+      if 'MiB' in name and 'coll' not in name or 'of dense' in name
+      or name.endswith('ms')}))
+
+
+if __name__ == '__main__':
+  app.run(main)

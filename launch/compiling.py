@@ -1,0 +1,180 @@
+"""The step of a run, compiled for TPUs that are not there.
+
+The compiler is the chip's own (the extra `[aot]`): it says whether the step
+fits, what memory it takes, which collectives it has, and how many cycles it
+expects. Nothing is run.
+"""
+
+from collections.abc import Mapping
+import functools
+import importlib.util
+import re
+import time
+from typing import Any
+
+from launch import cycles
+
+# What libtpu must know before it is loaded where there is no TPU.
+ENVIRONMENT = {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+ASSUMPTIONS = (
+    'Compiled and estimated, not run: cycles of the compiler\'s cost model at '
+    'the chip\'s clock, loops by their length, kernels by their own estimate '
+    'at the chip\'s peak. An ordinary step takes the cheaper branch of each '
+    'condition, a refresh the dearer. Collectives and waits are not in the '
+    'time.')
+
+
+def check(topology: str) -> None:
+  """Raises ValueError if there is no compiler, or no such topology's name."""
+  if importlib.util.find_spec('libtpu') is None:
+    raise ValueError(f'`compile` (={topology!r}) needs the compiler of TPUs, '
+                     'the extra [aot]: pip install "jax[tpu]".')
+  if not re.fullmatch(r'\w+:\d+x\d+(x\d+)?', topology):
+    raise ValueError(f'`compile` (={topology!r}) must be a topology such as '
+                     'v5e:2x4 or v5p:4x4x4.')
+
+
+def figures(module: Any, values: Mapping[str, Any], topology: str
+            ) -> dict[str, Any]:
+  """What the compiler says of the step of a run, and of the dense step.
+
+  Args:
+    module: of the run's binary.
+    values: its flags by name.
+    topology: the chips, as 'v5p:4x4x4'.
+
+  Returns:
+    `chip`, `chips`, `hbm_gib` (that of one), and for 'step' and 'dense' a
+    mapping: `needed`, if it does not fit, else `gib` (all that one chip holds
+    at once), `state_gib`, `ordinary_ms`, `refresh_ms`, `unknown` (what has no
+    estimate), `collectives` (MiB of each kind in an ordinary step),
+    `seconds` of compiling.
+
+  Raises:
+    ValueError: for flags that make no run on these chips.
+  """
+  mesh = _mesh(topology, values['model_parallel'])
+  task, steps = module.without_data(values)
+  kind = mesh.devices.flat[0].device_kind
+  chip = cycles.CHIPS.get(kind)
+  if chip is None:
+    raise ValueError(f'`compile` (={topology!r}) is made of {kind!r}, of which '
+                     f'nothing is known here; known are {list(cycles.CHIPS)}.')
+  parts = mesh.shape['data']
+  if values['batch_size'] % parts:
+    raise ValueError(f'`batch_size` (={values["batch_size"]}) must be a '
+                     f'multiple of the {parts} parts that {topology} makes of '
+                     'it.')
+  of = functools.partial(_compiled, module, values, mesh, chip)
+  return {'chip': kind, 'chips': mesh.size, 'hbm_gib': chip.hbm,
+          'step': of(task), 'dense': of(_dense(task, values, steps))}
+
+
+def _mesh(topology, model_parallel):
+  """All chips of a topology, as `experiments.devices.mesh` lays them."""
+  import jax
+  from jax.experimental import topologies
+  try:
+    found = topologies.get_topology_desc(platform='tpu', topology_name=topology)
+  except (RuntimeError, ValueError) as error:
+    raise ValueError(f'`compile` (={topology!r}) is no topology of libtpu: '
+                     f'{str(error).splitlines()[0]}') from None
+  count = len(found.devices)
+  if count % model_parallel:
+    raise ValueError(f'`model_parallel` (={model_parallel}) must divide the '
+                     f'{count} chips of {topology}.')
+  names = 'data', 'model'
+  laid = topologies.make_mesh(found, (count // model_parallel, model_parallel),
+                              names)
+  return jax.sharding.Mesh(laid.devices, names, axis_types=(
+      jax.sharding.AxisType.Auto,) * 2)
+
+
+def _dense(task, values, steps):
+  """The same network without a method."""
+  from experiments import optimization
+  import sparse_jax
+  method = sparse_jax.dense()
+  return task._replace(
+      method=method, operator_options={}, operand_period=1,
+      compare_masks_every=0, tx=sparse_jax.sparsify(
+          optimization.make(values, steps), method))
+
+
+def _compiled(module, values, mesh, chip, task) -> dict[str, Any]:
+  from experiments import devices
+  from experiments import tasks
+  from experiments import training
+  import jax
+
+  state = jax.eval_shape(functools.partial(tasks.init_state, task, 0))
+  places, rows = training.state_places(task, mesh, state), devices.split(mesh)
+  _, batch = module.examples(task, values['batch_size'])
+  put = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
+                                                 sharding=place)
+  state = jax.tree.map(put, state, places)
+  batch = jax.tree.map(lambda leaf: put(leaf, rows), batch)
+  begin = time.monotonic()
+  try:
+    program = training.step_fn(task, places, rows).lower(state, batch).compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    needed = re.search(r'\(([\d.]+\w)\) exceeds available \w+ \(([\d.]+\w)\)',
+                       str(error))
+    return {'needed': '{} of {}'.format(*needed.groups()) if needed
+            else str(error).splitlines()[0]}
+  memory, text = program.memory_analysis(), program.as_text()
+  held = memory.argument_size_in_bytes
+  total = (held + memory.temp_size_in_bytes + memory.output_size_in_bytes
+           - memory.alias_size_in_bytes)
+  ordinary, refresh = (cycles.count(text, chip, dearest=dear)
+                       for dear in (False, True))
+  return {
+      'gib': total / 2**30, 'state_gib': held / 2**30,
+      'ordinary_ms': 1e3 * ordinary.cycles / chip.clock,
+      'refresh_ms': 1e3 * refresh.cycles / chip.clock,
+      'unknown': dict(ordinary.unknown),
+      'collectives': {name: size / 2**20
+                      for name, size in ordinary.collectives.items()},
+      'seconds': time.monotonic() - begin}
+
+
+def environment() -> dict[str, str]:
+  """That of the process which compiles."""
+  return {**ENVIRONMENT, 'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '3'}
+
+
+def table(compiled: Mapping[str, Mapping[str, Any]]) -> str:
+  """A Markdown table of cells' figures by their names."""
+  from experiments import reporting
+  rows = []
+  for name, found in compiled.items():
+    for what in ('dense', 'step'):
+      rows.append({'cell': name, 'step': {'step': 'its own'}.get(what, what),
+                   **_row(found[what], found['hbm_gib'])})
+    if not any('needed' in found[what] for what in ('dense', 'step')):
+      ratio = found['step']['ordinary_ms'] / found['dense']['ordinary_ms']
+      rows[-1]['of dense'] = f'{ratio:.3f}'
+  one = next(iter(compiled.values()))
+  return (reporting.markdown_table(rows)
+          + f'\nOf one {one["chip"]} of {one["chips"]}. {ASSUMPTIONS}\n')
+
+
+def _row(found, hbm) -> dict[str, str]:
+  if 'needed' in found:
+    return {'HBM (GiB)': f'does not fit: {found["needed"]}'}
+  moved = ', '.join(f'{name} {size:.1f}'
+                    for name, size in sorted(found['collectives'].items()))
+  unknown = ', '.join(f'{n} {name}s' for name, n in found['unknown'].items())
+  return {'HBM (GiB)': f'{found["gib"]:.3g} of {hbm:g}',
+          'state (GiB)': f'{found["state_gib"]:.3g}',
+          'ordinary (ms)': f'{found["ordinary_ms"]:.3g}',
+          'refresh (ms)': f'{found["refresh_ms"]:.3g}', 'of dense': '',
+          'collectives (MiB)': moved, 'not counted': unknown,
+          'compiled in (s)': f'{found["seconds"]:.0f}'}
+
+
+def fits(compiled: Mapping[str, Mapping[str, Any]]) -> bool:
+  """Whether every cell's own step fits the memory of its chips."""
+  return not any('needed' in found['step'] for found in compiled.values())

@@ -1,0 +1,225 @@
+"""Which way a product of tiles goes: loop, batch, kernel; over a mesh.
+
+Chosen by the platform a program is compiled for, never by the one that
+compiles it.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import NamedTuple
+
+import jax
+from jax import lax
+
+from sparse_jax.blocks import gpu
+from sparse_jax.blocks import splitting
+from sparse_jax.blocks import tiles
+from sparse_jax.blocks import tpu
+from sparse_jax.blocks import unsplit
+from sparse_jax.blocks.packing import PackedBlocks
+from sparse_jax.blocks.tiles import Columns
+from sparse_jax.blocks.tiles import Plan
+
+IMPLEMENTATIONS = (None, 'loop', 'batched', 'tpu', 'gpu')
+_KERNELS = {'tpu': ('tpu', tpu), 'gpu': ('cuda', gpu)}  # Platform, module.
+
+
+class _Product(NamedTuple):
+  """A product in all its ways, and its derivative.
+
+  Attributes:
+    loop, batched: functions of the plan and the operands.
+    kernel: of a module of kernels, the plan and the operands, whose shapes it
+      looks at: a function of the operands and `interpret`, or None if there
+      is no kernel for them.
+    derivative: of the plan, the operands and a cotangent: the cotangents to
+      the operands.
+    layout: how operands and results lie on a mesh.
+    split: as `batched`, after the axes of a mesh over which rows are split;
+      None if results need no more than a sum over them.
+  """
+
+  loop: Callable
+  batched: Callable
+  kernel: Callable
+  derivative: Callable
+  layout: splitting.Layout
+  split: Callable | None = None
+
+
+def multiply(plan: Plan, x: jax.Array, blocks: jax.Array, rows: jax.Array,
+             columns: jax.Array) -> jax.Array:
+  """[height, width]: the input times the tiles, each at its row and column.
+
+  Like all of these, of the dtype of its operands and summed in float32 or
+  wider.
+  """
+  return _run(_MULTIPLY, plan, x, blocks, rows, columns)
+
+
+def both_gradients(plan: Plan, x: jax.Array, cotangent: jax.Array,
+                   blocks: jax.Array, rows: jax.Array, columns: jax.Array
+                   ) -> tuple[jax.Array, jax.Array]:
+  """The gradients to the input and to the tiles, where they are the same."""
+  return _run(_BOTH, plan, x, cotangent, blocks, rows, columns)
+
+
+def input_gradient(plan: Plan, x: jax.Array, cotangent: jax.Array,
+                   blocks: jax.Array, rows: jax.Array, columns: jax.Array
+                   ) -> jax.Array:
+  """The shape of x: the gradient to it, by the tiles."""
+  return _run(_INPUT, plan, x, cotangent, blocks, rows, columns)
+
+
+def weight_gradient(plan: Plan, x: jax.Array, cotangent: jax.Array,
+                    rows: jax.Array, columns: jax.Array) -> jax.Array:
+  """[tiles, tall, wide]: the gradient to the tiles."""
+  return _run(_WEIGHT, plan, x, cotangent, rows, columns)
+
+
+def growth_scores(plan: Plan, x: jax.Array, packed: PackedBlocks,
+                  cotangent: jax.Array) -> jax.Array:
+  """float32[grid]: each tile of the dense gradient, reduced to a number.
+
+  The gradient is made and dropped a tile at a time; over several devices a
+  row of tiles, which is what they sum. By a kernel, or over several devices,
+  the scores have no derivative.
+  """
+  static = packed.grid[0], packed.block, packed.reduce, packed.dtype
+  loop = functools.partial(tiles.scores_loop, static)
+  product = _Product(
+      loop, loop, functools.partial(_scores_kernel, static),
+      lambda *_: (None, None), splitting.Layout('xy', 's'),
+      lambda rows, *args: splitting.growth_scores(rows, static, *args))
+  return _run(product, plan, x.astype(cotangent.dtype), cotangent)
+
+
+def _run(product, plan, *args):
+  """By the plan's implementation, or else by mesh and platform."""
+  if plan.implementation in ('loop', 'batched'):
+    return getattr(product, plan.implementation)(plan, *args)
+  if splitting.split_of(plan, args) or _kernels(product, plan, args):
+    return _run_fast(product, plan, *args)
+  if plan.implementation is not None:
+    raise ValueError(f'`implementation` (={plan.implementation!r}) has no '
+                     f'kernel for blocks of {plan.inputs.size} x '
+                     f'{plan.outputs.size} and x of {args[0].dtype} and shape '
+                     f'{args[0].shape}.')
+  return lax.platform_dependent(
+      *args, cpu=functools.partial(product.loop, plan),
+      default=functools.partial(product.batched, plan))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run_fast(product, plan, *args):
+  """As `_run`, by what has no derivative: over a mesh, or by a kernel."""
+  split = splitting.split_of(plan, args)
+  if split:
+    part = functools.partial(_run, product)
+    if split.rows and product.split:
+      part = functools.partial(product.split, split.rows)
+    return splitting.run(split, product.layout, plan, args, part)
+  kernels = _kernels(product, plan, args)
+  if plan.implementation is not None:
+    kernel, = kernels.values()
+    return lax.platform_dependent(
+        *args, cpu=functools.partial(kernel, interpret=True), default=kernel)
+  batched = functools.partial(product.batched, plan)
+  kernels = {platform: unsplit.unless_split(kernel, batched)
+             for platform, kernel in kernels.items()}
+  return lax.platform_dependent(
+      *args, **kernels, cpu=functools.partial(product.loop, plan),
+      default=batched)
+
+
+_run_fast.defvjp(
+    lambda product, plan, *args: (_run_fast(product, plan, *args), args),
+    lambda product, plan, args, out: product.derivative(plan, args, out))
+
+
+def _kernels(product, plan, args):
+  """By platform, those that take these shapes and that the plan allows."""
+  if not isinstance(plan.inputs, Columns):
+    return {}
+  found = {platform: product.kernel(module, plan, *args)
+           for name, (platform, module) in _KERNELS.items()
+           if plan.implementation in (None, name)}
+  return {name: kernel for name, kernel in found.items() if kernel is not None}
+
+
+def _multiply_kernel(module, plan, x, blocks, *_):
+  if not module.product_fits(x, blocks.shape[1:], len(blocks), plan.width):
+    return None
+  return functools.partial(module.block_product, width=plan.width)
+
+
+def _input_kernel(module, plan, x, cotangent, blocks, *_):
+  shape = dict(width=x.shape[1], transpose=True)
+  if not module.product_fits(cotangent, blocks.shape[1:], len(blocks),
+                             **shape):
+    return None
+  return lambda x, cotangent, blocks, rows, columns, **options: (
+      module.block_product(cotangent, blocks, columns, rows, **shape,
+                           **options))
+
+
+def _weight_kernel(module, plan, x, cotangent, rows, columns):
+  block = plan.inputs.size, plan.outputs.size
+  if not module.gradient_fits(x, cotangent, block, rows.size):
+    return None
+  return functools.partial(module.block_gradient, block=block)
+
+
+def _both_kernel(module, plan, x, cotangent, blocks, rows, columns):
+  to_input = _input_kernel(module, plan, x, cotangent, blocks)
+  to_weight = _weight_kernel(module, plan, x, cotangent, rows, columns)
+  if to_input is None or to_weight is None:
+    return None
+  return lambda x, cotangent, blocks, *at, **options: (
+      to_input(x, cotangent, blocks, *at, **options),
+      to_weight(x, cotangent, *at, **options))
+
+
+def _scores_kernel(static, module, plan, x, cotangent):
+  _, block, reduce, dtype = static
+  if not module.scores_fit(x, block):
+    return None
+  return functools.partial(module.growth_scores, block=block, reduce=reduce,
+                           dtype=dtype)
+
+
+def _multiply_derivative(plan, args, out):
+  x, blocks, rows, columns = args
+  return (*both_gradients(plan, x, out, blocks, rows, columns), None, None)
+
+
+def _input_derivative(plan, args, out):
+  _, cotangent, blocks, rows, columns = args
+  return (None, multiply(plan, out, blocks, rows, columns),
+          weight_gradient(plan, out, cotangent, rows, columns), None, None)
+
+
+def _weight_derivative(plan, args, out):
+  x, cotangent, rows, columns = args
+  return (input_gradient(plan, x, cotangent, out, rows, columns),
+          multiply(plan, x, out, rows, columns), None, None)
+
+
+def _both_derivative(plan, args, outs):
+  x, cotangent, blocks, *at = args
+  to_x, to_grad = outs
+  _, by_x, to_blocks, *_ = _input_derivative(
+      plan, (x, cotangent, blocks, *at), to_x)
+  own_x, by_grad, *_ = _weight_derivative(plan, (x, cotangent, *at), to_grad)
+  return own_x, by_x + by_grad, to_blocks, None, None
+
+
+_MULTIPLY = _Product(tiles.multiply_loop, tiles.multiply_batched,
+                     _multiply_kernel, _multiply_derivative,
+                     splitting.Layout('xbbb', 'y'))
+_BOTH = _Product(tiles.both_loop, tiles.both_batched, _both_kernel,
+                 _both_derivative, splitting.Layout('xybbb', 'xb'))
+_INPUT = _Product(tiles.input_loop, tiles.input_batched, _input_kernel,
+                  _input_derivative, splitting.Layout('xybbb', 'x'))
+_WEIGHT = _Product(tiles.weight_loop, tiles.weight_batched, _weight_kernel,
+                   _weight_derivative, splitting.Layout('xybb', 'b'))
