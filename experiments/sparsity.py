@@ -5,7 +5,9 @@ so its default is the one that `sparse_jax` documents; a flag that the chosen
 method does not have is an error, never ignored.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import inspect
 import re
 from typing import Any
@@ -169,7 +171,8 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
 
 
 def from_flags(values: Mapping[str, Any], train_steps: int,
-               also_sparse: Mapping[str, tuple[int, ...]] = {}
+               also_sparse: Mapping[str, tuple[int, ...]] = {},
+               layer_order: Callable[[], Sequence[str]] | None = None
                ) -> sparse_jax.SparseMethod:
   """Makes the method that the flags ask for.
 
@@ -178,6 +181,8 @@ def from_flags(values: Mapping[str, Any], train_steps: int,
     train_steps: length of the run, for windows given as shares of it.
     also_sparse: patterns of leaves that are dense by default and sparse here,
       and the axes that their products sum over.
+    layer_order: gives the model's parameters in the order of its layers, for
+      --allocation=uniform_plus.
 
   Returns:
     The method.
@@ -201,7 +206,7 @@ def from_flags(values: Mapping[str, Any], train_steps: int,
                        f'{values["structure"] or "element"}.')
   rules = _layer_rules(values, also_sparse)
   method = constructor(**_arguments(values, name, known, train_steps, rules,
-                                    also_sparse))
+                                    also_sparse, layer_order))
   if values['operands']:
     method = sparse_jax.operators.add_operands(method, _operands(values),
                                                is_sparse=rules)
@@ -272,8 +277,8 @@ def _is_given(flag, values) -> bool:
       typed or values[flag] != flags.FLAGS[flag].default)
 
 
-def _arguments(values, name, known, train_steps, rules, also_sparse
-               ) -> dict[str, Any]:
+def _arguments(values, name, known, train_steps, rules, also_sparse,
+               layer_order) -> dict[str, Any]:
   """The flags that are set, and what the recipes set, of those `known`."""
   chosen = {argument: values[flag] for flag, argument in ARGUMENTS.items()
             if argument in known and values[flag] not in (None, [])}
@@ -282,7 +287,7 @@ def _arguments(values, name, known, train_steps, rules, also_sparse
   if 'contracting' in known and also_sparse:
     chosen['contracting'] = also_sparse
   if 'allocation' in chosen:
-    chosen['allocation'] = ALLOCATIONS[chosen['allocation']]
+    chosen['allocation'] = _allocation(values, layer_order)
   if 'structure' in chosen:
     chosen['structure'] = _structure(values)
   if 'score' in chosen:
@@ -300,6 +305,20 @@ def _arguments(values, name, known, train_steps, rules, also_sparse
     chosen.setdefault('backward_sparsity',
                       max(0., round(values['sparsity'] - .1, 6)))
   return chosen | _window(chosen, name, train_steps)
+
+
+def _allocation(values, layer_order):
+  """What --allocation names, told what else it needs."""
+  chosen = ALLOCATIONS[values['allocation']]
+  if chosen is not sparse_jax.uniform_plus or layer_order is None:
+    return chosen
+
+  def uniform_plus(shapes, sparsity):
+    order = [path for path in layer_order() if path in shapes]
+    return sparse_jax.uniform_plus(shapes, sparsity, first=order[0],
+                                   last=order[-1])
+
+  return uniform_plus
 
 
 def _structure(values) -> sparse_jax.masks.structures.Structure:

@@ -21,6 +21,7 @@ from experiments import devices
 from experiments import optimization
 from experiments import sparsity
 from experiments import tasks
+from experiments import training
 from experiments.image import models
 from experiments.image import train
 
@@ -253,6 +254,33 @@ class BuildTest(parameterized.TestCase):
     task = train.make_task(_values(model=model, method='static', width=.02), 9)
     state = jax.eval_shape(functools.partial(tasks.init_state, task, 0))
     self.assertIn('head', state.params)
+
+
+class OrderTest(parameterized.TestCase):
+
+  @parameterized.parameters(*sorted(models.MODELS))
+  def test_uniform_plus_has_the_models_own_order(self, model):
+    """The first layer is dense, whatever the alphabet."""
+    kept, order = self._kept(model=model, width=.2, sparsity=.2)
+    self.assertEqual(order[-1], 'head/kernel')
+    self.assertEqual([path for path in kept if kept[path] == 1.], [order[0]])
+
+  def test_uniform_plus_keeps_a_fifth_of_the_head(self):
+    kept, order = self._kept(model='resnet20', width=.2, sparsity=.85)
+    self.assertEqual(order[0], 'stem/kernel')
+    self.assertAlmostEqual(kept.pop('head/kernel'), .2, delta=.01)
+    self.assertEqual(kept.pop('stem/kernel'), 1.)
+    self.assertTrue(all(share < .18 for share in kept.values()), kept)
+
+  def _kept(self, **values):
+    """{path: share kept}, and these paths in the order of the layers."""
+    task = train.make_task(_values(
+        method='static', allocation='uniform_plus', **values), 9)
+    params, _ = jax.eval_shape(task.problem.init, jax.random.key(0))
+    kept = {path: work.forward
+            for path, work in task.method.work(params, 1).items()}
+    return kept, [path for path in training.layer_order(task.problem)
+                  if path in kept]
 
 
 class WindowTest(absltest.TestCase):

@@ -113,6 +113,14 @@ class Classification(NamedTuple):
     """Batch statistics belong to no example."""
     return jax.tree.map(lambda _: -1, carried)
 
+  def examples(self, size):
+    """Shapes of the batch statistics, and of a batch."""
+    shape = jax.ShapeDtypeStruct
+    _, batch_stats = jax.eval_shape(self.init, jax.random.key(0))
+    return batch_stats, {
+        'image': shape((size, *self.spec.image_shape), jnp.uint8),
+        'label': shape((size,), jnp.int32)}
+
   def apply(self, weights, batch_stats, images, **options):
     """What the model gives for images as the data set has them."""
     return self.model.apply(
@@ -172,15 +180,7 @@ def describe(values: Mapping[str, Any]) -> dict[str, Any]:
     ValueError: naming the flag and its value. No data need be there.
   """
   task, steps = without_data(values)
-  spec = task.problem.spec
-
-  def examples(size):
-    shape = jax.ShapeDtypeStruct
-    _, batch_stats = jax.eval_shape(task.problem.init, jax.random.key(0))
-    return batch_stats, {'image': shape((size, *spec.image_shape), jnp.uint8),
-                         'label': shape((size,), jnp.int32)}
-
-  return training.describe(task, values, steps, examples)
+  return training.describe(task, values, steps)
 
 
 def run_length(values: Mapping[str, Any], num_examples: int) -> int:
