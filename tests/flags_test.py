@@ -24,6 +24,8 @@ from experiments import tasks
 from experiments import training
 from experiments.image import models
 from experiments.image import train
+from launch import tables
+from sparse_jax import trees
 
 _STRUCTURES = ('element', 'block', 'nm', 'channel', 'filter')
 # So small that a choice among the entries compiles fast.
@@ -254,6 +256,44 @@ class BuildTest(parameterized.TestCase):
     task = train.make_task(_values(model=model, method='static', width=.02), 9)
     state = jax.eval_shape(functools.partial(tasks.init_state, task, 0))
     self.assertIn('head', state.params)
+
+
+class TrueSparsityTest(parameterized.TestCase):
+  """Of all kernels of ResNet-50, those that stay dense counted in."""
+
+  @parameterized.parameters(.8, .9)
+  def test_the_docstrings_recipe_has_the_sparsity_of_rigls_paper(self, asked):
+    recipe = _parsed(train.__doc__.split('ImageNet one')[1].split('which')[0])
+    self.assertAlmostEqual(self._true(recipe | {'sparsity': asked}), asked,
+                           delta=5e-4)
+
+  @parameterized.parameters('RigL 80%', 'RigL 90%', 'SET 90%', 'Static 80%',
+                            'SNIP 80%', 'Pruning 90%')
+  def test_the_tables_baselines_have_it_too(self, row):
+    point, = (point for point in tables.get('top_kast_fig2b', 'paper').points
+              if point.row == row)
+    self.assertAlmostEqual(self._true(point.flags), point.flags['sparsity'],
+                           delta=5e-4)
+
+  @parameterized.parameters((.8, .735), (.9, .827))
+  def test_top_kast_leaves_both_ends_dense(self, asked, true):
+    point = next(point for point in tables.get(
+        'top_kast_fig2b', 'paper').points
+                 if point.row == f'Top-KAST {asked:.0%}')
+    self.assertAlmostEqual(self._true(point.flags), true, delta=1e-3)
+
+  def _true(self, given):
+    """1 - the share of all kernels' entries that the last masks keep."""
+    task, _ = train.without_data(_values(**{'width': 1.} | given))
+    params, _ = jax.eval_shape(task.problem.init, jax.random.key(0))
+    leaves = task.method.rule.sites.leaves(params)
+    kept = {path: leaf.layout.share(leaf.count)
+            for path, leaf in leaves.items()}
+    kernels = {path: leaf.size for path, leaf in trees.leaves_by_path(
+        params).items() if leaf.ndim > 1}
+    self.assertEqual(sum(kernels.values()), 25_502_912)
+    return 1 - sum(size * kept.get(path, 1.) for path, size in kernels.items()
+                   ) / sum(kernels.values())
 
 
 class OrderTest(parameterized.TestCase):

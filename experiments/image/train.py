@@ -10,14 +10,16 @@ no download, well under a minute on two CPU cores, about 96% test accuracy.
 
 trains on a data set prepared by TFDS or by experiments.image.prepare. The
 defaults follow the CIFAR recipes (batch 128, Nesterov momentum, cosine decay);
-the ImageNet one of RigL and Top-KAST is
+RigL's ImageNet one, whose first layer alone is dense, is
 
   --dataset=imagenet2012 --model=resnet50 --batch_size=4096 --train_steps=32000
   --learning_rate=1.6 --lr_schedule=step --warmup_share=0.049
   --lr_drops=0.293,0.684,0.879 --weight_decay=1e-4 --label_smoothing=0.1
-  --dense_layers=stem,head
+  --method=rigl --sparsity=0.8 --skip_step --update_end=25000
+  --dense_layers=stem
 
-which nobody has run with this program yet. Data parallel over all devices, and
+which nobody has run with this program yet. Top-KAST's has the same schedule,
+and the last layer dense too: --dense_layers=stem,head. Data parallel over all devices, and
 with --distributed over those of several hosts; --model_parallel splits the
 parameters too. Killed and started again with the same flags, a run continues
 bit for bit; stopped by SIGTERM it saves first and exits with status 75. Bad

@@ -15,7 +15,7 @@ _ACCURACY = 'top-1 accuracy (%)'
 _BACKWARD = 'backward sparsity (%)'
 _FLOPS = 'training FLOPs, as a fraction of dense'
 _LANGUAGE = 'experiments.language.train'
-# What RigL's baselines leave dense, and Top-KAST's own runs.
+# What RigL's runs leave dense (its classifier is sparse), and Top-KAST's own.
 _STEM, _ENDS = ['stem'], ['stem', 'head']
 
 

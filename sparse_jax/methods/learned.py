@@ -41,6 +41,7 @@ def str_(*, initial: float = -3200., is_sparse: selection.IsSparse = None,
 
   Reference:
     Kusupati et al., STR, 2020, https://arxiv.org/abs/2002.03231, section 3.
+    Every layer has a threshold there, the first and the last too.
   """
   _check_finite('initial', initial)
 
@@ -90,7 +91,8 @@ def dst(*, penalty_weight: float = 5e-6, least_kept: float = 0.01,
 
   Reference:
     Liu et al., Dynamic sparse training, 2020,
-    https://arxiv.org/abs/2005.06870, sections 3.2 to 3.4.
+    https://arxiv.org/abs/2005.06870, sections 3.2 to 3.4. Every layer has
+    thresholds there.
   """
   checks.check_non_negative('penalty_weight', penalty_weight)
   checks.check_fraction('least_kept', least_kept)

@@ -60,7 +60,9 @@ def gmp(sparsity: float, *, schedule: schedules.Schedule | None = None,
   Reference:
     Zhu and Gupta, To prune, or not to prune, 2017,
     https://arxiv.org/abs/1710.01878. Hidden weights do not decay or coast on
-    momentum here, as they do in TensorFlow's pruning code.
+    momentum here, as they do in TensorFlow's pruning code. Dense layers: in
+    RigL's pruning baseline the first one; in Gale et al., 2019, the first, and
+    the last keeps a fifth (`uniform_plus`).
   """
   where = leaves_lib.Sites(sparsity, allocation, structure, is_sparse,
                            batch_axes, contracting).checked()

@@ -49,8 +49,8 @@ def snfs(sparsity: float, *, drop_fraction: float = 0.5, momentum: float = 0.9,
 
   Reference:
     Dettmers and Zettlemoyer, Sparse networks from scratch, 2019,
-    https://arxiv.org/abs/1907.04840. Deviations: the average is the method's
-    own, so that any optimizer will do; the total is exact (the official
+    https://arxiv.org/abs/1907.04840. No layer is dense there. Deviations: the
+    average is the method's own, so that any optimizer will do; the total is exact (the official
     rounding lets it drift); the drop fraction falls to 0 if `update_end` is
     given, there to 0.005; nearly dense leaves have no rule of their own.
   """
@@ -116,7 +116,9 @@ def dsr(sparsity: float, *, drop_fraction: float = 0.1,
 
   Reference:
     Mostafa and Wang, Parameter efficient training, 2019,
-    https://arxiv.org/abs/1902.05967, algorithm 1. Deviations: shares are
+    https://arxiv.org/abs/1902.05967, algorithm 1. Dense layers there: in
+    ResNet-50 the first and the projections of the shortcuts, in WRN-28-2 the
+    classifier too. Deviations: shares are
     rounded to the nearest whole with an exact sum (there the remainder goes
     to a leaf at random); a leaf without enough empty places regrows some of
     what it just dropped; optimizer slots start fresh; the aim falls to 0

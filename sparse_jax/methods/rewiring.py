@@ -49,7 +49,8 @@ def set_(sparsity: float, *, drop_fraction: float = 0.3,
     Mocanu et al., SET, 2018, https://arxiv.org/abs/1707.04780, algorithm 1.
     The original starts from an Erdos-Renyi graph (`allocation=erdos_renyi`),
     refreshes once an epoch and leaves the last layer dense. Its code drops
-    the weight at the threshold too; here the count is rounded.
+    the weight at the threshold too; here the count is rounded. The published
+    ImageNet figures are those of RigL's paper, with the dense layers of `rigl`.
   """
   where = leaves.Sites(sparsity, allocation, structure, is_sparse, batch_axes,
                        contracting)
@@ -100,6 +101,9 @@ def rigl(sparsity: float, *, drop_fraction: float = 0.3,
 
   Reference:
     Evci et al., RigL, 2020, https://arxiv.org/abs/1911.11134, algorithm 1.
+    Dense layers there: with a uniform allocation the first layer alone, say
+    `is_sparse={'stem': False}` (the classifier is sparse); with ERK none, but
+    at 99% the first; of MobileNet the first and the depthwise ones.
     Deviations: the number dropped is rounded, not truncated; no noise breaks
     ties; step 0 does not refresh; the slots of entries outside the mask are
     reset at once, not when they grow again (the optimizer never uses them).
@@ -149,7 +153,7 @@ def itop(sparsity: float, *, growth: str = 'gradient',
 
   Reference:
     Liu et al., Do we actually need dense over-parameterization?, 2021,
-    https://arxiv.org/abs/2102.02887. Deviations: counts are exact (official
+    https://arxiv.org/abs/2102.02887. No layer is dense there. Deviations: counts are exact (official
     masks are Bernoulli draws); the drop fraction falls to 0, not to 0.005.
   """
   if growth not in ('gradient', 'random'):
