@@ -19,11 +19,11 @@ RigL's ImageNet one, whose first layer alone is dense, is
   --dense_layers=stem
 
 which nobody has run with this program yet. Top-KAST's has the same schedule,
-and the last layer dense too: --dense_layers=stem,head. Data parallel over all devices, and
-with --distributed over those of several hosts; --model_parallel splits the
-parameters too. Killed and started again with the same flags, a run continues
-bit for bit; stopped by SIGTERM it saves first and exits with status 75. Bad
-flags are status 2 and leave nothing behind.
+and the last layer dense too: --dense_layers=stem,head. Data parallel over all
+devices, and with --distributed over those of several hosts; --model_parallel
+splits the parameters too. Killed and started again with the same flags, a run
+continues bit for bit; stopped by SIGTERM it saves first and exits with status
+75. Bad flags are status 2 and leave nothing behind.
 
 Leaves in --workdir: metrics.jsonl, tensorboard/, checkpoints/, training.png,
 layers.png, and result.json once the run is complete. Started again then, it

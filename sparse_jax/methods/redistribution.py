@@ -50,9 +50,10 @@ def snfs(sparsity: float, *, drop_fraction: float = 0.5, momentum: float = 0.9,
   Reference:
     Dettmers and Zettlemoyer, Sparse networks from scratch, 2019,
     https://arxiv.org/abs/1907.04840. No layer is dense there. Deviations: the
-    average is the method's own, so that any optimizer will do; the total is exact (the official
-    rounding lets it drift); the drop fraction falls to 0 if `update_end` is
-    given, there to 0.005; nearly dense leaves have no rule of their own.
+    average is the method's own, so that any optimizer will do; the total is
+    exact (the official rounding lets it drift); the drop fraction falls to 0 if
+    `update_end` is given, there to 0.005; nearly dense leaves have no rule of
+    their own.
   """
   where = leaves_lib.Sites(sparsity, allocation, structure, is_sparse,
                            batch_axes, contracting).checked()

@@ -153,8 +153,9 @@ def itop(sparsity: float, *, growth: str = 'gradient',
 
   Reference:
     Liu et al., Do we actually need dense over-parameterization?, 2021,
-    https://arxiv.org/abs/2102.02887. No layer is dense there. Deviations: counts are exact (official
-    masks are Bernoulli draws); the drop fraction falls to 0, not to 0.005.
+    https://arxiv.org/abs/2102.02887. No layer is dense there. Deviations:
+    counts are exact (official masks are Bernoulli draws); the drop fraction
+    falls to 0, not to 0.005.
   """
   if growth not in ('gradient', 'random'):
     raise ValueError(f'`growth` (={growth!r}) must be \'gradient\' or '
