@@ -61,9 +61,9 @@ ARGUMENTS = {name: name for name in (
     'sparsity', 'backward_sparsity', 'penalty_weight', 'backward_selection',
     'stop_exploration_at', 'drop_fraction', 'drop_by', 'growth', 'scope',
     'score', 'skip_step', 'final_dense', 'reset_slots', 'least_kept',
-    'temperature', 'rounds', 'round_steps', 'rewind_to', 'activation_sparsity',
-    'masked_update', 'freeze_at', 'update_every', 'update_begin', 'update_end',
-    'allocation', 'structure')}
+    'temperature', 'rounds', 'round_steps', 'rewind', 'rewind_to',
+    'activation_sparsity', 'masked_update', 'freeze_at', 'update_every',
+    'update_begin', 'update_end', 'allocation', 'structure')}
 ARGUMENTS |= {'dense_layers': 'is_sparse', 'growth_momentum': 'momentum',
               'drop_threshold': 'threshold', 'hidden_decay': 'decay',
               'initial_gate': 'initial'}
@@ -116,9 +116,12 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
   flags.DEFINE_float('temperature', None, 'cs: the last of a round.')
   flags.DEFINE_integer('rounds', None, 'cs: how many rounds.')
   flags.DEFINE_integer('round_steps', None, 'cs: steps of a round. Default: '
-                       'the run divided by the rounds.')
-  flags.DEFINE_integer('rewind_to', None, 'cs: the step to whose weights '
-                       'rounds return.')
+                       'the run divided by the rounds and one more, for the '
+                       'ticket.')
+  flags.DEFINE_bool('rewind', None, 'cs: whether the ticket is trained from '
+                    'early weights, or on.')
+  flags.DEFINE_integer('rewind_to', None, 'cs: the step of these weights. '
+                       'Default: two of 85 parts of a round.')
   flags.DEFINE_float('activation_sparsity', None, 'swat: fraction of the '
                      'activations that the weights\' gradient does not see, in '
                      '[0, 1). Default: that of the layer\'s weights.')
@@ -228,6 +231,11 @@ def has_target(method: str) -> bool:
   return 'sparsity' in inspect.signature(METHODS[method]).parameters
 
 
+def periods(values: Mapping[str, Any]) -> int:
+  """How many parts of a run train as one run does: rounds and ticket of cs."""
+  return (values['rounds'] or 1) + 1 if values['method'] == 'cs' else 1
+
+
 def _operands(values) -> sparse_jax.operators.Operands:
   """What --operands asks for."""
   given = f'`operands` (={",".join(values["operands"])!r})'
@@ -299,8 +307,7 @@ def _arguments(values, name, known, train_steps, rules, also_sparse,
   if 'final_dense' in known:
     chosen.setdefault('final_dense', train_steps // 10)
   if 'round_steps' in known:
-    chosen.setdefault('round_steps', max(train_steps // chosen.get(
-        'rounds', 1), 1))
+    chosen.setdefault('round_steps', max(train_steps // periods(values), 1))
   if name == 'top_kast':
     chosen.setdefault('backward_sparsity',
                       max(0., round(values['sparsity'] - .1, 6)))

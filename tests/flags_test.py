@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import os
 import pathlib
 import re
@@ -140,6 +141,11 @@ class ScheduleTest(parameterized.TestCase):
        {49: .1, 50: .001}),
       ('drop_in_the_warmup', {'lr_schedule': 'step', 'lr_drops': ['.05']},
        {9: .1, 10: .01}),
+      ('periods', {'lr_periods': 2, 'warmup_share': 0.},
+       {0: .1, 25: .05, 50: .1, 75: .05}),
+      ('rounds_and_ticket', {'method': 'cs', 'rounds': 3, 'warmup_share': 0.},
+       {0: .1, 25: .1, 50: .1, 75: .1, 87: .1 * (1 + math.cos(.48 * math.pi))
+        / 2}),
       ('warmup_alone', {'warmup_share': 1.}, {0: .001, 49: .05, 99: .1}),
   )
   def test_rate_is_that_of_the_recipe(self, changes, rates):
@@ -359,6 +365,7 @@ class EffectTest(parameterized.TestCase):
       ('temperature', 200., 100., {'method': 'cs'}),
       ('rounds', 1, 2, {'method': 'cs'}),
       ('round_steps', 20, 30, {'method': 'cs'}),
+      ('rewind', True, False, {'method': 'cs'}),
       ('rewind_to', 0, 1, {'method': 'cs', 'rounds': 2}),
       ('activation_sparsity', .5, .6, {'method': 'swat'}),
       ('masked_update', False, True, {'method': 'swat'}),
@@ -383,6 +390,7 @@ class EffectTest(parameterized.TestCase):
       ('warmup_share', 0., .5, {}),
       ('lr_drops', ['0.2'], ['0.9'], {'lr_schedule': 'step'}),
       ('lr_factor', .1, .5, {'lr_schedule': 'step'}),
+      ('lr_periods', None, 2, {}),
       ('weight_decay', 0., .1, {}),
       ('clip_norm', None, .1, {}),
   )
@@ -558,6 +566,7 @@ class RefusalTest(parameterized.TestCase):
        'lr_drops.*30'),
       ('lr_drops_without_steps', {'lr_drops': ['0.5']},
        'lr_drops.*0.5.*lr_schedule=step.*cosine'),
+      ('lr_periods_none', {'lr_periods': 0}, 'lr_periods.*0'),
       ('lr_factor_without_steps', {'lr_factor': .5}, 'lr_factor.*0.5'),
       ('warmup_above_one', {'warmup_share': 5.}, 'warmup_share.*5'),
       ('warmup_nan', {'warmup_share': float('nan')}, 'warmup_share.*nan'),

@@ -96,7 +96,7 @@ SHARED = ('snip_global', 'gmp_global', 'ac_dc_global', 'snfs', 'dsr',
 # The gradient at which they rank is that of the weights before the update.
 AT_INIT = ('snip', 'snip_global', 'grasp')
 # Every optimizer slot starts anew now and then, dense leaves included.
-RESETS = ('ac_dc', 'ac_dc_global', 'cs_rounds')
+RESETS = ('ac_dc', 'ac_dc_global', 'cs', 'cs_rounds')
 # The gradient of the loss reaches all weights.
 DENSE_GRADIENT = ('rigl', 'rigl_skip_step', 'gmp_saliency', 'itop', 'snfs')
 # A and B after a refresh are the largest |w| of the parameters returned.
@@ -143,7 +143,8 @@ ARGUMENTS = {
     'temperature': (200., 10., {}),
     'rounds': (1, 2, {}),
     'round_steps': (5, 3, {}),
-    'rewind_to': (0, 1, dict(rounds=2)),
+    'rewind': (True, False, {}),
+    'rewind_to': (0, 1, {}),
     'method': (sparse_jax.dnw(.75), sparse_jax.dnw(.5), {}),
     'alpha': (2., 1.5, {}),
     'least_slope': (.01, .5, {}),
@@ -741,7 +742,7 @@ class WeightTest(parameterized.TestCase):
     state = tx.init(params)
     for t in range(1, 4):
       ours, by_hand, state = both(params, state, fake_batch(params, t))
-      # A round that ends goes back to first weights: p + (first - p).
+      # Rounds that end go back to first weights: p + (first - p).
       # So do thresholds of DST that are reset.
       rtol = 1e-6 if name in ('cs_rounds', 'dst') else 0.
       jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol),
