@@ -8,6 +8,7 @@ method does not have is an error, never ignored.
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import functools
 import inspect
 import re
 from typing import Any
@@ -60,10 +61,11 @@ SCORES = {name: getattr(sparse_jax.scores, name)
 ARGUMENTS = {name: name for name in (
     'sparsity', 'backward_sparsity', 'penalty_weight', 'backward_selection',
     'stop_exploration_at', 'drop_fraction', 'drop_by', 'growth', 'scope',
-    'score', 'skip_step', 'final_dense', 'reset_slots', 'least_kept',
-    'temperature', 'rounds', 'round_steps', 'rewind', 'rewind_to',
-    'activation_sparsity', 'masked_update', 'freeze_at', 'update_every',
-    'update_begin', 'update_end', 'allocation', 'structure')}
+    'score', 'grow_init', 'redistribution', 'hidden', 'skip_step',
+    'final_dense', 'reset_slots', 'least_kept', 'temperature', 'rounds',
+    'round_steps', 'rewind', 'rewind_to', 'activation_sparsity',
+    'masked_update', 'freeze_at', 'update_every', 'update_begin', 'update_end',
+    'allocation', 'structure')}
 ARGUMENTS |= {'dense_layers': 'is_sparse', 'growth_momentum': 'momentum',
               'drop_threshold': 'threshold', 'hidden_decay': 'decay',
               'initial_gate': 'initial'}
@@ -92,6 +94,15 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
                        'which on only the forward set gets a gradient.')
   flags.DEFINE_float('drop_fraction', None, 'set, rigl, itop, snfs, dsr: share '
                      'of the active weights replaced at a refresh, in [0, 1].')
+  flags.DEFINE_enum('drop_schedule', 'cosine', ['cosine', 'learning_rate'],
+                    'set, rigl, itop, snfs, dsr: how that share falls: along a '
+                    'cosine to the last refresh, or with the learning rate.')
+  flags.DEFINE_enum('grow_init', None, [
+      'zeros', 'random_normal', 'random_uniform', 'initial_value',
+      'initial_dist'], 'set, rigl: the value at which a weight is grown.')
+  flags.DEFINE_enum('redistribution', None, [
+      'momentum', 'magnitude', 'nonzeros', 'none'], 'snfs: by what dropped '
+                    'weights are shared out among layers.')
   flags.DEFINE_enum('drop_by', None, ['magnitude', 'sign'], 'set: one ranking, '
                     'or positive and negative weights apart, as originally.')
   flags.DEFINE_enum('growth', None, ['gradient', 'random'], 'itop: how '
@@ -102,6 +113,8 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
   flags.DEFINE_enum('scope', None, ['layer', 'global'], 'snip, grasp, gmp, '
                     'ac_dc: whether weights compete in their layer or in all.')
   flags.DEFINE_enum('score', None, sorted(SCORES), 'gmp: what is pruned last.')
+  flags.DEFINE_enum('hidden', None, ['frozen', 'moving'], 'gmp: whether pruned '
+                    'weights stand still, or coast and decay.')
   flags.DEFINE_bool('skip_step', None, 'set, rigl, ...: a refresh replaces the '
                     'optimizer\'s step, as in RigL\'s paper.')
   flags.DEFINE_integer('final_dense', None, 'ac_dc: steps of the last dense '
@@ -156,6 +169,8 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
                        'ac_dc 85% of the run. Negative: never ends.')
   flags.DEFINE_enum('allocation', None, sorted(ALLOCATIONS), 'How the '
                     'sparsity is shared among layers. Default: uniform.')
+  flags.DEFINE_float('erk_power_scale', 1., '--allocation=erk: the power of '
+                     'its densities; 1 as published, 0 is uniform.')
   flags.DEFINE_enum('structure', None,
                     ['element', 'block', 'nm', 'channel', 'filter'],
                     'What is kept or dropped together. Default: element.')
@@ -175,7 +190,8 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
 
 def from_flags(values: Mapping[str, Any], train_steps: int,
                also_sparse: Mapping[str, tuple[int, ...]] = {},
-               layer_order: Callable[[], Sequence[str]] | None = None
+               layer_order: Callable[[], Sequence[str]] | None = None,
+               learning_rate: Callable[[Any], Any] | None = None
                ) -> sparse_jax.SparseMethod:
   """Makes the method that the flags ask for.
 
@@ -186,6 +202,7 @@ def from_flags(values: Mapping[str, Any], train_steps: int,
       and the axes that their products sum over.
     layer_order: gives the model's parameters in the order of its layers, for
       --allocation=uniform_plus.
+    learning_rate: the schedule, for --drop_schedule=learning_rate.
 
   Returns:
     The method.
@@ -207,9 +224,15 @@ def from_flags(values: Mapping[str, Any], train_steps: int,
       raise ValueError(f'`{flag}` (={values[flag]!r}) is a setting of '
                        f'--structure={structure}, not of '
                        f'{values["structure"] or "element"}.')
+  if values['allocation'] != 'erk' and _is_given('erk_power_scale', values):
+    raise ValueError(f'`erk_power_scale` (={values["erk_power_scale"]!r}) is a '
+                     'setting of --allocation=erk.')
+  if 'drop_fraction' not in known and _is_given('drop_schedule', values):
+    raise ValueError(f'`drop_schedule` (={values["drop_schedule"]!r}) is a '
+                     f'setting of methods that drop, not of --method={name}.')
   rules = _layer_rules(values, also_sparse)
   method = constructor(**_arguments(values, name, known, train_steps, rules,
-                                    also_sparse, layer_order))
+                                    also_sparse, layer_order, learning_rate))
   if values['operands']:
     method = sparse_jax.operators.add_operands(method, _operands(values),
                                                is_sparse=rules)
@@ -286,7 +309,7 @@ def _is_given(flag, values) -> bool:
 
 
 def _arguments(values, name, known, train_steps, rules, also_sparse,
-               layer_order) -> dict[str, Any]:
+               layer_order, learning_rate) -> dict[str, Any]:
   """The flags that are set, and what the recipes set, of those `known`."""
   chosen = {argument: values[flag] for flag, argument in ARGUMENTS.items()
             if argument in known and values[flag] not in (None, [])}
@@ -308,6 +331,10 @@ def _arguments(values, name, known, train_steps, rules, also_sparse,
     chosen.setdefault('final_dense', train_steps // 10)
   if 'round_steps' in known:
     chosen.setdefault('round_steps', max(train_steps // periods(values), 1))
+  if values['drop_schedule'] == 'learning_rate':
+    chosen['drop_fraction'] = sparse_jax.schedules.drop_with(
+        chosen.get('drop_fraction', known['drop_fraction'].default),
+        learning_rate, peak=values['learning_rate'])
   if name == 'top_kast':
     chosen.setdefault('backward_sparsity',
                       max(0., round(values['sparsity'] - .1, 6)))
@@ -317,6 +344,8 @@ def _arguments(values, name, known, train_steps, rules, also_sparse,
 def _allocation(values, layer_order):
   """What --allocation names, told what else it needs."""
   chosen = ALLOCATIONS[values['allocation']]
+  if chosen is sparse_jax.erk and values['erk_power_scale'] != 1:
+    return functools.partial(chosen, power_scale=values['erk_power_scale'])
   if chosen is not sparse_jax.uniform_plus or layer_order is None:
     return chosen
 

@@ -132,7 +132,8 @@ def make_task(problem: Problem, values: Mapping[str, Any],
               ) -> Task:
   """Adds the method and the optimizer of the flags."""
   method = sparsity.from_flags(values, train_steps, also_sparse,
-                               functools.partial(layer_order, problem))
+                               functools.partial(layer_order, problem),
+                               optimization.schedule(values, train_steps))
   tx = sparse_jax.sparsify(optimization.make(values, train_steps), method,
                            key=values['seed'])
   return Task(problem, method, tx, sparsity.operator_options(values),

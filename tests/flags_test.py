@@ -352,6 +352,10 @@ class EffectTest(parameterized.TestCase):
       ('drop_fraction', .2, .5, {'method': 'set', 'sparsity': .5}),
       ('skip_step', False, True, {'method': 'rigl', 'sparsity': .5}),
       ('drop_by', 'magnitude', 'sign', {'method': 'set'}),
+      ('grow_init', 'zeros', 'random_normal', {'method': 'rigl'}),
+      ('redistribution', 'momentum', 'none', {'method': 'snfs'}),
+      ('hidden', 'frozen', 'moving', {'method': 'gmp'}),
+      ('erk_power_scale', 1., .5, {'allocation': 'erk'}),
       ('growth', 'gradient', 'random', {'method': 'itop'}),
       ('growth_momentum', .9, .5, {'method': 'snfs'}),
       ('drop_threshold', 1e-3, 1e-2, {'method': 'dsr'}),
@@ -413,8 +417,8 @@ class EffectTest(parameterized.TestCase):
       ('train_steps', 5, 6, {'train_epochs': None}),
   )
   # Watched in whole runs: see experiments_test.
-  ELSEWHERE = {'seed', 'data_dir', 'augment', 'workdir', 'eval_every',
-               'compare_masks_every',
+  ELSEWHERE = {'drop_schedule', 'seed', 'data_dir', 'augment', 'workdir',
+               'eval_every', 'compare_masks_every',
                'checkpoint_every', 'model_parallel', 'powerprop_alpha',
                'operands', 'storage'}
 
@@ -450,6 +454,19 @@ class EffectTest(parameterized.TestCase):
     # Methods and optimizers are functions, made anew each time.
     first, second = (task._replace(method=None, tx=None) for task in tasks)
     self.assertNotEqual(first, second)
+
+  def test_drop_schedule_follows_the_learning_rate(self):
+    values = _values(method='set', sparsity=.5, update_every=1,
+                     drop_fraction=.4, lr_schedule='constant', warmup_share=.5,
+                     drop_schedule='learning_rate')
+    seen = []
+    recorder = functools.wraps(sparse_jax.set_)(
+        lambda **given: seen.append(given) or sparse_jax.static(.5))
+    with mock.patch.dict(sparsity.METHODS, {'set': recorder}):
+      train.make_task(values, 100)
+    drop = seen[0]['drop_fraction']
+    np.testing.assert_allclose([drop(24), drop(49), drop(99)], [.2, .4, .4],
+                               rtol=1e-5)
 
   def test_storage_changes_how_parameters_are_held(self):
     masked, packed = (sparsity.from_flags(_values(
@@ -549,6 +566,11 @@ class RefusalTest(parameterized.TestCase):
       ('nm_without_nm', {'nm': ['1', '4']}, 'nm.*1.*structure=nm'),
       ('nm_at_another_sparsity', {'structure': 'nm', 'sparsity': .9},
        'sparsity.*0.9'),
+      ('power_of_another_allocation', {'erk_power_scale': 2.},
+       'erk_power_scale.*2.*allocation=erk'),
+      ('drop_schedule_of_another_method', {
+          'method': 'static', 'drop_schedule': 'learning_rate'},
+       'drop_schedule.*static'),
       ('nm_with_allocation', {
           'structure': 'nm', 'sparsity': .5, 'allocation': 'erk'},
        'allocation'),

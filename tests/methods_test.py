@@ -61,7 +61,7 @@ METHODS = {
                                 structure=sparse_jax.NM(1, 4)),
     'str_': functools.partial(sparse_jax.str_, initial=-3.),
     'dst': functools.partial(sparse_jax.dst, penalty_weight=.1),
-    'cs': functools.partial(sparse_jax.cs, round_steps=5),
+    'cs': functools.partial(sparse_jax.cs, round_steps=5, rewind_to=4),
     'cs_rounds': functools.partial(sparse_jax.cs, round_steps=2, rounds=2),
     'swat': functools.partial(sparse_jax.swat, sparsity=.75),
     'swat_masked': functools.partial(sparse_jax.swat, sparsity=.75,
@@ -133,6 +133,9 @@ ARGUMENTS = {
     'scope': ('layer', 'global', {}),
     'drop_by': ('magnitude', 'sign', dict(drop_fraction=.5, update_every=1)),
     'growth': ('gradient', 'random', {}),
+    'grow_init': ('zeros', 'random_normal', {}),
+    'redistribution': ('momentum', 'nonzeros', {}),
+    'hidden': ('frozen', 'moving', {}),
     'momentum': (.9, 0., {}),
     'threshold': (.5, .8, {}),
     'final_dense': (0, 4, dict(update_end=6)),
@@ -179,6 +182,10 @@ OWN_ARGUMENTS = {
     ('dst', 'penalty_weight'): (.1, 1., {}),
     ('cs', 'penalty_weight'): (1e-8, 1., {}),
     ('cs', 'initial'): (0., -1., {}),
+    ('cs', 'rewind'): (True, False, dict(rewind_to=None)),
+    ('cs', 'round_steps'): (5, 3, dict(rewind_to=1)),
+    ('snfs', 'redistribution'): ('momentum', 'magnitude', dict(
+        drop_fraction=.9)),
 }
 STRUCTURES = {
     'unstructured': sparse_jax.Unstructured(),
@@ -744,7 +751,7 @@ class WeightTest(parameterized.TestCase):
       ours, by_hand, state = both(params, state, fake_batch(params, t))
       # Rounds that end go back to first weights: p + (first - p).
       # So do thresholds of DST that are reset.
-      rtol = 1e-6 if name in ('cs_rounds', 'dst') else 0.
+      rtol = 1e-6 if name in ('cs', 'cs_rounds', 'dst') else 0.
       jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol),
                    ours, by_hand)
       params = ours[0]
