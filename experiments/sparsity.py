@@ -94,9 +94,10 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
                        'which on only the forward set gets a gradient.')
   flags.DEFINE_float('drop_fraction', None, 'set, rigl, itop, snfs, dsr: share '
                      'of the active weights replaced at a refresh, in [0, 1].')
-  flags.DEFINE_enum('drop_schedule', 'cosine', ['cosine', 'learning_rate'],
+  flags.DEFINE_enum('drop_schedule', None, ['cosine', 'learning_rate'],
                     'set, rigl, itop, snfs, dsr: how that share falls: along a '
-                    'cosine to the last refresh, or with the learning rate.')
+                    'cosine to the last refresh, or with the learning rate. '
+                    'Default: cosine.')
   flags.DEFINE_enum('grow_init', None, [
       'zeros', 'random_normal', 'random_uniform', 'initial_value',
       'initial_dist'], 'set, rigl: the value at which a weight is grown.')
@@ -169,8 +170,8 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
                        'ac_dc 85% of the run. Negative: never ends.')
   flags.DEFINE_enum('allocation', None, sorted(ALLOCATIONS), 'How the '
                     'sparsity is shared among layers. Default: uniform.')
-  flags.DEFINE_float('erk_power_scale', 1., '--allocation=erk: the power of '
-                     'its densities; 1 as published, 0 is uniform.')
+  flags.DEFINE_float('erk_power_scale', None, '--allocation=erk: the power of '
+                     'its densities; 0 is uniform. Default: 1, as published.')
   flags.DEFINE_enum('structure', None,
                     ['element', 'block', 'nm', 'channel', 'filter'],
                     'What is kept or dropped together. Default: element.')
@@ -344,7 +345,7 @@ def _arguments(values, name, known, train_steps, rules, also_sparse,
 def _allocation(values, layer_order):
   """What --allocation names, told what else it needs."""
   chosen = ALLOCATIONS[values['allocation']]
-  if chosen is sparse_jax.erk and values['erk_power_scale'] != 1:
+  if values['erk_power_scale'] is not None:
     return functools.partial(chosen, power_scale=values['erk_power_scale'])
   if chosen is not sparse_jax.uniform_plus or layer_order is None:
     return chosen
