@@ -211,6 +211,9 @@ def from_flags(values: Mapping[str, Any], train_steps: int,
   Raises:
     ValueError: naming the flag or argument and its value.
   """
+  # The flags of an older run may lack some.
+  values = {**dict.fromkeys((*ARGUMENTS, 'drop_schedule', 'erk_power_scale')),
+            **values}
   name = values['method']
   constructor = METHODS[name]
   known = inspect.signature(constructor).parameters

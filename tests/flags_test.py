@@ -468,6 +468,12 @@ class EffectTest(parameterized.TestCase):
     np.testing.assert_allclose([drop(24), drop(49), drop(99)], [.2, .4, .4],
                                rtol=1e-5)
 
+  def test_flags_of_an_older_run_are_unset(self):
+    values = _values(method='rigl', sparsity=.5)
+    for flag in ('grow_init', 'drop_schedule', 'erk_power_scale', 'hidden'):
+      del values[flag]
+    self.assertEqual(sparsity.from_flags(values, 60).name, 'rigl')
+
   def test_storage_changes_how_parameters_are_held(self):
     masked, packed = (sparsity.from_flags(_values(
         structure='block', storage=storage), 60)
