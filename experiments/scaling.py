@@ -182,7 +182,8 @@ def write(rows: Sequence[dict[str, float]], law: Law, error: float,
       [law._asdict() | {'huber': error, 'runs': len(rows)}],
       formats={name: '.4g' for name in (*Law._fields, 'huber')})
   shown = [row | {'fit': float(law(row['sparsity'], row['nonzeros'],
-                                   row['data']))} for row in rows]
+                                   row['data']))}
+           for row in sorted(rows, key=lambda row: tuple(row.values()))]
   text = io.StringIO()
   writer = csv.DictWriter(text, shown[0], lineterminator='\n')
   writer.writeheader()
@@ -190,7 +191,7 @@ def write(rows: Sequence[dict[str, float]], law: Law, error: float,
   files.write_text(os.path.join(workdir, 'runs.csv'), text.getvalue())
   files.write_text(os.path.join(workdir, 'table.md'), table)
   plots.lines(
-      [{'row': f'{row["sparsity"]:.0%}', 'x': row['fit'], 'ours': row['loss']}
+      [{'row': f'{row["sparsity"]:.1%}', 'x': row['fit'], 'ours': row['loss']}
        for row in shown] + [
            {'row': 'the law', 'x': end, 'ours': end} for end in (
                min(row['fit'] for row in shown),
