@@ -8,6 +8,8 @@ from absl import flags
 import jax
 import optax
 
+from experiments import sparsity
+
 # The key under which sparse_jax.cs puts its gates.
 GATES = jax.tree_util.DictKey('gates')
 OPTIMIZERS = ('sgd', 'momentum', 'nesterov', 'adam', 'adamw')
@@ -27,6 +29,9 @@ def define_flags(*, optimizer: str = 'nesterov', learning_rate: float = .1,
                      'learning rate rises linearly from 0.')
   flags.DEFINE_list('lr_drops', ['0.3', '0.7', '0.9'], 'Shares of the run at '
                     'which --lr_schedule=step multiplies by --lr_factor.')
+  flags.DEFINE_integer('lr_periods', None, 'Equal parts of the run, in each of '
+                       'which the schedule begins anew. Default: 1; with '
+                       '--method=cs one for each round and for the ticket.')
   flags.DEFINE_float('lr_factor', 0.1, 'Factor of each step of the schedule.')
   flags.DEFINE_float('weight_decay', weight_decay, 'L2 coefficient of kernels '
                      '(not of biases and norms); decoupled for adamw.')
@@ -41,6 +46,14 @@ def schedule(values: Mapping[str, Any], train_steps: int) -> optax.Schedule:
     ValueError: naming the flag and its value.
   """
   _check_schedule(values)
+  periods = values.get('lr_periods') or sparsity.periods(values)
+  length = -(-train_steps // periods)
+  once = _period(values, length)
+  return once if periods == 1 else lambda step: once(step % length)
+
+
+def _period(values, train_steps) -> optax.Schedule:
+  """The schedule of one part of the run, of so many steps."""
   peak = values['learning_rate']
   warmup = round(_share('warmup_share', values['warmup_share']) * train_steps)
   rest = max(train_steps - warmup, 1)
@@ -104,6 +117,9 @@ def _drops(values, train_steps, warmup) -> dict[int, float]:
 
 
 def _check_schedule(values) -> None:
+  periods = values.get('lr_periods')  # Not in the flags of older runs.
+  if periods is not None and periods < 1:
+    raise ValueError(f'`lr_periods` (={periods}) must be at least 1.')
   _check_number('learning_rate', values)
   _check_number('lr_factor', values)
   for flag in ('lr_drops', 'lr_factor'):

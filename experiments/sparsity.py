@@ -5,7 +5,10 @@ so its default is the one that `sparse_jax` documents; a flag that the chosen
 method does not have is an error, never ignored.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
 import inspect
 import re
 from typing import Any
@@ -58,8 +61,9 @@ SCORES = {name: getattr(sparse_jax.scores, name)
 ARGUMENTS = {name: name for name in (
     'sparsity', 'backward_sparsity', 'penalty_weight', 'backward_selection',
     'stop_exploration_at', 'drop_fraction', 'drop_by', 'growth', 'scope',
-    'score', 'skip_step', 'final_dense', 'reset_slots', 'least_kept',
-    'temperature', 'rounds', 'round_steps', 'rewind_to', 'activation_sparsity',
+    'score', 'grow_init', 'redistribution', 'hidden', 'skip_step',
+    'final_dense', 'reset_slots', 'least_kept', 'temperature', 'rounds',
+    'round_steps', 'rewind', 'rewind_to', 'activation_sparsity',
     'masked_update', 'freeze_at', 'update_every', 'update_begin', 'update_end',
     'allocation', 'structure')}
 ARGUMENTS |= {'dense_layers': 'is_sparse', 'growth_momentum': 'momentum',
@@ -90,6 +94,16 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
                        'which on only the forward set gets a gradient.')
   flags.DEFINE_float('drop_fraction', None, 'set, rigl, itop, snfs, dsr: share '
                      'of the active weights replaced at a refresh, in [0, 1].')
+  flags.DEFINE_enum('drop_schedule', None, ['cosine', 'learning_rate'],
+                    'set, rigl, itop, snfs, dsr: how that share falls: along a '
+                    'cosine to the last refresh, or with the learning rate. '
+                    'Default: cosine.')
+  flags.DEFINE_enum('grow_init', None, [
+      'zeros', 'random_normal', 'random_uniform', 'initial_value',
+      'initial_dist'], 'set, rigl: the value at which a weight is grown.')
+  flags.DEFINE_enum('redistribution', None, [
+      'momentum', 'magnitude', 'nonzeros', 'none'], 'snfs: by what dropped '
+                    'weights are shared out among layers.')
   flags.DEFINE_enum('drop_by', None, ['magnitude', 'sign'], 'set: one ranking, '
                     'or positive and negative weights apart, as originally.')
   flags.DEFINE_enum('growth', None, ['gradient', 'random'], 'itop: how '
@@ -100,6 +114,8 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
   flags.DEFINE_enum('scope', None, ['layer', 'global'], 'snip, grasp, gmp, '
                     'ac_dc: whether weights compete in their layer or in all.')
   flags.DEFINE_enum('score', None, sorted(SCORES), 'gmp: what is pruned last.')
+  flags.DEFINE_enum('hidden', None, ['frozen', 'moving'], 'gmp: whether pruned '
+                    'weights stand still, or coast and decay.')
   flags.DEFINE_bool('skip_step', None, 'set, rigl, ...: a refresh replaces the '
                     'optimizer\'s step, as in RigL\'s paper.')
   flags.DEFINE_integer('final_dense', None, 'ac_dc: steps of the last dense '
@@ -114,9 +130,12 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
   flags.DEFINE_float('temperature', None, 'cs: the last of a round.')
   flags.DEFINE_integer('rounds', None, 'cs: how many rounds.')
   flags.DEFINE_integer('round_steps', None, 'cs: steps of a round. Default: '
-                       'the run divided by the rounds.')
-  flags.DEFINE_integer('rewind_to', None, 'cs: the step to whose weights '
-                       'rounds return.')
+                       'the run divided by the rounds and one more, for the '
+                       'ticket.')
+  flags.DEFINE_bool('rewind', None, 'cs: whether the ticket is trained from '
+                    'early weights, or on.')
+  flags.DEFINE_integer('rewind_to', None, 'cs: the step of these weights. '
+                       'Default: two of 85 parts of a round.')
   flags.DEFINE_float('activation_sparsity', None, 'swat: fraction of the '
                      'activations that the weights\' gradient does not see, in '
                      '[0, 1). Default: that of the layer\'s weights.')
@@ -151,6 +170,8 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
                        'ac_dc 85% of the run. Negative: never ends.')
   flags.DEFINE_enum('allocation', None, sorted(ALLOCATIONS), 'How the '
                     'sparsity is shared among layers. Default: uniform.')
+  flags.DEFINE_float('erk_power_scale', None, '--allocation=erk: the power of '
+                     'its densities; 0 is uniform. Default: 1, as published.')
   flags.DEFINE_enum('structure', None,
                     ['element', 'block', 'nm', 'channel', 'filter'],
                     'What is kept or dropped together. Default: element.')
@@ -169,7 +190,9 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
 
 
 def from_flags(values: Mapping[str, Any], train_steps: int,
-               also_sparse: Mapping[str, tuple[int, ...]] = {}
+               also_sparse: Mapping[str, tuple[int, ...]] = {},
+               layer_order: Callable[[], Sequence[str]] | None = None,
+               learning_rate: Callable[[Any], Any] | None = None
                ) -> sparse_jax.SparseMethod:
   """Makes the method that the flags ask for.
 
@@ -178,6 +201,9 @@ def from_flags(values: Mapping[str, Any], train_steps: int,
     train_steps: length of the run, for windows given as shares of it.
     also_sparse: patterns of leaves that are dense by default and sparse here,
       and the axes that their products sum over.
+    layer_order: gives the model's parameters in the order of its layers, for
+      --allocation=uniform_plus.
+    learning_rate: the schedule, for --drop_schedule=learning_rate.
 
   Returns:
     The method.
@@ -185,6 +211,9 @@ def from_flags(values: Mapping[str, Any], train_steps: int,
   Raises:
     ValueError: naming the flag or argument and its value.
   """
+  # The flags of an older run may lack some.
+  values = {**dict.fromkeys((*ARGUMENTS, 'drop_schedule', 'erk_power_scale')),
+            **values}
   name = values['method']
   constructor = METHODS[name]
   known = inspect.signature(constructor).parameters
@@ -199,9 +228,15 @@ def from_flags(values: Mapping[str, Any], train_steps: int,
       raise ValueError(f'`{flag}` (={values[flag]!r}) is a setting of '
                        f'--structure={structure}, not of '
                        f'{values["structure"] or "element"}.')
+  if values['allocation'] != 'erk' and _is_given('erk_power_scale', values):
+    raise ValueError(f'`erk_power_scale` (={values["erk_power_scale"]!r}) is a '
+                     'setting of --allocation=erk.')
+  if 'drop_fraction' not in known and _is_given('drop_schedule', values):
+    raise ValueError(f'`drop_schedule` (={values["drop_schedule"]!r}) is a '
+                     f'setting of methods that drop, not of --method={name}.')
   rules = _layer_rules(values, also_sparse)
   method = constructor(**_arguments(values, name, known, train_steps, rules,
-                                    also_sparse))
+                                    also_sparse, layer_order, learning_rate))
   if values['operands']:
     method = sparse_jax.operators.add_operands(method, _operands(values),
                                                is_sparse=rules)
@@ -221,6 +256,11 @@ def operator_options(values: Mapping[str, Any]) -> dict[str, Any]:
 def has_target(method: str) -> bool:
   """Whether a method, by its flag, takes a sparsity to reach."""
   return 'sparsity' in inspect.signature(METHODS[method]).parameters
+
+
+def periods(values: Mapping[str, Any]) -> int:
+  """How many parts of a run train as one run does: rounds and ticket of cs."""
+  return (values['rounds'] or 1) + 1 if values['method'] == 'cs' else 1
 
 
 def _operands(values) -> sparse_jax.operators.Operands:
@@ -272,8 +312,8 @@ def _is_given(flag, values) -> bool:
       typed or values[flag] != flags.FLAGS[flag].default)
 
 
-def _arguments(values, name, known, train_steps, rules, also_sparse
-               ) -> dict[str, Any]:
+def _arguments(values, name, known, train_steps, rules, also_sparse,
+               layer_order, learning_rate) -> dict[str, Any]:
   """The flags that are set, and what the recipes set, of those `known`."""
   chosen = {argument: values[flag] for flag, argument in ARGUMENTS.items()
             if argument in known and values[flag] not in (None, [])}
@@ -282,7 +322,7 @@ def _arguments(values, name, known, train_steps, rules, also_sparse
   if 'contracting' in known and also_sparse:
     chosen['contracting'] = also_sparse
   if 'allocation' in chosen:
-    chosen['allocation'] = ALLOCATIONS[chosen['allocation']]
+    chosen['allocation'] = _allocation(values, layer_order)
   if 'structure' in chosen:
     chosen['structure'] = _structure(values)
   if 'score' in chosen:
@@ -294,12 +334,31 @@ def _arguments(values, name, known, train_steps, rules, also_sparse
   if 'final_dense' in known:
     chosen.setdefault('final_dense', train_steps // 10)
   if 'round_steps' in known:
-    chosen.setdefault('round_steps', max(train_steps // chosen.get(
-        'rounds', 1), 1))
+    chosen.setdefault('round_steps', max(train_steps // periods(values), 1))
+  if values['drop_schedule'] == 'learning_rate':
+    chosen['drop_fraction'] = sparse_jax.schedules.drop_with(
+        chosen.get('drop_fraction', known['drop_fraction'].default),
+        learning_rate, peak=values['learning_rate'])
   if name == 'top_kast':
     chosen.setdefault('backward_sparsity',
                       max(0., round(values['sparsity'] - .1, 6)))
   return chosen | _window(chosen, name, train_steps)
+
+
+def _allocation(values, layer_order):
+  """What --allocation names, told what else it needs."""
+  chosen = ALLOCATIONS[values['allocation']]
+  if values['erk_power_scale'] is not None:
+    return functools.partial(chosen, power_scale=values['erk_power_scale'])
+  if chosen is not sparse_jax.uniform_plus or layer_order is None:
+    return chosen
+
+  def uniform_plus(shapes, sparsity):
+    order = [path for path in layer_order() if path in shapes]
+    return sparse_jax.uniform_plus(shapes, sparsity, first=order[0],
+                                   last=order[-1])
+
+  return uniform_plus
 
 
 def _structure(values) -> sparse_jax.masks.structures.Structure:

@@ -44,6 +44,9 @@ class Problem(Protocol):
   def batch_axes(self, carried: Any) -> Any:
     """For each leaf of a model state or carry, its axis of examples, or -1."""
 
+  def examples(self, size: int) -> tuple[Any, Any]:
+    """A model state and a batch of so many examples, as shapes."""
+
   def results(self, means: Mapping[str, float]) -> dict[str, float]:
     """What is reported of the means of the loss and the metrics."""
 

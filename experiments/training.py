@@ -131,12 +131,23 @@ def make_task(problem: Problem, values: Mapping[str, Any],
               train_steps: int, also_sparse: Mapping[str, tuple[int, ...]] = {}
               ) -> Task:
   """Adds the method and the optimizer of the flags."""
-  method = sparsity.from_flags(values, train_steps, also_sparse)
+  method = sparsity.from_flags(values, train_steps, also_sparse,
+                               functools.partial(layer_order, problem),
+                               optimization.schedule(values, train_steps))
   tx = sparse_jax.sparsify(optimization.make(values, train_steps), method,
                            key=values['seed'])
   return Task(problem, method, tx, sparsity.operator_options(values),
               values['operand_period'], values['log_every'],
               values['compare_masks_every'])
+
+
+def layer_order(problem: Problem) -> tuple[str, ...]:
+  """The parameters in the order in which the problem multiplies by them."""
+  key = jax.random.key(0)
+  loss = lambda weights, model_state, batch: problem.loss(
+      weights, model_state, batch, key)[0]
+  params, _ = jax.eval_shape(problem.init, key)
+  return sparse_jax.jaxprs.layer_order(loss, params, *problem.examples(1))
 
 
 def make_run(values: Mapping[str, Any], workdir: str, task: Task,
@@ -196,16 +207,14 @@ def _places(mesh, carried, axes):
                       axes)
 
 
-def describe(task: Task, values: Mapping[str, Any], train_steps: int,
-             examples: Callable[[int], Any]) -> dict[str, Any]:
+def describe(task: Task, values: Mapping[str, Any], train_steps: int
+             ) -> dict[str, Any]:
   """Size, length and cost of a run, from shapes alone.
 
   Args:
     task: of the run.
     values: flag values by name.
     train_steps: length of the run.
-    examples: n -> the problem's model state and a batch, as shapes, of n
-      examples.
 
   Returns:
     `train_steps`, `batch_size`, `learning_rate` (the highest), and what
@@ -221,7 +230,7 @@ def describe(task: Task, values: Mapping[str, Any], train_steps: int,
                            for share in range(100)),
       **accounting.forecast(
           loss, jax.eval_shape(functools.partial(tasks.init_state, task, 0)),
-          examples(1), examples(2), task.method,
+          *map(task.problem.examples, (1, 2)), task.method,
           batch_size=values['batch_size'], steps=train_steps)}
 
 

@@ -109,7 +109,7 @@ def _compiled(module, values, mesh, chip, task) -> dict[str, Any]:
 
   state = jax.eval_shape(functools.partial(tasks.init_state, task, 0))
   places, rows = training.state_places(task, mesh, state), devices.split(mesh)
-  _, batch = module.examples(task, values['batch_size'])
+  _, batch = task.problem.examples(values['batch_size'])
   put = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
                                                  sharding=place)
   state = jax.tree.map(put, state, places)

@@ -6,6 +6,7 @@ from sparse_jax import jaxprs
 from sparse_jax import masks
 from sparse_jax import operators
 from sparse_jax import rules
+from sparse_jax import scaling
 from sparse_jax import transforms
 from sparse_jax.adam import aged_adam
 from sparse_jax.adam import aged_adamw
@@ -76,7 +77,7 @@ __all__ = [
     'grasp', 'group', 'itop', 'jaxprs', 'keep_count', 'linen_getter',
     'make_mask', 'masked_weight', 'masks', 'NM', 'nnx_getter', 'nnx_start',
     'one_shot', 'operators', 'packed', 'powerprop', 'rigl', 'rules',
-    'schedules', 'scores', 'set_', 'snfs', 'snip', 'SparseMethod',
+    'scaling', 'schedules', 'scores', 'set_', 'snfs', 'snip', 'SparseMethod',
     'SparseState', 'sparsify', 'sr_ste', 'start', 'static', 'ste', 'str_',
     'summarize', 'Summary', 'swat', 'top_k_mask', 'top_kast', 'transforms',
     'uniform', 'uniform_plus', 'Unstructured', 'with_method',

@@ -215,6 +215,29 @@ def add_exploration_decay(
   return optax.GradientTransformationExtraArgs(_no_state, update_fn)
 
 
+def scale_by_leaf(factors: trees.PyTree) -> optax.GradientTransformation:
+  """Multiplies the updates of each parameter by a number of its own.
+
+  With the factors of `scaling.supar`, after Adam, it is a learning rate a leaf.
+
+  Args:
+    factors: tree of numbers, matched by path; a leaf that it lacks is left.
+
+  Example:
+    >>> tx = optax.chain(optax.sgd(1.), scale_by_leaf({'a': 2.}))
+    >>> params = {'a': jnp.ones(1), 'b': jnp.ones(1)}
+    >>> tx.update(params, tx.init(params))[0]
+    {'a': Array([-2.], dtype=float32), 'b': Array([-1.], dtype=float32)}
+  """
+  def scale(path, update, factor):
+    del path
+    return update if factor is None else update * jnp.asarray(
+        factor, update.dtype)
+
+  return optax.stateless(
+      lambda updates, _: trees.map_leaves(scale, updates, factors))
+
+
 def _like(params, updates):
   """Updates of the parameters' own structure: growth scores stay 0."""
   if packing.has_bare_growth(params):

@@ -1,10 +1,13 @@
 """Tests of how one sparsity is shared among layers."""
 
+import functools
 import math
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import jax.numpy as jnp
 
+import sparse_jax
 from sparse_jax.masks import allocations as allocation
 from sparse_jax.masks import topk
 
@@ -108,6 +111,34 @@ class ErkTest(parameterized.TestCase):
                      {.8: 8, .9: 1}[sparsity])
 
 
+class PowerScaleTest(parameterized.TestCase):
+
+  @parameterized.parameters(.5, .8)
+  def test_zero_is_uniform(self, sparsity):
+    got = allocation.erk(SMALL, sparsity, power_scale=0)
+    for path, shape in SMALL.items():
+      budget = sum(topk.keep_count(math.prod(own), sparsity)
+                   for own in SMALL.values())
+      self.assertAlmostEqual(got[path], 1 - budget / sum(
+          map(math.prod, SMALL.values())))
+
+  def test_one_is_the_papers_rule(self):
+    self.assertEqual(allocation.erk(SMALL, .8, power_scale=1.),
+                     allocation.erk(SMALL, .8))
+
+  def test_densities_are_in_proportion_to_the_power(self):
+    got = allocation.erk(SMALL, .9, power_scale=.5)
+    raw = {path: math.sqrt(sum(shape) / math.prod(shape))
+           for path, shape in SMALL.items()}
+    for path in 'bc':
+      self.assertAlmostEqual((1 - got[path]) / (1 - got['a']),
+                             raw[path] / raw['a'])
+
+  def test_a_negative_power_is_named(self):
+    with self.assertRaisesRegex(ValueError, r'`power_scale` \(=-1\)'):
+      allocation.erk(SMALL, .5, power_scale=-1)
+
+
 class ErdosRenyiTest(parameterized.TestCase):
 
   def test_small_network(self):
@@ -134,6 +165,55 @@ class UniformPlusTest(parameterized.TestCase):
     self.assertEqual(got['1'], 0.)
     for path in '234':
       self.assertAlmostEqual(got[path], 1100 / 2100)
+
+  def test_a_tree_in_alphabetical_order_is_no_network(self):
+    """The head sorts before the stem."""
+    params = {name: jnp.ones((10, 10))
+              for name in ('block', 'head', 'stem', 'tail_block')}
+    method = sparse_jax.static(.62, allocation=sparse_jax.uniform_plus)
+    with self.assertRaisesRegex(ValueError, '`first` and `last`.*block.*tail'):
+      method.init(params)
+    named = sparse_jax.static(.62, allocation=functools.partial(
+        sparse_jax.uniform_plus, first='stem', last='head'))
+    masks = named.init(params).forward_masks
+    self.assertEqual({name: int(mask.sum()) for name, mask in masks.items()},
+                     {'block': 16, 'head': 20, 'stem': 100, 'tail_block': 16})
+
+  def test_numbered_layers_are_counted(self):
+    """Dense_10 sorts before Dense_2."""
+    params = {f'Dense_{i}': {'kernel': jnp.ones((10, 10))} for i in range(12)}
+    method = sparse_jax.static(.8, allocation=sparse_jax.uniform_plus)
+    masks = method.init(params).forward_masks
+    kept = {name: int(mask['kernel'].sum()) for name, mask in masks.items()}
+    self.assertEqual((kept['Dense_0'], kept['Dense_11'], kept['Dense_10']),
+                     (100, 20, 12))
+
+  def test_the_order_is_read_off_a_function(self):
+    params = {'a_head': jnp.ones((8, 2)), 'z_stem': jnp.ones((4, 8)),
+              'middle': jnp.ones((8, 8))}
+
+    def model(params, x):
+      return x @ params['z_stem'] @ params['middle'] @ params['a_head']
+
+    order = sparse_jax.jaxprs.layer_order(model, params, jnp.ones((1, 4)))
+    self.assertEqual(order, ('z_stem', 'middle', 'a_head'))
+    got = allocation.uniform_plus(
+        {path: leaf.shape for path, leaf in params.items()}, .6,
+        first=order[0], last=order[-1])
+    self.assertEqual(got['z_stem'], 0.)
+    self.assertGreater(got['middle'], got['a_head'] - 1e-9)
+
+  def test_stacked_layers_cannot_differ(self):
+    params = {'stack': jnp.ones((3, 8, 8))}
+    method = sparse_jax.static(.5, allocation=sparse_jax.uniform_plus,
+                               batch_axes=(0,))
+    with self.assertRaisesRegex(ValueError, "stacked in 'stack'"):
+      method.init(params)
+
+  @parameterized.parameters(('1|2',), ('x',))
+  def test_a_name_of_several_layers_or_none_is_named(self, name):
+    with self.assertRaisesRegex(ValueError, '`first`'):
+      allocation.uniform_plus(UNIFORM_PLUS, .9, first=name)
 
   def test_impossible_requests_are_named(self):
     with self.assertRaisesRegex(ValueError, '`shapes`'):

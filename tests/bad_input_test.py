@@ -60,6 +60,9 @@ BAD = (
     + cases((*MOVING, 'snip', 'grasp'), 'skip_step', ('no', None, 2))
     + cases(('snip', 'grasp', 'gmp', 'ac_dc'), 'scope', ('both', None, 1))
     + cases(('set_',), 'drop_by', ('size', None))
+    + cases(('set_', 'rigl'), 'grow_init', ('ones', None, 1))
+    + cases(('snfs',), 'redistribution', ('all', None, 1))
+    + cases(('gmp',), 'hidden', ('free', None, 1))
     + cases(('snfs',), 'momentum', NOT_SPARSITIES)
     + cases(('dsr',), 'threshold', (NAN, 0., -1., 'x', None))
     + cases(('ac_dc',), 'final_dense', (*NOT_COUNTS, 5))
@@ -108,7 +111,8 @@ class MethodTest(parameterized.TestCase):
       ('cs', 'penalty_weight', (NAN, -1., 'x')),
       ('cs', 'rounds', (*NOT_COUNTS, 0)),
       ('cs', 'round_steps', (*NOT_COUNTS, 0)),
-      ('cs', 'rewind_to', (*NOT_COUNTS, 3)),
+      ('cs', 'rewind_to', (*NOT_COUNTS, 10_000)),
+      ('cs', 'rewind', ('no', None, 2)),
       ('sr_ste', 'decay', (NAN, -1., 'x', None)),
       ('sr_ste', 'structure', (None, Block((2, 2)), 'nm')))
   def test_bad_setting_of_what_has_no_sparsity_is_named(self, name, argument,

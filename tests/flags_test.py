@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import os
 import pathlib
 import re
@@ -21,8 +22,11 @@ from experiments import devices
 from experiments import optimization
 from experiments import sparsity
 from experiments import tasks
+from experiments import training
 from experiments.image import models
 from experiments.image import train
+from launch import tables
+from sparse_jax import trees
 
 _STRUCTURES = ('element', 'block', 'nm', 'channel', 'filter')
 # So small that a choice among the entries compiles fast.
@@ -137,6 +141,11 @@ class ScheduleTest(parameterized.TestCase):
        {49: .1, 50: .001}),
       ('drop_in_the_warmup', {'lr_schedule': 'step', 'lr_drops': ['.05']},
        {9: .1, 10: .01}),
+      ('periods', {'lr_periods': 2, 'warmup_share': 0.},
+       {0: .1, 25: .05, 50: .1, 75: .05}),
+      ('rounds_and_ticket', {'method': 'cs', 'rounds': 3, 'warmup_share': 0.},
+       {0: .1, 25: .1, 50: .1, 75: .1, 87: .1 * (1 + math.cos(.48 * math.pi))
+        / 2}),
       ('warmup_alone', {'warmup_share': 1.}, {0: .001, 49: .05, 99: .1}),
   )
   def test_rate_is_that_of_the_recipe(self, changes, rates):
@@ -255,6 +264,71 @@ class BuildTest(parameterized.TestCase):
     self.assertIn('head', state.params)
 
 
+class TrueSparsityTest(parameterized.TestCase):
+  """Of all kernels of ResNet-50, those that stay dense counted in."""
+
+  @parameterized.parameters(.8, .9)
+  def test_the_docstrings_recipe_has_the_sparsity_of_rigls_paper(self, asked):
+    recipe = _parsed(train.__doc__.split('ImageNet one')[1].split('which')[0])
+    self.assertAlmostEqual(self._true(recipe | {'sparsity': asked}), asked,
+                           delta=5e-4)
+
+  @parameterized.parameters('RigL 80%', 'RigL 90%', 'SET 90%', 'Static 80%',
+                            'SNIP 80%', 'Pruning 90%')
+  def test_the_tables_baselines_have_it_too(self, row):
+    point, = (point for point in tables.get('top_kast_fig2b', 'paper').points
+              if point.row == row)
+    self.assertAlmostEqual(self._true(point.flags), point.flags['sparsity'],
+                           delta=5e-4)
+
+  @parameterized.parameters((.8, .735), (.9, .827))
+  def test_top_kast_leaves_both_ends_dense(self, asked, true):
+    point = next(point for point in tables.get(
+        'top_kast_fig2b', 'paper').points
+                 if point.row == f'Top-KAST {asked:.0%}')
+    self.assertAlmostEqual(self._true(point.flags), true, delta=1e-3)
+
+  def _true(self, given):
+    """1 - the share of all kernels' entries that the last masks keep."""
+    task, _ = train.without_data(_values(**{'width': 1.} | given))
+    params, _ = jax.eval_shape(task.problem.init, jax.random.key(0))
+    leaves = task.method.rule.sites.leaves(params)
+    kept = {path: leaf.layout.share(leaf.count)
+            for path, leaf in leaves.items()}
+    kernels = {path: leaf.size for path, leaf in trees.leaves_by_path(
+        params).items() if leaf.ndim > 1}
+    self.assertEqual(sum(kernels.values()), 25_502_912)
+    return 1 - sum(size * kept.get(path, 1.) for path, size in kernels.items()
+                   ) / sum(kernels.values())
+
+
+class OrderTest(parameterized.TestCase):
+
+  @parameterized.parameters(*sorted(models.MODELS))
+  def test_uniform_plus_has_the_models_own_order(self, model):
+    """The first layer is dense, whatever the alphabet."""
+    kept, order = self._kept(model=model, width=.2, sparsity=.2)
+    self.assertEqual(order[-1], 'head/kernel')
+    self.assertEqual([path for path in kept if kept[path] == 1.], [order[0]])
+
+  def test_uniform_plus_keeps_a_fifth_of_the_head(self):
+    kept, order = self._kept(model='resnet20', width=.2, sparsity=.85)
+    self.assertEqual(order[0], 'stem/kernel')
+    self.assertAlmostEqual(kept.pop('head/kernel'), .2, delta=.01)
+    self.assertEqual(kept.pop('stem/kernel'), 1.)
+    self.assertTrue(all(share < .18 for share in kept.values()), kept)
+
+  def _kept(self, **values):
+    """{path: share kept}, and these paths in the order of the layers."""
+    task = train.make_task(_values(
+        method='static', allocation='uniform_plus', **values), 9)
+    params, _ = jax.eval_shape(task.problem.init, jax.random.key(0))
+    kept = {path: work.forward
+            for path, work in task.method.work(params, 1).items()}
+    return kept, [path for path in training.layer_order(task.problem)
+                  if path in kept]
+
+
 class WindowTest(absltest.TestCase):
 
   def test_windows_are_judged_by_the_length_of_the_run(self):
@@ -278,6 +352,10 @@ class EffectTest(parameterized.TestCase):
       ('drop_fraction', .2, .5, {'method': 'set', 'sparsity': .5}),
       ('skip_step', False, True, {'method': 'rigl', 'sparsity': .5}),
       ('drop_by', 'magnitude', 'sign', {'method': 'set'}),
+      ('grow_init', 'zeros', 'random_normal', {'method': 'rigl'}),
+      ('redistribution', 'momentum', 'none', {'method': 'snfs'}),
+      ('hidden', 'frozen', 'moving', {'method': 'gmp'}),
+      ('erk_power_scale', 1., .5, {'allocation': 'erk'}),
       ('growth', 'gradient', 'random', {'method': 'itop'}),
       ('growth_momentum', .9, .5, {'method': 'snfs'}),
       ('drop_threshold', 1e-3, 1e-2, {'method': 'dsr'}),
@@ -291,6 +369,7 @@ class EffectTest(parameterized.TestCase):
       ('temperature', 200., 100., {'method': 'cs'}),
       ('rounds', 1, 2, {'method': 'cs'}),
       ('round_steps', 20, 30, {'method': 'cs'}),
+      ('rewind', True, False, {'method': 'cs'}),
       ('rewind_to', 0, 1, {'method': 'cs', 'rounds': 2}),
       ('activation_sparsity', .5, .6, {'method': 'swat'}),
       ('masked_update', False, True, {'method': 'swat'}),
@@ -315,6 +394,7 @@ class EffectTest(parameterized.TestCase):
       ('warmup_share', 0., .5, {}),
       ('lr_drops', ['0.2'], ['0.9'], {'lr_schedule': 'step'}),
       ('lr_factor', .1, .5, {'lr_schedule': 'step'}),
+      ('lr_periods', None, 2, {}),
       ('weight_decay', 0., .1, {}),
       ('clip_norm', None, .1, {}),
   )
@@ -337,8 +417,8 @@ class EffectTest(parameterized.TestCase):
       ('train_steps', 5, 6, {'train_epochs': None}),
   )
   # Watched in whole runs: see experiments_test.
-  ELSEWHERE = {'seed', 'data_dir', 'augment', 'workdir', 'eval_every',
-               'compare_masks_every',
+  ELSEWHERE = {'drop_schedule', 'seed', 'data_dir', 'augment', 'workdir',
+               'eval_every', 'compare_masks_every',
                'checkpoint_every', 'model_parallel', 'powerprop_alpha',
                'operands', 'storage'}
 
@@ -374,6 +454,25 @@ class EffectTest(parameterized.TestCase):
     # Methods and optimizers are functions, made anew each time.
     first, second = (task._replace(method=None, tx=None) for task in tasks)
     self.assertNotEqual(first, second)
+
+  def test_drop_schedule_follows_the_learning_rate(self):
+    values = _values(method='set', sparsity=.5, update_every=1,
+                     drop_fraction=.4, lr_schedule='constant', warmup_share=.5,
+                     drop_schedule='learning_rate')
+    seen = []
+    recorder = functools.wraps(sparse_jax.set_)(
+        lambda **given: seen.append(given) or sparse_jax.static(.5))
+    with mock.patch.dict(sparsity.METHODS, {'set': recorder}):
+      train.make_task(values, 100)
+    drop = seen[0]['drop_fraction']
+    np.testing.assert_allclose([drop(24), drop(49), drop(99)], [.2, .4, .4],
+                               rtol=1e-5)
+
+  def test_flags_of_an_older_run_are_unset(self):
+    values = _values(method='rigl', sparsity=.5)
+    for flag in ('grow_init', 'drop_schedule', 'erk_power_scale', 'hidden'):
+      del values[flag]
+    self.assertEqual(sparsity.from_flags(values, 60).name, 'rigl')
 
   def test_storage_changes_how_parameters_are_held(self):
     masked, packed = (sparsity.from_flags(_values(
@@ -473,6 +572,11 @@ class RefusalTest(parameterized.TestCase):
       ('nm_without_nm', {'nm': ['1', '4']}, 'nm.*1.*structure=nm'),
       ('nm_at_another_sparsity', {'structure': 'nm', 'sparsity': .9},
        'sparsity.*0.9'),
+      ('power_of_another_allocation', {'erk_power_scale': 2.},
+       'erk_power_scale.*2.*allocation=erk'),
+      ('drop_schedule_of_another_method', {
+          'method': 'static', 'drop_schedule': 'learning_rate'},
+       'drop_schedule.*static'),
       ('nm_with_allocation', {
           'structure': 'nm', 'sparsity': .5, 'allocation': 'erk'},
        'allocation'),
@@ -490,6 +594,7 @@ class RefusalTest(parameterized.TestCase):
        'lr_drops.*30'),
       ('lr_drops_without_steps', {'lr_drops': ['0.5']},
        'lr_drops.*0.5.*lr_schedule=step.*cosine'),
+      ('lr_periods_none', {'lr_periods': 0}, 'lr_periods.*0'),
       ('lr_factor_without_steps', {'lr_factor': .5}, 'lr_factor.*0.5'),
       ('warmup_above_one', {'warmup_share': 5.}, 'warmup_share.*5'),
       ('warmup_nan', {'warmup_share': float('nan')}, 'warmup_share.*nan'),

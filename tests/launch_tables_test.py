@@ -78,6 +78,9 @@ class TablesTest(parameterized.TestCase):
       ('swat_imagenet', 'SWAT-ERK', '80%', 76.0),
       ('swat_imagenet', 'SNFS', '90%, inference FLOPs saved', 59.7),
       ('swat_imagenet_structured', 'SWAT-U', '60%', 76.35),
+      ('resnet50_published', 'RigL ERK, 5x', '95%', 74.63),
+      ('resnet50_published', 'AC/DC', '98%', 68.48),
+      ('resnet50_published', 'STR', '98.05%', 61.46),
       ('swat_accelerator', '90%', 'backward', 6.3))
   def test_published_numbers(self, name, row, column, number):
     self.assertEqual(_published(name)[row, column], number)

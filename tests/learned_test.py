@@ -145,13 +145,52 @@ class DstTest(parameterized.TestCase):
     np.testing.assert_allclose(after, [[threshold]])
 
 
+def _official_cs(x, y, weights, initial, rate, rounds, steps, coefficient,
+                 rewind_to, rewind):
+  """Weights and gates after each step of SGD with Nesterov momentum."""
+  def sigmoid(v):
+    return .5 * (1 + np.tanh(v / 2))
+
+  def nesterov(value, grad, slot):
+    slot = .9 * slot + grad
+    return value - rate * (grad + .9 * slot), slot
+
+  gates = np.full(weights.shape, initial)
+  speed, gate_speed = np.zeros_like(weights), np.zeros_like(weights)
+  scale, saved, history = 1 / sigmoid(initial), None, []
+  for period in range(rounds + 1):
+    ticket = period == rounds
+    if ticket and rewind:
+      weights, speed = saved.copy(), np.zeros_like(weights)
+    for i in range(steps):
+      if period == 0 and i == rewind_to:
+        saved = weights.copy()
+      heat = 200**(i / (steps - 1))
+      soft = sigmoid(heat * gates)
+      mask = scale * ((gates > 0) if ticket else soft)
+      outer = 2 * x.T @ (x @ (weights * mask) - y) / y.size
+      if not ticket:
+        slope = scale * heat * soft * (1 - soft)
+        gates, gate_speed = nesterov(
+            gates, (outer * weights + coefficient) * slope, gate_speed)
+      weights, speed = nesterov(weights, outer * mask, speed)
+      history.append((weights, gates))
+    if period < rounds - 1:
+      gates = np.minimum(gates, initial)
+      history[-1] = weights, gates
+  if rewind:  # Ours goes back with the last update of the last round.
+    last = rounds * steps - 1
+    history[last] = saved, history[last][1]
+  return history
+
+
 class CsTest(parameterized.TestCase):
 
   S = [.02, -.02, .005, -.01, 0, .1]
 
   def test_specified_factors(self):
     """Shortly before the end of the round the temperature is 200."""
-    method = sparse_jax.cs(round_steps=10**7)
+    method = sparse_jax.cs(round_steps=10**7, initial=0.)
     params = method.parametrize({'w': jnp.ones((1, 6))})
     params['gates']['w'] = jnp.array([self.S])
     state = method.init(params)._replace(step=jnp.int32(10**7 - 1))
@@ -167,7 +206,7 @@ class CsTest(parameterized.TestCase):
     np.testing.assert_array_equal(method.read(params, state)['w'],
                                   [[2, 0, 2, 0, 0, 2]])
 
-  def test_a_round_ends_in_lower_gates_and_rewound_weights(self):
+  def test_a_round_ends_in_lower_gates_and_the_last_in_rewound_weights(self):
     method = sparse_jax.cs(round_steps=4, rounds=2, rewind_to=1)
     params = method.parametrize({'w': jnp.ones((1, 6)), 'bias': jnp.ones(6)})
     params['gates']['w'] = jnp.array([self.S])
@@ -177,17 +216,55 @@ class CsTest(parameterized.TestCase):
              'gates': {'w': jnp.zeros((1, 6))}}
     state, history = tx.init(params), []
     update = jax.jit(tx.update)
-    for _ in range(5):
+    for step in range(10):
+      if step == 8:  # What moves gates of a ticket is no gradient.
+        grads['gates']['w'] += 1.
       updates, state = update(grads, state, params)
       params = optax.apply_updates(params, updates)
       history.append(params)
     np.testing.assert_allclose(history[3]['gates']['w'],
-                               [[0, -4, 0, -2, 0, 0]], atol=1e-6)
+                               [[0, -.02, 0, -.01, 0, 0]], atol=1e-7)
+    np.testing.assert_array_equal(history[9]['gates']['w'],
+                                  history[7]['gates']['w'])
     for name in ('w', 'bias'):
-      np.testing.assert_allclose(history[3][name], history[0][name])
-      # The first step after it has no momentum yet.
-      np.testing.assert_allclose(history[4][name], history[3][name] - .1,
+      # Between rounds momentum goes on.
+      self.assertTrue(np.all(history[4][name] < history[3][name] - .3))
+      np.testing.assert_allclose(history[7][name], history[0][name],
                                  rtol=1e-6)
+      # The first step after it has no momentum yet.
+      np.testing.assert_allclose(history[8][name], history[7][name] - .1,
+                                 rtol=1e-6)
+
+  @parameterized.product(rounds=(1, 2), rewind=(True, False),
+                         initial=(0., -.3))
+  def test_trains_as_the_official_code_does(self, rounds, rewind, initial):
+    """A regression by hand: rounds, tickets, momentum, penalty."""
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(16, 5)), rng.normal(size=(16, 2))
+    first, rate, steps = rng.normal(size=(5, 2)), .3, 5
+    method = sparse_jax.cs(
+        initial=initial, rounds=rounds, round_steps=steps, penalty_weight=.05,
+        rewind=rewind, rewind_to=2 if rewind else None)
+    params = method.parametrize({'w': jnp.asarray(first, jnp.float32)})
+    tx = sparse_jax.sparsify(optax.sgd(rate, momentum=.9, nesterov=True),
+                             method)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+      def loss(params):
+        weights = method.read(params, state)['w']
+        return jnp.mean((x.astype(np.float32) @ weights - y)**2)
+
+      updates, state_ = tx.update(jax.grad(loss)(params), state, params)
+      return optax.apply_updates(params, updates), state_
+
+    want = _official_cs(x, y, first, initial, rate, rounds, steps, .05, 2,
+                        rewind)
+    for weights, gates in want:
+      params, state = step(params, state)
+      np.testing.assert_allclose(params['w'], weights, atol=2e-5)
+      np.testing.assert_allclose(params['gates']['w'], gates, atol=2e-5)
 
   def test_soft_gates_read_everything_and_hard_ones_the_mask(self):
     method = sparse_jax.cs(round_steps=2)
@@ -203,7 +280,8 @@ class CsTest(parameterized.TestCase):
 
   @parameterized.parameters(
       ('temperature', 0.), ('rounds', 0), ('round_steps', 0),
-      ('penalty_weight', -1.), ('rewind_to', 5), ('initial', math.nan))
+      ('penalty_weight', -1.), ('rewind_to', 10_000), ('rewind', 1),
+      ('initial', math.nan))
   def test_impossible_argument_is_named(self, argument, value):
     with self.assertRaisesRegex(ValueError, f'`{argument}`'):
       sparse_jax.cs(**{argument: value})

@@ -61,7 +61,7 @@ METHODS = {
                                 structure=sparse_jax.NM(1, 4)),
     'str_': functools.partial(sparse_jax.str_, initial=-3.),
     'dst': functools.partial(sparse_jax.dst, penalty_weight=.1),
-    'cs': functools.partial(sparse_jax.cs, round_steps=5),
+    'cs': functools.partial(sparse_jax.cs, round_steps=5, rewind_to=4),
     'cs_rounds': functools.partial(sparse_jax.cs, round_steps=2, rounds=2),
     'swat': functools.partial(sparse_jax.swat, sparsity=.75),
     'swat_masked': functools.partial(sparse_jax.swat, sparsity=.75,
@@ -96,7 +96,7 @@ SHARED = ('snip_global', 'gmp_global', 'ac_dc_global', 'snfs', 'dsr',
 # The gradient at which they rank is that of the weights before the update.
 AT_INIT = ('snip', 'snip_global', 'grasp')
 # Every optimizer slot starts anew now and then, dense leaves included.
-RESETS = ('ac_dc', 'ac_dc_global', 'cs_rounds')
+RESETS = ('ac_dc', 'ac_dc_global', 'cs', 'cs_rounds')
 # The gradient of the loss reaches all weights.
 DENSE_GRADIENT = ('rigl', 'rigl_skip_step', 'gmp_saliency', 'itop', 'snfs')
 # A and B after a refresh are the largest |w| of the parameters returned.
@@ -133,6 +133,9 @@ ARGUMENTS = {
     'scope': ('layer', 'global', {}),
     'drop_by': ('magnitude', 'sign', dict(drop_fraction=.5, update_every=1)),
     'growth': ('gradient', 'random', {}),
+    'grow_init': ('zeros', 'random_normal', {}),
+    'redistribution': ('momentum', 'nonzeros', {}),
+    'hidden': ('frozen', 'moving', {}),
     'momentum': (.9, 0., {}),
     'threshold': (.5, .8, {}),
     'final_dense': (0, 4, dict(update_end=6)),
@@ -143,7 +146,8 @@ ARGUMENTS = {
     'temperature': (200., 10., {}),
     'rounds': (1, 2, {}),
     'round_steps': (5, 3, {}),
-    'rewind_to': (0, 1, dict(rounds=2)),
+    'rewind': (True, False, {}),
+    'rewind_to': (0, 1, {}),
     'method': (sparse_jax.dnw(.75), sparse_jax.dnw(.5), {}),
     'alpha': (2., 1.5, {}),
     'least_slope': (.01, .5, {}),
@@ -178,6 +182,10 @@ OWN_ARGUMENTS = {
     ('dst', 'penalty_weight'): (.1, 1., {}),
     ('cs', 'penalty_weight'): (1e-8, 1., {}),
     ('cs', 'initial'): (0., -1., {}),
+    ('cs', 'rewind'): (True, False, dict(rewind_to=None)),
+    ('cs', 'round_steps'): (5, 3, dict(rewind_to=1)),
+    ('snfs', 'redistribution'): ('momentum', 'magnitude', dict(
+        drop_fraction=.9)),
 }
 STRUCTURES = {
     'unstructured': sparse_jax.Unstructured(),
@@ -741,9 +749,9 @@ class WeightTest(parameterized.TestCase):
     state = tx.init(params)
     for t in range(1, 4):
       ours, by_hand, state = both(params, state, fake_batch(params, t))
-      # A round that ends goes back to first weights: p + (first - p).
+      # Rounds that end go back to first weights: p + (first - p).
       # So do thresholds of DST that are reset.
-      rtol = 1e-6 if name in ('cs_rounds', 'dst') else 0.
+      rtol = 1e-6 if name in ('cs', 'cs_rounds', 'dst') else 0.
       jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol),
                    ours, by_hand)
       params = ours[0]

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(sparse_jax.__file__).parents[1]
 NAMES = sorted(name for name in sparse_jax.__all__ if not isinstance(
     getattr(sparse_jax, name), types.ModuleType))
 SPACES = ('blocks', 'cost', 'jaxprs', 'masks', 'operators', 'rules',
-          'schedules', 'scores', 'transforms')
+          'scaling', 'schedules', 'scores', 'transforms')
 # Named in the contract, design.md Part II, for this library's core.
 PROMISED = (
     'sparsify', 'start', 'with_method', 'packed', 'dense_weights', 'get_state',
@@ -33,7 +33,8 @@ PROMISED_IN = {
                'to_bcsr', 'from_dense', 'to_dense'),
     'cost': ('count_flops', 'training_cost', 'plan', 'memory_cost',
              'theoretical_speedup', 'layer_cycles'),
-    'jaxprs': ('find_products', 'replace_products', 'contracting_axes'),
+    'jaxprs': ('find_products', 'replace_products', 'contracting_axes',
+               'layer_order'),
     'masks': ('Structure', 'Layout', 'layout', 'is_kernel', 'select'),
     'operators': ('Operands', 'sparse_dot_general', 'with_operators',
                   'sparse_conv_general_dilated', 'add_operands', 'dsg_mask',
@@ -41,10 +42,11 @@ PROMISED_IN = {
     'rules': ('Rule', 'make_method', 'Sites', 'Leaf', 'Now', 'drop_and_grow',
               'learned_method', 'refresh_window', 'drop_schedule',
               'random_first', 'full_first', 'Work', 'global_counts'),
-    'schedules': ('cubic_sparsity', 'cosine_drop'),
+    'scaling': ('supar', 'iso_flop_width'),
+    'schedules': ('cubic_sparsity', 'cosine_drop', 'drop_with'),
     'scores': ('magnitude', 'gradient_magnitude', 'saliency', 'random'),
     'transforms': ('add_exploration_decay', 'mask_updates',
-                   'keep_params_sparse'),
+                   'keep_params_sparse', 'scale_by_leaf'),
 }
 HEAVY = ('tensorflow', 'tensorflow_datasets', 'orbax', 'grain', 'chex',
          'matplotlib', 'sklearn', 'PIL', 'experiments')

@@ -2,15 +2,18 @@
 
 import functools
 import re
+import tempfile
 
 from absl.testing import absltest
 from absl.testing import parameterized
 from flax import linen as nn
+from flax import serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import checkpointing
 import sparse_jax
 from sparse_jax import rules
 
@@ -98,6 +101,22 @@ def assert_same_run(test, method, one, two, rtol=2e-5):
       sparse_jax.dense_weights(packed, *two[:2]))
 
 
+def _through_a_file(state, like, library):
+  """What a new process reads, that has only what `start` makes."""
+  if library == 'flax':
+    return serialization.from_bytes(like, serialization.to_bytes(state))
+  with tempfile.TemporaryDirectory() as folder:
+    with checkpointing.open(folder, save_every=1, config={}) as target:
+      target.save(1, state)
+    with checkpointing.open(folder, save_every=1, config={}) as source:
+      return source.restore_latest(checkpointing.abstract(like))[0]
+
+
+def _ids(state):
+  """Where the stored blocks of each leaf belong."""
+  return [place.ids for place in sparse_jax.get_state(state[1]).packed.values()]
+
+
 class PackedIsMaskedTest(parameterized.TestCase):
 
   @parameterized.parameters(*METHODS)
@@ -165,6 +184,27 @@ class PackedIsMaskedTest(parameterized.TestCase):
       if t >= 2:
         again = run(*again, *batch(t))[:2]
     jax.tree.map(np.testing.assert_array_equal, again, state)
+
+  @parameterized.product(name=('rigl', 'set_'),
+                         through=('flax', 'orbax'))
+  def test_restored_from_a_file_masks_move_on_as_unbroken(self, name, through):
+    """Saved between two refreshes, restored into what `start` makes anew."""
+    method = sparse_jax.packed(METHODS[name])
+    tx = sparse_jax.sparsify(OPTIMIZERS['adam'], method, key=1)
+    run = jax.jit(make_step(method, tx))
+    start = lambda: jax.device_put(sparse_jax.start(tx, method, mlp_params()))
+    state, states = start(), []
+    for t in range(7):
+      state = run(*state, *batch(t))[:2]
+      states.append(state)
+    again = _through_a_file(states[2], start(), through)
+    jax.tree.map(np.testing.assert_array_equal, again, states[2])
+    for t in range(3, 7):
+      again = run(*again, *batch(t))[:2]
+      jax.tree.map(np.testing.assert_array_equal, again, states[t])
+    self.assertEqual(jax.tree.structure(again), jax.tree.structure(state))
+    ids = [_ids(saved) for saved in (states[2], states[6])]
+    self.assertTrue(any(np.any(x != y) for x, y in zip(*ids)))
 
   def test_seeds_side_by_side_are_the_runs_of_each(self):
     method = sparse_jax.packed(METHODS['set_'])

@@ -10,18 +10,20 @@ no download, well under a minute on two CPU cores, about 96% test accuracy.
 
 trains on a data set prepared by TFDS or by experiments.image.prepare. The
 defaults follow the CIFAR recipes (batch 128, Nesterov momentum, cosine decay);
-the ImageNet one of RigL and Top-KAST is
+RigL's ImageNet one, whose first layer alone is dense, is
 
   --dataset=imagenet2012 --model=resnet50 --batch_size=4096 --train_steps=32000
   --learning_rate=1.6 --lr_schedule=step --warmup_share=0.049
   --lr_drops=0.293,0.684,0.879 --weight_decay=1e-4 --label_smoothing=0.1
-  --dense_layers=stem,head
+  --method=rigl --sparsity=0.8 --skip_step --update_end=25000
+  --dense_layers=stem
 
-which nobody has run with this program yet. Data parallel over all devices, and
-with --distributed over those of several hosts; --model_parallel splits the
-parameters too. Killed and started again with the same flags, a run continues
-bit for bit; stopped by SIGTERM it saves first and exits with status 75. Bad
-flags are status 2 and leave nothing behind.
+which nobody has run with this program yet. Top-KAST's has the same schedule,
+and the last layer dense too: --dense_layers=stem,head. Data parallel over all
+devices, and with --distributed over those of several hosts; --model_parallel
+splits the parameters too. Killed and started again with the same flags, a run
+continues bit for bit; stopped by SIGTERM it saves first and exits with status
+75. Bad flags are status 2 and leave nothing behind.
 
 Leaves in --workdir: metrics.jsonl, tensorboard/, checkpoints/, training.png,
 layers.png, and result.json once the run is complete. Started again then, it
@@ -120,6 +122,14 @@ class Classification(NamedTuple):
     """Batch statistics belong to no example."""
     return jax.tree.map(lambda _: -1, carried)
 
+  def examples(self, size):
+    """Shapes of the batch statistics, and of a batch."""
+    shape = jax.ShapeDtypeStruct
+    _, batch_stats = jax.eval_shape(self.init, jax.random.key(0))
+    return batch_stats, {
+        'image': shape((size, *self.spec.image_shape), jnp.uint8),
+        'label': shape((size,), jnp.int32)}
+
   def apply(self, weights, batch_stats, images, **options):
     """What the model gives for images as the data set has them."""
     return self.model.apply(
@@ -179,17 +189,7 @@ def describe(values: Mapping[str, Any]) -> dict[str, Any]:
     ValueError: naming the flag and its value. No data need be there.
   """
   task, steps = without_data(values)
-  return training.describe(task, values, steps,
-                           functools.partial(examples, task))
-
-
-def examples(task: tasks.Task, size: int) -> tuple[Any, Any]:
-  """Shapes of the batch statistics, and of a batch of so many images."""
-  shape = jax.ShapeDtypeStruct
-  _, batch_stats = jax.eval_shape(task.problem.init, jax.random.key(0))
-  return batch_stats, {
-      'image': shape((size, *task.problem.spec.image_shape), jnp.uint8),
-      'label': shape((size,), jnp.int32)}
+  return training.describe(task, values, steps)
 
 
 def run_length(values: Mapping[str, Any], num_examples: int) -> int:

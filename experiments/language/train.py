@@ -130,6 +130,15 @@ class Prediction(NamedTuple):
     return self.model.apply({'params': weights}, batch['inputs'],
                             batch['targets'], memory, **options)
 
+  def examples(self, size):
+    """Shapes of a memory, and of a batch."""
+    shape = jax.ShapeDtypeStruct
+    tokens = shape((size, self.segment_length), jnp.int32)
+    memory = jax.eval_shape(lambda: models.init_memory(
+        self.model, size, self.memory_length))
+    return memory, {'inputs': tokens, 'targets': tokens,
+                    'begins': shape((size,), bool)}
+
   def results(self, means):
     """Bits of a character, or the perplexity of a word."""
     loss = means['loss']
@@ -203,18 +212,7 @@ def describe(values: Mapping[str, Any]) -> dict[str, Any]:
     ValueError: naming the flag and its value. No data need be there.
   """
   task, steps = without_data(values)
-  return training.describe(task, values, steps,
-                           functools.partial(examples, task))
-
-
-def examples(task: tasks.Task, size: int) -> tuple[Any, Any]:
-  """Shapes of the memory, and of a batch of so many streams."""
-  problem, shape = task.problem, jax.ShapeDtypeStruct
-  tokens = shape((size, problem.segment_length), jnp.int32)
-  memory = jax.eval_shape(lambda: models.init_memory(
-      problem.model, size, problem.memory_length))
-  return memory, {'inputs': tokens, 'targets': tokens,
-                  'begins': shape((size,), bool)}
+  return training.describe(task, values, steps)
 
 
 def check_length(problem: Prediction, tokens, test_tokens) -> None:

@@ -4,11 +4,12 @@ from launch.table import SCALES
 from launch.table import Table
 from launch.tables import comparisons
 from launch.tables import language
+from launch.tables import resnet50
 from launch.tables import swat
 from launch.tables import top_kast
 
 TABLES = (top_kast.TABLES | swat.TABLES | language.TABLES
-          | comparisons.TABLES)
+          | comparisons.TABLES | resnet50.TABLES)
 
 
 def get(name: str, scale: str) -> Table:

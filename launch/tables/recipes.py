@@ -6,6 +6,7 @@ in what order the methods come out, and its numbers are not the papers'.
 """
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 Flags = dict[str, Any]
@@ -70,6 +71,36 @@ def top_kast_image(scale: str, multiple: int = 1) -> Flags:
   """ResNet-50 on ImageNet, the schedule stretched; small: LeNet-300-100."""
   return _TOP_KAST_IMAGE[scale] | {
       'train_steps': multiple * TOP_KAST_STEPS[scale]}
+
+
+def dense_layers(scale: str, layers: Sequence[str]) -> Flags:
+  """Layers that stay dense; small: none, whose first layer is nearly all."""
+  return {'dense_layers': [*layers]} if scale == 'paper' and layers else {}
+
+
+def as_rigl(scale: str, method: str, sparsity: float, multiple: int = 1,
+            dense: Sequence[str] = ('stem',), **flags) -> Flags:
+  """A method as RigL's paper runs it, whose first layer alone is dense.
+
+  Args:
+    scale: of the table.
+    method: as in --method.
+    sparsity: in percent.
+    multiple: a longer run, which stretches the windows of refreshes.
+    dense: layers that stay dense.
+    **flags: others.
+  """
+  every = lambda step: scaled(step, scale, TOP_KAST_STEPS)
+  at = lambda step: multiple * every(step)
+  windows = {'rigl': {'update_every': every(100), 'update_end': at(25_000)},
+             'gmp': {'update_every': every(1_000), 'update_begin': at(10_000),
+                     'update_end': at(25_000)}}
+  windows['set'] = windows['rigl']
+  if method == 'rigl':
+    flags['skip_step'] = True
+  return top_kast_image(scale, multiple) | {
+      'method': method, 'sparsity': sparsity / 100, **windows.get(method, {}),
+      **dense_layers(scale, dense if method != 'dense' else ()), **flags}
 
 
 def enwik8(scale: str, model: str = 'enwik8_large') -> Flags:

@@ -104,14 +104,16 @@ def cifar_100_structured(scale: str) -> Table:
 def imagenet(scale: str) -> Table:
   base, period = recipes.swat_imagenet(scale), _imagenet_period(scale)
   rigl = {'update_every': min(period, 100), **_STEM}
+  dsr = rigl | {'dense_layers': ['stem', 'projection']}  # As its authors'.
+  snfs = {'method': 'snfs', 'update_every': rigl['update_every']}
   points = []
   for row, sparsity, accuracy, deviation, training, inference, flags in (
       ('SET', 80, 73.4, None, 58.1, 73.0, {'method': 'set', **rigl}),
       ('SET', 90, 71.3, None, 63.8, 82.1, {'method': 'set', **rigl}),
-      ('DSR', 80, 74.1, None, 51.6, 59.4, {'method': 'dsr', **rigl}),
-      ('DSR', 90, 71.9, None, 58.9, 70.7, {'method': 'dsr', **rigl}),
-      ('SNFS', 80, 74.9, None, 45.8, 43.3, {'method': 'snfs', **rigl}),
-      ('SNFS', 90, 72.9, None, 57.6, 59.7, {'method': 'snfs', **rigl}),
+      ('DSR', 80, 74.1, None, 51.6, 59.4, {'method': 'dsr', **dsr}),
+      ('DSR', 90, 71.9, None, 58.9, 70.7, {'method': 'dsr', **dsr}),
+      ('SNFS', 80, 74.9, None, 45.8, 43.3, snfs),
+      ('SNFS', 90, 72.9, None, 57.6, 59.7, snfs),
       ('RigL', 80, 74.6, None, 67.2, 80.0, {'method': 'rigl', **rigl}),
       ('RigL', 90, 72.0, None, 74.1, 90.0, {'method': 'rigl', **rigl}),
       ('SWAT-U', 80, 75.2, .06, 76.1, 77.7, _swat(80, period, **_STEM)),

@@ -15,36 +15,16 @@ _ACCURACY = 'top-1 accuracy (%)'
 _BACKWARD = 'backward sparsity (%)'
 _FLOPS = 'training FLOPs, as a fraction of dense'
 _LANGUAGE = 'experiments.language.train'
-# What RigL's baselines leave dense, and Top-KAST's own runs.
-_STEM, _ENDS = ['stem'], ['stem', 'head']
-
-
-def _dense_layers(scale, layers):
-  # The small network's first layer holds nearly all of its weights.
-  return {'dense_layers': layers} if scale == 'paper' and layers else {}
+# What Top-KAST's own runs leave dense.
+_ENDS = ['stem', 'head']
+_baseline = recipes.as_rigl
 
 
 def _top_kast(scale, forward, backward, multiple=1, dense=None, **flags):
   return recipes.top_kast_image(scale, multiple) | {
       'method': 'top_kast', 'sparsity': forward / 100,
       'backward_sparsity': backward / 100, 'update_every': 1,
-      **_dense_layers(scale, _ENDS if dense is None else dense), **flags}
-
-
-def _baseline(scale, method, sparsity, multiple=1, **flags):
-  """Another method in the recipe of RigL's paper."""
-  every = lambda step: recipes.scaled(step, scale, recipes.TOP_KAST_STEPS)
-  at = lambda step: multiple * every(step)  # A longer run stretches these.
-  windows = {'rigl': {'update_every': every(100), 'update_end': at(25_000)},
-             'gmp': {'update_every': every(1_000), 'update_begin': at(10_000),
-                     'update_end': at(25_000)}}
-  windows['set'] = windows['rigl']
-  if method == 'rigl':
-    flags['skip_step'] = True
-  sparse = method != 'dense'
-  return recipes.top_kast_image(scale, multiple) | {
-      'method': method, 'sparsity': sparsity / 100, **windows.get(method, {}),
-      **_dense_layers(scale, _STEM if sparse else None), **flags}
+      **recipes.dense_layers(scale, _ENDS if dense is None else dense), **flags}
 
 
 def _language(scale, base, forward, backward):

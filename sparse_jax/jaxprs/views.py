@@ -144,6 +144,32 @@ def contracting_axes(fn: Callable[..., Any], params: trees.PyTree,
   return found
 
 
+def layer_order(fn: Callable[..., Any], params: trees.PyTree, *inputs: Any
+                ) -> tuple[trees.Path, ...]:
+  """The leaves in the order in which a function first multiplies by them.
+
+  A tree of parameters is in alphabetical order; this is the network's.
+
+  Args:
+    fn: `fn(params, *inputs)`, a function of arrays.
+    params: a tree of arrays, or of jax.ShapeDtypeStruct.
+    *inputs: likewise.
+
+  Returns:
+    The paths of the leaves that a product multiplies by.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> def model(params, x):
+    ...   return x @ params['stem'] @ params['head']
+    >>> layer_order(model, {'head': jnp.ones((3, 4)), 'stem': jnp.ones((2, 3))},
+    ...             jnp.ones((1, 2)))
+    ('stem', 'head')
+  """
+  return tuple(dict.fromkeys(use.path for use in find_uses(fn, params,
+                                                           *inputs)))
+
+
 def _walk(jaxpr, views, uses):
   """The views among the outputs of a jaxpr; its products are noted."""
   inner, _ = products.open_jaxpr(jaxpr)

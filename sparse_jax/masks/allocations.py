@@ -14,6 +14,14 @@ Shapes = Mapping[trees.Path, tuple[int, ...]]
 Allocation = Callable[[Shapes, float], Mapping[trees.Path, float]]
 
 
+class TreeShapes(dict):
+  """Shapes in the order of a tree, which for dicts is the alphabet's.
+
+  Methods call their allocation with this, so that a rule that asks which layer
+  is the first does not take the alphabet for the network.
+  """
+
+
 def uniform(shapes: Shapes, sparsity: float) -> dict[trees.Path, float]:
   """Every layer gets the same sparsity.
 
@@ -50,11 +58,18 @@ def erdos_renyi(shapes: Shapes, sparsity: float) -> dict[trees.Path, float]:
   return _solve(shapes, sparsity, raw)
 
 
-def erk(shapes: Shapes, sparsity: float) -> dict[trees.Path, float]:
+def erk(shapes: Shapes, sparsity: float, *, power_scale: float = 1.
+        ) -> dict[trees.Path, float]:
   """Density in proportion to the sum of all dimensions over their product.
 
   The Erdos-Renyi-Kernel rule: as `erdos_renyi`, with the kernel's own
   height and width counted. Small layers come out dense, large ones sparser.
+
+  Args:
+    shapes, sparsity: as in `uniform`.
+    power_scale: the power of that ratio, at least 0: 1 is the paper's rule, 0
+      is `uniform`. To a method pass
+      `functools.partial(erk, power_scale=...)`.
 
   Example:
     >>> shapes = {'a': (2, 4), 'b': (3, 6), 'c': (2, 4, 6)}
@@ -62,22 +77,34 @@ def erk(shapes: Shapes, sparsity: float) -> dict[trees.Path, float]:
     {'a': 0.0, 'b': 0.3095, 'c': 0.6548}
 
   Reference:
-    Evci et al., RigL, 2020, https://arxiv.org/abs/1911.11134, section 3.
+    Evci et al., RigL, 2020, https://arxiv.org/abs/1911.11134, section 3;
+    `erk_power_scale` of the official code.
   """
-  raw = {p: sum(s) / math.prod(s) for p, s in shapes.items()}
+  checks.check_non_negative('power_scale', power_scale)
+  raw = {p: (sum(s) / math.prod(s))**power_scale for p, s in shapes.items()}
   return _solve(shapes, sparsity, raw)
 
 
-def uniform_plus(shapes: Shapes, sparsity: float) -> dict[trees.Path, float]:
+def uniform_plus(shapes: Shapes, sparsity: float, *, first: str | None = None,
+                 last: str | None = None) -> dict[trees.Path, float]:
   """Uniform, but the first layer stays dense and the last keeps a fifth.
 
-  The other layers become sparser, so that the total stays the same. First and
-  last are those of `shapes`' own order, which is the tree's: alphabetical for
-  dicts. Where that is not the order of the network, pass a mapping instead.
+  The other layers become sparser, so that the total stays the same. To a
+  method pass `functools.partial(uniform_plus, first='stem', last='head')`.
+
+  Args:
+    shapes: as in `uniform`. Its own order is the network's if you made it; the
+      order of a tree of parameters is not, and a method's leaves are used as
+      they are only if their names differ in numbers alone (`Dense_0`,
+      `Dense_1`, ...): these are counted.
+    sparsity: as in `uniform`.
+    first, last: a path, or a regular expression that is found in one path
+      alone: the layer that the network computes first, and last. None takes it
+      from the order. `jaxprs.layer_order` reads both off a function.
 
   Raises:
-    ValueError: with fewer than three layers, or if the two exceptions alone
-      are more than the budget.
+    ValueError: with fewer than three layers; if the two exceptions alone are
+      more than the budget; where the order of the network is not known.
 
   Example:
     >>> shapes = {'1': (10, 10), '2': (10, 100), '3': (100, 10), '4': (10, 10)}
@@ -93,17 +120,51 @@ def uniform_plus(shapes: Shapes, sparsity: float) -> dict[trees.Path, float]:
     raise ValueError(f'`shapes` (={dict(shapes)}) must have three layers or '
                      'more for uniform_plus.')
   sizes = {path: math.prod(shape) for path, shape in shapes.items()}
-  first, *_, last = sizes
+  start, end = _ends(shapes, first, last)
   zeros = sparsity * sum(sizes.values())
-  others = sum(sizes.values()) - sizes[first]
+  others = sum(sizes.values()) - sizes[start]
   if zeros <= .8 * others:
     shared = zeros / others
-    return {p: 0. if p == first else shared for p in sizes}
-  middle = (zeros - .8 * sizes[last]) / (others - sizes[last])
+    return {p: 0. if p == start else shared for p in sizes}
+  middle = (zeros - .8 * sizes[end]) / (others - sizes[end])
   if middle >= 1:
     raise ValueError(f'`sparsity` (={sparsity}) leaves nothing to the middle '
                      'layers under uniform_plus.')
-  return {p: {first: 0., last: .8}.get(p, middle) for p in sizes}
+  return {p: {start: 0., end: .8}.get(p, middle) for p in sizes}
+
+
+def _ends(shapes, first, last) -> tuple[trees.Path, trees.Path]:
+  """The first and the last layer: as named, else by the order."""
+  named = {name: _only_match(name, pattern, shapes) for name, pattern in (
+      ('first', first), ('last', last)) if pattern is not None}
+  order = list(shapes)
+  if isinstance(shapes, TreeShapes) and len(named) < 2:
+    order = _by_number(order)
+  start, end = named.get('first', order[0]), named.get('last', order[-1])
+  if start == end:
+    raise ValueError(f'`first` and `last` (={start!r}) must be two layers.')
+  return start, end
+
+
+def _only_match(name, pattern, shapes) -> trees.Path:
+  found = [pattern] if pattern in shapes else [
+      path for path in shapes if re.search(pattern, path)]
+  if len(found) != 1:
+    raise ValueError(f'`{name}` (={pattern!r}) must be found in one of the '
+                     f'sparse leaves {sorted(shapes)}, not in {found}.')
+  return found[0]
+
+
+def _by_number(paths: list[trees.Path]) -> list[trees.Path]:
+  """Paths that differ in their numbers alone, in the order of these."""
+  if len({re.sub(r'\d+', '#', path) for path in paths}) > 1:
+    raise ValueError(
+        '`first` and `last` must be named with uniform_plus: parameters are in '
+        f'alphabetical order, from {paths[0]!r} to {paths[-1]!r}, which need '
+        'not be that of the network. Pass allocation=functools.partial('
+        'sparse_jax.uniform_plus, first=..., last=...).')
+  return sorted(paths, key=lambda path: [int(n) for n in
+                                         re.findall(r'\d+', path)])
 
 
 def _solve(shapes: Shapes, sparsity: float, raw) -> dict[trees.Path, float]:

@@ -87,6 +87,43 @@ def cosine_drop(fraction: float, *, end: int) -> Schedule:
   return schedule
 
 
+def drop_with(fraction: float, learning_rate: Schedule | float, *,
+              peak: float | None = None) -> Schedule:
+  """A drop fraction that follows the learning rate.
+
+  f(t) = fraction * learning_rate(t) / peak: pass it as `drop_fraction`.
+
+  Args:
+    fraction: share of the active weights dropped at the peak, in [0, 1].
+    learning_rate: an Optax schedule.
+    peak: the learning rate at which it is the fraction; None is that of step
+      0, as in the official code, and must then be above 0.
+
+  Raises:
+    ValueError: naming the argument that is out of range.
+
+  Example:
+    >>> drop = drop_with(0.3, lambda step: 0.1 * (1 - step / 100))
+    >>> [round(float(drop(t)), 4) for t in (0, 50, 100)]
+    [0.3, 0.15, 0.0]
+
+  Reference:
+    `ScaledLRUpdateSchedule` of https://github.com/google-research/rigl,
+    rigl_tf2/mask_updaters.py.
+  """
+  checks.check_fraction('fraction', fraction)
+  rate = learning_rate if callable(learning_rate) else constant(learning_rate)
+  if peak is None:
+    peak = float(rate(0))
+  if checks.check_non_negative('peak', peak) == 0:
+    raise ValueError('`peak` must be given where `learning_rate` begins at 0.')
+
+  def schedule(step):
+    return jnp.clip(jnp.float32(fraction / peak) * rate(step), 0, 1)
+
+  return schedule
+
+
 def _progress(step, begin: int, end: int) -> jax.Array:
   share = (jnp.asarray(step, jnp.float32) - begin) / (end - begin)
   return jnp.clip(share, 0, 1)

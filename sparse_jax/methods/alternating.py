@@ -50,8 +50,9 @@ def ac_dc(sparsity: float, *, scope: str = 'global', final_dense: int = 0,
 
   Reference:
     Peste et al., AC/DC, 2021, https://arxiv.org/abs/2106.12379, algorithm 1.
-    Deviations: exactly the count is kept (the official code drops the entry
-    at the threshold too); every leaf keeps its best entry.
+    All layers are sparse there, the first and the last too. Deviations: exactly
+    the count is kept (the official code drops the entry at the threshold too);
+    every leaf keeps its best entry.
   """
   where = leaves_lib.Sites(sparsity, allocation, structure, is_sparse,
                            batch_axes, contracting).checked()

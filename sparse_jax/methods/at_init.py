@@ -42,7 +42,8 @@ def snip(sparsity: float, *, scope: str = 'layer', skip_step: bool = False,
     >>> method = snip(0.9, scope='global')
 
   Reference:
-    Lee et al., SNIP, 2019, https://arxiv.org/abs/1810.02340, equation 4.
+    Lee et al., SNIP, 2019, https://arxiv.org/abs/1810.02340, equation 4. No
+    layer is dense there; in RigL's runs those of `rigl`.
     Deviations: biases never compete; training goes on from the weights that
     were scored, where the official code draws new ones; under 'global' every
     leaf keeps its best entry, so that no layer is cut off.
@@ -92,7 +93,8 @@ def grasp(sparsity: float, *, scope: str = 'global', skip_step: bool = False,
            [0, 1, 0]], dtype=int32)
 
   Reference:
-    Wang et al., GraSP, 2020, https://arxiv.org/abs/2002.07376, algorithm 1.
+    Wang et al., GraSP, 2020, https://arxiv.org/abs/2002.07376, algorithm 1;
+    all convolutions and linear layers are sparse there.
     Deviations: exactly the count is kept (the official code keeps one more);
     the loss is the caller's own (the official code divides the logits by 200
     and balances the classes of the batch); under 'global' every leaf keeps

@@ -63,7 +63,8 @@ def static(sparsity: float, *, allocation=uniform, structure=Unstructured(),
 
   Reference:
     Evci et al., RigL, 2020, https://arxiv.org/abs/1911.11134, the row
-    "Static" (`scratch` in the official code).
+    "Static" (`scratch` in the official code); the dense layers are those of
+    `rigl`.
   """
   where = leaves.Sites(sparsity, allocation, structure, is_sparse, batch_axes,
                        contracting)

@@ -41,6 +41,7 @@ def str_(*, initial: float = -3200., is_sparse: selection.IsSparse = None,
 
   Reference:
     Kusupati et al., STR, 2020, https://arxiv.org/abs/2002.03231, section 3.
+    Every layer has a threshold there, the first and the last too.
   """
   _check_finite('initial', initial)
 
@@ -90,7 +91,8 @@ def dst(*, penalty_weight: float = 5e-6, least_kept: float = 0.01,
 
   Reference:
     Liu et al., Dynamic sparse training, 2020,
-    https://arxiv.org/abs/2005.06870, sections 3.2 to 3.4.
+    https://arxiv.org/abs/2005.06870, sections 3.2 to 3.4. Every layer has
+    thresholds there.
   """
   checks.check_non_negative('penalty_weight', penalty_weight)
   checks.check_fraction('least_kept', least_kept)
@@ -142,16 +144,22 @@ def _estimated_step_jvp(primals, tangents):
 
 def cs(*, initial: float = 0., temperature: float = 200.,
        penalty_weight: float = 1e-8, rounds: int = 1, round_steps: int = 10_000,
-       rewind_to: int = 0, is_sparse: selection.IsSparse = None,
-       batch_axes: selection.Axes = ()) -> SparseMethod:
+       rewind: bool = True, rewind_to: int | None = None,
+       is_sparse: selection.IsSparse = None, batch_axes: selection.Axes = ()
+       ) -> SparseMethod:
   """Continuous sparsification: one gate a weight, made hard by temperature.
 
   The forward pass sees w * sigmoid(b s) / sigmoid(initial), where the
   temperature b rises from 1 to `temperature` exponentially in each round. At
-  the end of a round that is not the last s becomes min(b s, initial), and
-  the weights go back to where they were at step `rewind_to`, with all
-  optimizer slots made anew. After the last round the gates are hard: 1 where
-  s > 0, else 0. Training is dense, 3 f_D, until then.
+  the end of a round that is not the last s becomes min(s, initial); weights
+  and slots go on. After the last round the ticket is trained: gates are hard,
+  1 where s > 0, else 0, and move no more; the weights go back to where they
+  were at step `rewind_to`, with all optimizer slots made anew, once. Training
+  is dense, 3 f_D, until then.
+
+  Train for as many steps more as a round has, and begin the learning rate's
+  schedule anew with each round and with the ticket, as the official code does.
+  Batch statistics are the caller's: that code takes them back too.
 
   The gates are `params['gates']`; the paper trains them without weight decay.
   `forward_masks` tell what is read: all of it while gates are soft.
@@ -159,9 +167,13 @@ def cs(*, initial: float = 0., temperature: float = 200.,
   Args:
     initial: s at the start; below 0 for a sparser ticket.
     temperature: the last b of a round, above 0.
-    penalty_weight: coefficient of the sum of the soft gates, at least 0.
+    penalty_weight: coefficient of the sum of sigmoid(b s) / sigmoid(initial),
+      at least 0.
     rounds, round_steps: how many rounds, of how many steps, at least 1.
-    rewind_to: the step of the first round to whose weights rounds return.
+    rewind: False trains the ticket on from the weights and slots that the last
+      round ends with; no copy of the weights is kept then.
+    rewind_to: the step of the first round to whose weights the ticket returns;
+      None is two of 85 parts of a round, the official code's epochs.
     is_sparse, batch_axes: as in `static`.
 
   Raises:
@@ -177,36 +189,33 @@ def cs(*, initial: float = 0., temperature: float = 200.,
            [0., 2., 2.]], dtype=float32)
 
   Reference:
-    Savarese et al., Continuous sparsification, 2020,
-    https://arxiv.org/abs/1912.04427, algorithm 2.
+    Savarese et al., Winning the lottery with continuous sparsification, 2020,
+    https://arxiv.org/abs/1912.04427, and its code,
+    https://github.com/lolemacs/continuous-sparsification, main.py, which is
+    followed: it penalises the scaled gates, lowers them with the temperature
+    already back at 1, and leaves the convolutions of shortcuts and the
+    classifier dense. Deviation: the temperature rises with each step, in that
+    code with each epoch.
   """
-  _check_cs(initial, temperature, penalty_weight, rounds, round_steps,
-            rewind_to)
-  whole = 1 / (1 + math.exp(-initial))
-
-  def heat(step):
-    share = (step % round_steps).astype(jnp.float32) / round_steps
-    return jnp.float32(temperature)**share
+  rewind_to = _check_cs(initial, temperature, penalty_weight, rounds,
+                        round_steps, rewind, rewind_to)
+  whole, end = 1 / (1 + math.exp(-initial)), rounds * round_steps
 
   def gate(s, step):
-    hard = step >= rounds * round_steps
-    soft = jax.nn.sigmoid(heat(step) * s)
-    return jnp.where(hard, (s > 0).astype(jnp.float32), soft)
+    share = (step % round_steps).astype(jnp.float32) / max(round_steps - 1, 1)
+    soft = jax.nn.sigmoid(jnp.float32(temperature)**share * s)
+    return jnp.where(step >= end, (s > 0).astype(jnp.float32), soft) / whole
 
   def read_leaf(weight, s, step):
-    factor = gate(s, step) / whole
-    return (weight.astype(jnp.float32) * factor).astype(weight.dtype)
+    return (weight.astype(jnp.float32) * gate(s, step)).astype(weight.dtype)
 
   def is_kept(weight, s, step):
     del weight
-    return (s > 0) | (step < rounds * round_steps)
+    return (s > 0) | (step < end)
 
   def penalty(learnt, step):
     total = sum(jnp.sum(gate(s, step)) for s in jax.tree.leaves(learnt))
     return penalty_weight * total
-
-  def begins_again(step):
-    return (step % round_steps == 0) & (step < rounds * round_steps)
 
   def remember(model, extra, step):
     """Keeps the weights of step `rewind_to`."""
@@ -214,36 +223,44 @@ def cs(*, initial: float = 0., temperature: float = 200.,
                                                    old), model, extra)
 
   def adjust(now):
-    again = begins_again(now.step)
-    moves = jax.tree.map(lambda p, u, first: jnp.where(again, first - p, u),
-                         now.model, now.moves, now.extra)
-    learnt = jax.tree.map(lambda s, u: jnp.where(again, jnp.minimum(
-        temperature * (s + u), initial) - s, u), now.learnt, now.learnt_moves)
-    return moves, learnt
+    """Lower gates after a round; after all of them still ones, old weights."""
+    between = (now.step % round_steps == 0) & (now.step < end)
+    lower = jax.tree.map(lambda s, u: jnp.where(between, jnp.minimum(
+        s + u, initial) - s, jnp.where(now.step > end, -0., u)), now.learnt,
+                         now.learnt_moves)
+    if not rewind:
+      return now.moves, lower
+    return jax.tree.map(lambda p, u, first: jnp.where(
+        now.step == end, first - p, u), now.model, now.moves, now.extra), lower
 
-  several = dict(
+  rewinding = dict(
       extra=lambda model: jax.tree.map(jnp.array, model), remember=remember,
-      adjust=adjust, resets=lambda state: begins_again(state.step + 1))
+      resets=lambda state: state.step + 1 == end)
   return learned_method(
       'cs', 'gates', lambda leaf: jnp.full(leaf.layout.shape, initial,
                                            jnp.float32), read_leaf, is_kept,
-      penalty=penalty, is_sparse=is_sparse, batch_axes=batch_axes,
-      **several if rounds > 1 else {})
+      penalty=penalty, adjust=adjust, is_sparse=is_sparse,
+      batch_axes=batch_axes, **rewinding if rewind else {})
 
 
-def _check_cs(initial, temperature, penalty_weight, rounds, round_steps,
-              rewind_to):
+def _check_cs(initial, temperature, penalty_weight, rounds, round_steps, rewind,
+              rewind_to) -> int:
+  """The step to rewind to, or a ValueError naming a bad argument."""
   _check_finite('initial', initial)
   if checks.check_non_negative('temperature', temperature) == 0:
     raise ValueError(f'`temperature` (={temperature!r}) must be above 0.')
   checks.check_non_negative('penalty_weight', penalty_weight)
   checks.check_count('rounds', rounds, least=1)
   checks.check_count('round_steps', round_steps, least=1)
+  checks.check_bool('rewind', rewind)
+  if rewind_to is None:
+    return round(round_steps * 2 / 85)
   checks.check_count('rewind_to', rewind_to)
-  if rewind_to and (rounds == 1 or rewind_to >= round_steps):
+  if not rewind or rewind_to >= round_steps:
     raise ValueError(f'`rewind_to` (={rewind_to}) must be a step of the first '
-                     f'of several rounds; `rounds` is {rounds}, `round_steps` '
-                     f'{round_steps}.')
+                     f'round, of `round_steps` ={round_steps}, and None '
+                     f'without `rewind` (={rewind}).')
+  return rewind_to
 
 
 def _stack_shape(leaf: Leaf) -> tuple[int, ...]:

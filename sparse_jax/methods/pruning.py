@@ -24,16 +24,17 @@ from sparse_jax.rules.state import SparseMethod
 
 def gmp(sparsity: float, *, schedule: schedules.Schedule | None = None,
         score: Callable[..., jax.Array] = scores.magnitude,
-        scope: str = 'layer', allocation=uniform, structure=Unstructured(),
-        is_sparse: selection.IsSparse = None, batch_axes: selection.Axes = (),
+        scope: str = 'layer', hidden: str = 'frozen', allocation=uniform,
+        structure=Unstructured(), is_sparse: selection.IsSparse = None,
+        batch_axes: selection.Axes = (),
         contracting: selection.Axes | None = None, update_every: int = 100,
         update_begin: int = 0, update_end: int | None = None) -> SparseMethod:
   """Gradual magnitude pruning: the mask tightens along a schedule.
 
-  At a refresh at step t each leaf keeps its best entries at the sparsity
-  s(t) * (leaf's target / sparsity). Pruned weights keep their value, hidden
-  and unmoved, and may come back while others shrink below them. Training
-  costs the mean over t of 3 f at sparsity s(t).
+  At a refresh at step t each leaf keeps its best entries at the sparsity s(t) *
+  (leaf's target / sparsity). Pruned weights keep their value, hidden, and may
+  come back while others shrink below them. Training costs the mean over t of 3
+  f at sparsity s(t).
 
   Args:
     sparsity, allocation, structure, is_sparse, batch_axes, contracting: as in
@@ -46,6 +47,10 @@ def gmp(sparsity: float, *, schedule: schedules.Schedule | None = None,
       gradient.
     scope: 'layer', each leaf keeps its own share; 'global', the entries of
       all leaves compete, and only a uniform allocation goes with it.
+    hidden: 'frozen', pruned weights do not move; 'moving', they get no gradient
+      but the optimizer steps them like the others, as in TensorFlow's code:
+      momentum carries them on and decay shrinks them. With scores by magnitude
+      alone.
     update_every: steps between refreshes, at least 1.
     update_begin, update_end: first and last step that may refresh;
       `update_end` itself always does.
@@ -59,8 +64,12 @@ def gmp(sparsity: float, *, schedule: schedules.Schedule | None = None,
 
   Reference:
     Zhu and Gupta, To prune, or not to prune, 2017,
-    https://arxiv.org/abs/1710.01878. Hidden weights do not decay or coast on
-    momentum here, as they do in TensorFlow's pruning code.
+    https://arxiv.org/abs/1710.01878. In tf.contrib.model_pruning the layer
+    multiplies by mask * kernel, so that the gradient is masked and the kernel
+    is not: `hidden='moving'`. (The later tensorflow_model_optimization writes
+    zeros into the pruned weights at each step.) Dense layers: in
+    RigL's pruning baseline the first one; in Gale et al., 2019, the first, and
+    the last keeps a fifth (`uniform_plus`).
   """
   where = leaves_lib.Sites(sparsity, allocation, structure, is_sparse,
                            batch_axes, contracting).checked()
@@ -69,6 +78,16 @@ def gmp(sparsity: float, *, schedule: schedules.Schedule | None = None,
   schedule = _pruning_schedule(where, schedule, update_begin, update_end)
   checks.check_callable('score', score)
   budgets.check_scope(where, scope)
+  by_magnitude = score is scores.magnitude
+  if hidden not in ('frozen', 'moving'):
+    raise ValueError(f'`hidden` (={hidden!r}) must be \'frozen\' or '
+                     '\'moving\'.')
+  if hidden == 'moving' and not by_magnitude:
+    raise ValueError('`hidden` (=\'moving\') needs `score` by magnitude: any '
+                     'other receives the gradient of all weights.')
+
+  def sets(leaf, kept):
+    return kept if hidden == 'frozen' else (kept, leaf.full())
 
   def count(keep_count, step, final):
     """What `keep_count` gives at the sparsity of the step."""
@@ -81,7 +100,7 @@ def gmp(sparsity: float, *, schedule: schedules.Schedule | None = None,
 
   def choose(leaf, now):
     kept = count(leaf.layout.keep_count, now.step, leaf.sparsity)
-    return leaf.top(now.score(score), kept)
+    return sets(leaf, leaf.top(now.score(score), kept))
 
   def choose_together(leaves, nows, seen):
     del seen
@@ -89,16 +108,17 @@ def gmp(sparsity: float, *, schedule: schedules.Schedule | None = None,
     size = sum(each.size for each in groups.values())
     step = next(iter(nows.values())).step
     total = count(lambda s: topk.keep_count(size, s), step, sparsity)
-    return budgets.best(leaves, groups, budgets.global_counts(
-        leaves, groups, total)), None
+    best = budgets.best(leaves, groups, budgets.global_counts(
+        leaves, groups, total))
+    return {path: sets(leaf, best[path]) for path, leaf in leaves.items()}, None
 
-  by_magnitude = score is scores.magnitude
   return make_method(rule.Rule(
       'gmp', where, choose if scope == 'layer' else choose_together,
       refreshes=window, together=scope == 'global',
       gradient='A' if by_magnitude else 'all', only_at_refresh=True,
       progress=_progress(window, schedule, sparsity),
-      unpackable='' if schedule is None else 'its masks tighten'))
+      unpackable='its masks tighten' if schedule is not None else
+      'its hidden weights move' if hidden == 'moving' else ''))
 
 
 def _progress(window, schedule, sparsity):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from sparse_jax import checks
 from sparse_jax import trees
+from sparse_jax.masks import schedules
 from sparse_jax.masks import selection
 from sparse_jax.masks import topk
 from sparse_jax.masks.allocations import uniform
@@ -18,7 +19,8 @@ from sparse_jax.rules.state import SparseMethod
 from sparse_jax.rules.storage import zeros_like_leaves
 
 
-def snfs(sparsity: float, *, drop_fraction: float = 0.5, momentum: float = 0.9,
+def snfs(sparsity: float, *, drop_fraction: float | schedules.Schedule = 0.5,
+         momentum: float = 0.9, redistribution: str = 'momentum',
          skip_step: bool = False, allocation=uniform, structure=Unstructured(),
          is_sparse: selection.IsSparse = None, batch_axes: selection.Axes = (),
          contracting: selection.Axes | None = None, update_every: int = 100,
@@ -40,6 +42,10 @@ def snfs(sparsity: float, *, drop_fraction: float = 0.5, momentum: float = 0.9,
     drop_fraction, skip_step, update_every, update_begin, update_end: as in
       `rigl`.
     momentum: coefficient of the average, in [0, 1); 0 is the last gradient.
+    redistribution: in proportion to what of its active weights a leaf gets its
+      share of all that was dropped: the mean |m| ('momentum'), the mean |w|
+      ('magnitude') or their number ('nonzeros'); 'none': each leaf grows what
+      it dropped.
 
   Raises:
     ValueError: naming the argument that is out of range.
@@ -49,16 +55,20 @@ def snfs(sparsity: float, *, drop_fraction: float = 0.5, momentum: float = 0.9,
 
   Reference:
     Dettmers and Zettlemoyer, Sparse networks from scratch, 2019,
-    https://arxiv.org/abs/1907.04840. Deviations: the average is the method's
-    own, so that any optimizer will do; the total is exact (the official
-    rounding lets it drift); the drop fraction falls to 0 if `update_end` is
-    given, there to 0.005; nearly dense leaves have no rule of their own.
+    https://arxiv.org/abs/1907.04840. No layer is dense there. Deviations: the
+    average is the method's own, so that any optimizer will do; the total is
+    exact (the official rounding lets it drift); the drop fraction falls to 0 if
+    `update_end` is given, there to 0.005; nearly dense leaves have no rule of
+    their own.
   """
   where = leaves_lib.Sites(sparsity, allocation, structure, is_sparse,
                            batch_axes, contracting).checked()
   budgets.check_movable(where, 'structure', structure)
   checks.check_sparsity('momentum', momentum)
   drop = updates.drop_schedule(drop_fraction, update_end)
+  if redistribution not in ('momentum', 'magnitude', 'nonzeros', 'none'):
+    raise ValueError(f'`redistribution` (={redistribution!r}) must be '
+                     '\'momentum\', \'magnitude\', \'nonzeros\' or \'none\'.')
 
   def remember(seen, averages):
     grads = trees.leaves_by_path(seen.grads)
@@ -74,7 +84,15 @@ def snfs(sparsity: float, *, drop_fraction: float = 0.5, momentum: float = 0.9,
                              jnp.float32(drop(now.step)))
       kept[path] = leaf.top(now.magnitudes, left, among=now.active)
       growth[path] = leaf.layout.group(jnp.abs(now.extra))
-      claims[path] = _mean(leaf, growth[path], now.active)
+      claims[path] = {
+          'momentum': lambda: _mean(leaf, growth[path], now.active),
+          'magnitude': lambda: _mean(leaf, now.magnitudes, now.active),
+          'nonzeros': lambda: leaf.sum(now.active).astype(jnp.float32),
+          'none': lambda: None}[redistribution]()
+    if redistribution == 'none':
+      return {path: kept[path] | leaf.top(
+          growth[path], leaf.sum(nows[path].active) - leaf.sum(kept[path]),
+          among=~kept[path]) for path, leaf in leaves.items()}, None
     active = {path: now.active for path, now in nows.items()}
     dropped = _total(leaves, active) - _total(leaves, kept)
     return _grow(leaves, kept, kept, growth, dropped, claims), None
@@ -84,7 +102,7 @@ def snfs(sparsity: float, *, drop_fraction: float = 0.5, momentum: float = 0.9,
                  extra=zeros_like_leaves, remember=remember, gradient='all')
 
 
-def dsr(sparsity: float, *, drop_fraction: float = 0.1,
+def dsr(sparsity: float, *, drop_fraction: float | schedules.Schedule = 0.1,
         threshold: float = 1e-3, skip_step: bool = False, allocation=uniform,
         structure=Unstructured(), is_sparse: selection.IsSparse = None,
         batch_axes: selection.Axes = (),
@@ -116,7 +134,9 @@ def dsr(sparsity: float, *, drop_fraction: float = 0.1,
 
   Reference:
     Mostafa and Wang, Parameter efficient training, 2019,
-    https://arxiv.org/abs/1902.05967, algorithm 1. Deviations: shares are
+    https://arxiv.org/abs/1902.05967, algorithm 1. Dense layers there: in
+    ResNet-50 the first and the projections of the shortcuts, in WRN-28-2 the
+    classifier too. Deviations: shares are
     rounded to the nearest whole with an exact sum (there the remainder goes
     to a leaf at random); a leaf without enough empty places regrows some of
     what it just dropped; optimizer slots start fresh; the aim falls to 0

@@ -37,7 +37,8 @@ def dnw(sparsity: float, *, allocation=uniform, structure=Unstructured(),
     >>> method = dnw(0.9)
 
   Reference:
-    Wortsman et al., 2019, https://arxiv.org/abs/1906.00586, algorithm 1.
+    Wortsman et al., 2019, https://arxiv.org/abs/1906.00586, algorithm 1, which
+    is run with all layers sparse, and with the first one dense.
   """
   return make_method(_every_step('dnw', leaves.Sites(
       sparsity, allocation, structure, is_sparse, batch_axes, contracting, 0.)))

@@ -57,8 +57,11 @@ def top_kast(sparsity: float, *, backward_sparsity: float,
 
   Reference:
     Jayakumar et al., Top-KAST, 2020, https://arxiv.org/abs/2106.03517,
-    algorithm 1. Left open there and settled here: entries that enter B start
-    with fresh optimizer slots, so that nothing need be stored for C.
+    algorithm 1. Dense layers there: on ImageNet the first and the last, say
+    `is_sparse={'stem|head': False}` (appendix B has all sparse beside it), so
+    that ResNet-50 at 80 and 90% has 73.5 and 82.7% in all; of the language
+    models it is not said. Left open there and settled here: entries that enter
+    B start with fresh optimizer slots, so that nothing need be stored for C.
   """
   where = leaves.Sites(sparsity, allocation, structure, is_sparse, batch_axes,
                        contracting, backward_sparsity)

@@ -148,11 +148,14 @@ def _slice_sparsities(allocation, places, sparsity):
   """Allocates over single layers: each slice of a stacked leaf is one.
 
   An allocation function sees a stacked leaf as `path[0]`, `path[1]`, ...
+
+  Raises:
+    ValueError: if slices of one leaf would differ: they share one count.
   """
   if not callable(allocation):
     shapes = {path: leaf.shape for path, leaf in places.items()}
     return allocations.allocate(allocation, shapes, sparsity)
-  shapes, first = {}, {}
+  shapes, slices = allocations.TreeShapes(), {}
   for path, leaf in places.items():
     own = tuple(n for i, n in enumerate(leaf.shape) if i not in leaf.stacked)
     if len(own) > 1:  # A matrix as the product sees it: heads are merged.
@@ -160,9 +163,13 @@ def _slice_sparsities(allocation, places, sparsity):
     layers = math.prod(leaf.shape[axis] for axis in leaf.stacked)
     names = [f'{path}[{i}]' for i in range(layers)] if leaf.stacked else [path]
     shapes.update({name: own for name in names})
-    first[path] = names[0]
+    slices[path] = names
   shares = allocations.allocate(allocation, shapes, sparsity)
-  return {path: shares[name] for path, name in first.items()}
+  for path, names in slices.items():
+    if len({shares[name] for name in names}) > 1:
+      raise ValueError(f'`allocation` (={allocation!r}) gives the layers that '
+                       f'are stacked in {path!r} different sparsities.')
+  return {path: shares[names[0]] for path, names in slices.items()}
 
 
 def drop_and_grow(leaf: Leaf, active: jax.Array, scores: jax.Array,

@@ -1,5 +1,7 @@
 """Methods made of their parts, and of one rule on groups."""
 
+import functools
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -232,6 +234,9 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
     marks = _first_marks(start, leaves, params, model, data)
     packed = place(leaves, params, trees.leaves_by_path(marks)) if place else {}
     own = () if extra is None else extra(leaves if rule else params)
+    if rule is not None and rule.keeps_first:
+      own = {path: jnp.array(weight) for path, weight in trees.leaves_by_path(
+          params).items() if path in leaves}
     return state_lib.SparseState(jnp.zeros((), jnp.int32), data, marks,
                                  jnp.zeros((), bool), plan, own, packed)
 
@@ -263,6 +268,9 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
       updates = updates_lib.zero_outside(
           updates, params, storage_lib.entry_marks(state, new.packed, params),
           storage_lib.entry_marks(new, like=params))
+    if rule is not None and rule.grown is not None:
+      updates = placing.automatic(functools.partial(_grow, rule), updates,
+                                  updates, params, state, new)
     return updates, new._replace(step=state.step + 1)
 
   def pack(params, state):
@@ -278,6 +286,29 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
       name, parametrize or (lambda params: params), init, read_weights,
       total_penalty, refresh_by(update), update, skips, resets, work,
       pack=None if storage.pack is None else pack, rule=rule)
+
+
+def _grow(rule, updates, params, old, new):
+  """Updates that give entries their first values where they enter A."""
+  key = state_lib.step_key(old, old.step + 1)
+
+  def visit(path, update, weight, was, now):
+    if not marks_lib.is_marked(was):
+      return update
+    leaf = new.plan.by_path[path]
+    own = jax.random.fold_in(jax.random.fold_in(key, leaf.index), 1)
+
+    def fill(update, weight):
+      active = marks_lib.forward_mask(was)
+      value = rule.grown(leaf, weight, active, own, _own(old.extra, path))
+      enters = marks_lib.forward_mask(now) & ~active
+      return jnp.where(enters, value.astype(update.dtype) - weight, update)
+
+    return lax.cond(new.refreshed, fill, lambda update, _: update, update,
+                    weight)
+
+  return trees.map_leaves(visit, updates, params,
+                          *map(storage_lib.entry_marks, (old, new)))
 
 
 def _first_marks(start, leaves, params, model, data):

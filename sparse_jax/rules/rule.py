@@ -51,6 +51,11 @@ class Rule(NamedTuple):
   # Whether stored weights are exactly 0 outside A, and where they enter it;
   # else they keep their values, hidden.
   zeros: bool = False
+  # (leaf, weight, old A, key, extra) -> first values of entries that enter A,
+  # where these are not 0; weight and A are of the leaf's shape.
+  grown: Callable[..., jax.Array] | None = None
+  # Whether `extra` is {path: the leaf's weights at the start}.
+  keeps_first: bool = False
   # Whether a refresh replaces the optimizer's step.
   skip_step: bool = False
   # Whether the leaves choose together.

@@ -114,9 +114,11 @@ def check_window(every: int, begin: int, end: int | None) -> None:
                        f'`update_begin` (={begin}).')
 
 
-def drop_schedule(fraction: float, end: int | None
+def drop_schedule(fraction: float | schedules.Schedule, end: int | None
                   ) -> Callable[[jax.Array], Any]:
-  """The drop fraction: constant, or annealed to `end` by a cosine."""
+  """The drop fraction: constant, annealed to `end` by a cosine, or as given."""
+  if callable(fraction):
+    return lambda step: jnp.clip(jnp.float32(fraction(step)), 0, 1)
   checks.check_fraction('drop_fraction', fraction)
   if end is None:
     return lambda step: fraction

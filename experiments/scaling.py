@@ -1,0 +1,217 @@
+"""The scaling law of sparse networks, fitted to a table of runs and drawn.
+
+  python -m experiments.scaling --runs=runs/FOLDER
+
+reads the result.json of every run below a folder, or a CSV file with the
+columns sparsity, nonzeros, data, loss, and fits
+
+  L = (a (1 - S)^b + c) N^-d + e D^-f + g
+
+with S the sparsity of the sparse weights, N the weights that are not zero and D
+the examples (or tokens) seen: Huber's loss of the logarithms, the best of
+--starts random ones. Leaves runs.csv, table.md and fit.png in --workdir.
+
+Reference: Frantar et al., Scaling laws for sparsely-connected foundation
+models, 2023, https://arxiv.org/abs/2309.08520, equation 1 and section 3.1.
+"""
+
+from collections.abc import Sequence
+import csv
+import glob
+import io
+import os
+from typing import NamedTuple
+
+from absl import flags
+import numpy as np
+
+from experiments import files
+from experiments import plots
+from experiments import programs
+from experiments import reporting
+from experiments import results
+
+_RUNS = flags.DEFINE_string('runs', None, 'A CSV file, or a folder of runs.',
+                            required=True)
+_STARTS = flags.DEFINE_integer('starts', 25, 'Random starts of the fit.',
+                               lower_bound=1)
+_DELTA = flags.DEFINE_float('delta', 1e-3, 'Where Huber\'s loss of the '
+                            'logarithms turns linear.', lower_bound=0.)
+_SEED = flags.DEFINE_integer('seed', 0, 'Of the starts.')
+_WORKDIR = flags.DEFINE_string('workdir', 'runs/scaling', 'Where the tables '
+                               'and the picture go.')
+COLUMNS = ('sparsity', 'nonzeros', 'data', 'loss')
+# Of the logarithms of a, c, e, g about the mean run, and of the powers b, d, f.
+_BOUNDS = [(-30., 10.)] * 4 + [(1e-3, 3.)] * 3
+
+
+class Law(NamedTuple):
+  """The constants, all at least 0."""
+
+  a: float
+  b: float
+  c: float
+  d: float
+  e: float
+  f: float
+  g: float
+
+  def __call__(self, sparsity, nonzeros, data) -> np.ndarray:
+    """The loss; of numbers or arrays."""
+    of_size = self.a * (1 - np.asarray(sparsity))**self.b + self.c
+    return (of_size * np.asarray(nonzeros, float)**-self.d
+            + self.e * np.asarray(data, float)**-self.f + self.g)
+
+
+def fit(sparsity: Sequence[float], nonzeros: Sequence[float],
+        data: Sequence[float], loss: Sequence[float], *, starts: int = 25,
+        delta: float = 1e-3, seed: int = 0) -> tuple[Law, float]:
+  """The law of least error, and that error.
+
+  Args:
+    sparsity: of the sparse weights, in [0, 1).
+    nonzeros, data, loss: above 0, of as many runs.
+    starts: how many random starts; the best end counts.
+    delta: residuals of the logarithm above it count linearly.
+    seed: of the starts.
+
+  Returns:
+    The law, and the mean of Huber's loss.
+
+  Raises:
+    ValueError: if there are fewer runs than constants, or a number is out of
+      range.
+  """
+  from scipy import optimize
+  runs = np.stack([np.asarray(column, float) for column in (
+      sparsity, nonzeros, data, loss)])
+  if runs.shape[1] < len(Law._fields):
+    raise ValueError(f'`runs` (={runs.shape[1]}) must be at least as many as '
+                     f'the constants, {len(Law._fields)}.')
+  if not np.all(np.isfinite(runs)) or np.any(runs[1:] <= 0) or np.any(
+      (runs[0] < 0) | (runs[0] >= 1)):
+    raise ValueError('`runs` must have sparsities in [0, 1) and numbers above '
+                     '0.')
+  logs = np.log(np.stack([1 - runs[0], *runs[1:]]))
+  centre = np.array([0., *logs[1:].mean(1)])
+  centred = logs - centre[:, None]
+  rng, best = np.random.default_rng(seed), None
+  for _ in range(starts):
+    end = np.concatenate([rng.normal(-1., 1.5, 4), rng.uniform(.05, 1., 3)])
+    for wide in (1., delta):  # The first sees far.
+      found = optimize.minimize(
+          _error, end, (centred, wide), jac=True, method='L-BFGS-B',
+          bounds=_BOUNDS, options={'maxiter': 5000})
+      end = found.x
+    if best is None or found.fun < best.fun:
+      best = found
+  (a, c, e, g), (b, d, f) = best.x[:4], best.x[4:]
+  _, size, amount, level = centre
+  scales = np.exp([a + level + d * size, c + level + d * size,
+                   e + level + f * amount, g + level])
+  a, c, e, g = map(float, scales)
+  return Law(a, float(b), c, float(d), e, float(f), g), float(
+      best.fun * delta**2)
+
+
+def _error(values, logs, delta):
+  """Huber's loss over delta**2, and its gradient.
+
+  Args:
+    values: log a, log c, log e, log g, b, d, f.
+    logs: of density, nonzeros, data and loss.
+    delta: where it turns linear.
+  """
+  density, size, amount, target = logs
+  a, c, e, g, b, d, f = values
+  parts = np.stack([a + b * density - d * size, c - d * size, e - f * amount,
+                    np.full_like(target, g)])
+  total = np.logaddexp.reduce(parts)
+  residual = total - target
+  wide = np.abs(residual) > delta
+  value = np.where(wide, delta * np.abs(residual) - delta**2 / 2,
+                   residual**2 / 2)
+  slope = np.clip(residual, -delta, delta) / residual.size
+  shares = np.exp(parts - total) * slope
+  gradient = np.array([
+      *shares.sum(1), (shares[0] * density).sum(),
+      -((shares[0] + shares[1]) * size).sum(), -(shares[2] * amount).sum()])
+  return value.mean() / delta**2, gradient / delta**2
+
+
+def read(path: str) -> list[dict[str, float]]:
+  """Rows with COLUMNS, of a CSV file or of every run below a folder.
+
+  Raises:
+    ValueError: naming the file and what it lacks.
+  """
+  if os.path.isdir(path):
+    folders = sorted(glob.glob(os.path.join(path, '**', results.NAME),
+                               recursive=True))
+    rows = [_of_run(os.path.dirname(name)) for name in folders]
+  else:
+    with files.naming(path), open(path, newline='', encoding='utf8') as file:
+      rows = list(csv.DictReader(file))
+  for row in rows:
+    lacking = [name for name in COLUMNS if not row.get(name)
+               and row.get(name) != 0]
+    if lacking:
+      raise ValueError(f'{path} has a run without {", ".join(lacking)}.')
+  if not rows:
+    raise ValueError(f'`runs` (={path!r}) has no runs.')
+  return [{name: float(row[name]) for name in COLUMNS} for row in rows]
+
+
+def _of_run(folder) -> dict[str, float]:
+  """A finished run: nonzeros and sparsity of its sparse leaves and others."""
+  result = results.read(folder)
+  *layers, _ = result['layers']
+  kept = sum(row['entries'] * (row['forward_density'] if row['sparse'] else 1.)
+             for row in layers)
+  seen = result['steps'] * result['flags']['batch_size'] * (
+      result['flags'].get('segment_length') or 1)
+  return {'sparsity': result['sparsity'], 'nonzeros': kept, 'data': seen,
+          'loss': result['test_loss']}
+
+
+def write(rows: Sequence[dict[str, float]], law: Law, error: float,
+          workdir: str) -> str:
+  """The tables and the picture; returns the table of constants."""
+  os.makedirs(workdir, exist_ok=True)
+  table = reporting.markdown_table(
+      [law._asdict() | {'huber': error, 'runs': len(rows)}],
+      formats={name: '.4g' for name in (*Law._fields, 'huber')})
+  shown = [row | {'fit': float(law(row['sparsity'], row['nonzeros'],
+                                   row['data']))}
+           for row in sorted(rows, key=lambda row: tuple(row.values()))]
+  text = io.StringIO()
+  writer = csv.DictWriter(text, shown[0], lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(shown)
+  files.write_text(os.path.join(workdir, 'runs.csv'), text.getvalue())
+  files.write_text(os.path.join(workdir, 'table.md'), table)
+  plots.lines(
+      [{'row': f'{row["sparsity"]:.1%}', 'x': row['fit'], 'ours': row['loss']}
+       for row in shown] + [
+           {'row': 'the law', 'x': end, 'ours': end} for end in (
+               min(row['fit'] for row in shown),
+               max(row['fit'] for row in shown))],
+      os.path.join(workdir, 'fit.png'), 'Loss of each run, and by the law',
+      xlabel='loss by the law', ylabel='measured loss', published=False)
+  return table
+
+
+def main(argv):
+  del argv
+  try:
+    rows = read(_RUNS.value)
+    law, error = fit(*([row[name] for row in rows] for name in COLUMNS),
+                     starts=_STARTS.value, delta=_DELTA.value,
+                     seed=_SEED.value)
+  except (OSError, ValueError) as problem:
+    programs.stop(str(problem))
+  print(write(rows, law, error, _WORKDIR.value), end='')
+
+
+if __name__ == '__main__':
+  programs.run(main)
