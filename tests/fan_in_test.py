@@ -184,8 +184,8 @@ class ExportTest(parameterized.TestCase):
   def test_smaller_net_computes_the_same(self):
     params, masks = _trained()
     small, kept = sparse_jax.drop_outputs(
-        params, masks, {'first/kernel': 'second/kernel',
-                        'second/kernel': 'head/kernel'},
+        params, masks, chain={'first/kernel': 'second/kernel',
+                              'second/kernel': 'head/kernel'},
         activation=jax.nn.gelu)
     for name, outputs in (('first', 16), ('second', 12)):
       self.assertLess(len(kept[f'{name}/kernel']), outputs)
@@ -235,7 +235,8 @@ class ExportTest(parameterized.TestCase):
   def test_a_chain_that_does_not_fit_is_named(self, chain, message):
     params, masks = _trained()
     with self.assertRaisesRegex(ValueError, f'`chain` .*{message}'):
-      sparse_jax.drop_outputs(params, masks, chain, activation=jax.nn.relu)
+      sparse_jax.drop_outputs(params, masks, chain=chain,
+                              activation=jax.nn.relu)
 
   def test_constants_without_a_bias_to_take_them_are_an_error(self):
     params, masks = _trained()
@@ -243,10 +244,11 @@ class ExportTest(parameterized.TestCase):
     masks = masks | {'second': {'kernel': masks['second']['kernel']}}
     chain = {'first/kernel': 'second/kernel'}
     with self.assertRaisesRegex(ValueError, 'no bias'):
-      sparse_jax.drop_outputs(params, masks, chain, activation=jax.nn.sigmoid)
+      sparse_jax.drop_outputs(params, masks, chain=chain,
+                              activation=jax.nn.sigmoid)
     silent = sparse_jax.drop_outputs(
         {**params, 'first': {'kernel': params['first']['kernel']}},
-        {**masks, 'first': {'kernel': masks['first']['kernel']}}, chain,
+        {**masks, 'first': {'kernel': masks['first']['kernel']}}, chain=chain,
         activation=jax.nn.relu)[0]
     self.assertLess(silent['first']['kernel'].shape[1], 16)
 

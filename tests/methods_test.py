@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from absl.testing import absltest
 from absl.testing import parameterized
+from flax import core
 from flax import linen as nn
 from flax import nnx
 import jax
@@ -78,10 +79,9 @@ METHODS = {
         sparse_jax.mest, sparsity=.75, update_every=2, mutation=(.1, .05),
         variant='ems'),
     'spartan': functools.partial(sparse_jax.spartan, sparsity=.75,
-                                 prune_end=3, update_end=5),
-    'spartan_layer': functools.partial(
-        sparse_jax.spartan, sparsity=.75, prune_end=3, update_end=5,
-        scope='layer'),
+                                 prune_end=3, update_end=5, scope='layer'),
+    'spartan_global': functools.partial(
+        sparse_jax.spartan, sparsity=.75, prune_end=3, update_end=5),
     'powerprop': functools.partial(
         sparse_jax.powerprop, method=sparse_jax.top_kast(
             .75, backward_sparsity=.5, update_every=2)),
@@ -107,12 +107,12 @@ RANDOM_REFRESH = ('set_', 'top_kast_random', 'set_original', 'dsr', 'mest',
 LEARNED = ('str_', 'dst', 'cs', 'cs_rounds')
 # What the forward pass sees is another function of the stored weight.
 REPARAMETRIZED = (*LEARNED, 'powerprop', 'powerprop_rigl', 'spartan',
-                  'spartan_layer')
+                  'spartan_global')
 # One budget for all leaves, whose shares move or are not by allocation.
 SHARED = ('snip_global', 'gmp_global', 'ac_dc_global', 'snfs', 'dsr',
           'swat_momentum')
 # Their counts follow a law of their own: see the tests of each.
-OWN_COUNTS = ('srigl', 'granet', 'mest_soft', 'spartan', 'spartan_layer')
+OWN_COUNTS = ('srigl', 'granet', 'mest_soft', 'spartan', 'spartan_global')
 # The gradient at which they rank is that of the weights before the update.
 AT_INIT = ('snip', 'snip_global', 'grasp')
 # Every optimizer slot starts anew now and then, dense leaves included.
@@ -129,7 +129,7 @@ DENSE_KEYWORDS = {
     'snip_global': {}, 'grasp': {}, 'set_original': {}, 'itop': {},
     'snfs': {}, 'dsr': {}, 'ac_dc': dict(reset_slots=False), 'swat': {},
     'srigl': {}, 'granet': dict(initial_sparsity=0.), 'mest': {},
-    'mest_soft': {}, 'spartan': {}, 'spartan_layer': {},
+    'mest_soft': {}, 'spartan': {}, 'spartan_global': {},
     'top_kast': dict(backward_sparsity=0., penalty_weight=0.),
     'top_kast_random': dict(backward_sparsity=0., penalty_weight=0.),
 }
@@ -174,7 +174,7 @@ ARGUMENTS = {
     'masked_update': (False, True, {}),
     'freeze_at': (None, 3, {}),
     'gamma': (.8, 0., {}),
-    'never_ablate': ('head', 'conv', {}),
+    'never_ablate': ('head', 'kernel', {}),
     'prune_end': (3, 5, {}),
     'initial_sparsity': (.5, .25, {}),
     'variant': ('em', 'ems', {}),
@@ -182,7 +182,8 @@ ARGUMENTS = {
     'mutation_ends': (None, (3,), {}),
     'gradient_weight': (0., 2., {}),
     'beta': ((1., 20.), (1., 60.), {}),
-    'costs': (None, {'conv': 4.}, {}),
+    'costs': (None, core.FrozenDict({'conv': 4.}),
+              dict(scope='global')),
 }
 # The same for one method, where those above do not show it.
 OWN_ARGUMENTS = {
@@ -196,6 +197,9 @@ OWN_ARGUMENTS = {
     ('granet', 'update_begin'): (0, 3, {}),
     ('spartan', 'update_end'): (5, 4, {}),
     ('srigl', 'contracting'): (None, (0,), {}),
+    # So few inputs an output that uniform and ERK round alike.
+    ('srigl', 'allocation'): (sparse_jax.uniform, core.FrozenDict(
+        {'conv': .25, 'dense': .75}), {}),
     ('ste', 'structure'): (sparse_jax.NM(1, 4), sparse_jax.NM(2, 4), {}),
     ('sr_ste', 'structure'): (sparse_jax.NM(1, 4), sparse_jax.NM(2, 4), {}),
     ('ste', 'contracting'): (None, (0,), {}),
@@ -621,7 +625,7 @@ class KeyTest(parameterized.TestCase):
     refresh = jax.jit(functools.partial(method.refresh, grad_fn=itself),
                       compiler_options=QUICK)
     if name in ('gmp_cubic', 'cs', 'cs_rounds', 'granet', 'spartan',
-                'spartan_layer') or 'ac_dc' in name:
+                'spartan_global') or 'ac_dc' in name:
       states = states[:3]  # What they do depends on the step.
     seen = [refresh(params, params, each)[1] for each in states]
     same = [np.array_equal(seen[0].marks['w'], each.marks['w'])

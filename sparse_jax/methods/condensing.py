@@ -96,8 +96,8 @@ def condensed_matmul(x: jax.Array, weight: Condensed) -> jax.Array:
   return jnp.zeros(shape, active.dtype).at[..., weight.outputs].set(active)
 
 
-def drop_outputs(params: trees.PyTree, masks: trees.PyTree,
-                 chain: Mapping[trees.Path, trees.Path], *,
+def drop_outputs(params: trees.PyTree, masks: trees.PyTree, *,
+                 chain: Mapping[trees.Path, trees.Path],
                  activation: Callable[[jax.Array], jax.Array]
                  ) -> tuple[trees.PyTree, dict[trees.Path, np.ndarray]]:
   """A smaller dense net: outputs without inputs leave the arrays.
@@ -138,8 +138,9 @@ def drop_outputs(params: trees.PyTree, masks: trees.PyTree,
     ...           'b': {'kernel': jnp.ones((3, 2)), 'bias': jnp.zeros(2)}}
     >>> masks = {'a': {'kernel': params['a']['kernel'] != 0, 'bias': None},
     ...          'b': {'kernel': None, 'bias': None}}
-    >>> small, kept = drop_outputs(params, masks, {'a/kernel': 'b/kernel'},
-    ...                            activation=jax.nn.relu)
+    >>> small, kept = drop_outputs(
+    ...     params, masks, chain={'a/kernel': 'b/kernel'},
+    ...     activation=jax.nn.relu)
     >>> small['a']['kernel'].shape, kept['a/kernel'].tolist()
     ((2, 2), [0, 2])
     >>> small['b']['bias'].tolist()

@@ -20,7 +20,6 @@ from sparse_jax.masks.structures import Unstructured
 from sparse_jax.rules import budgets
 from sparse_jax.rules import leaves as leaves_lib
 from sparse_jax.rules import state as state_lib
-from sparse_jax.rules import updates as updates_lib
 from sparse_jax.rules.make_method import assemble
 from sparse_jax.rules.state import SparseMethod
 
