@@ -32,6 +32,7 @@ METHODS = {
     'gmp': sparse_jax.gmp,
     'ac_dc': sparse_jax.ac_dc,
     'dnw': sparse_jax.dnw,
+    'iht': sparse_jax.iht,
     'swat': sparse_jax.swat,
     'top_kast': sparse_jax.top_kast,
     'ste': sparse_jax.ste,
@@ -55,8 +56,8 @@ WINDOWS = {'rigl': (0., .75), 'set': (0., .75), 'snfs': (0., .75),
            'dsr': (0., .75), 'itop': (0., 1.), 'gmp': (.3, .78),
            'ac_dc': (.1, .85), 'srigl': (0., .75), 'mest': (0., .75),
            'granet': (0., 1.), 'spartan': (0., .8)}
-# When the sparsity is final, likewise: epoch 30 of 100, a fifth of the run.
-PRUNE_ENDS = {'granet': .3, 'spartan': .2}
+# When the sparsity is final, likewise: epoch 30 of 100, a fifth, a half.
+PRUNE_ENDS = {'granet': .3, 'spartan': .2, 'iht': .5}
 # Refreshes a run, where they are rare by design: AC/DC's phases are 5 of 100
 # epochs, ITOP's 4000 of 78000 steps.
 REFRESHES = {'ac_dc': 20, 'itop': 20}
@@ -69,8 +70,8 @@ ARGUMENTS = {name: name for name in (
     'score', 'skip_step', 'final_dense', 'reset_slots', 'least_kept',
     'temperature', 'rounds', 'round_steps', 'rewind_to', 'activation_sparsity',
     'masked_update', 'freeze_at', 'update_every', 'update_begin', 'update_end',
-    'allocation', 'structure', 'gamma', 'never_ablate', 'prune_end',
-    'initial_sparsity', 'variant', 'gradient_weight')}
+    'allocation', 'structure', 'gamma', 'never_ablate',
+    'prune_begin', 'prune_end', 'initial_sparsity', 'variant', 'gradient_weight')}
 ARGUMENTS |= {'dense_layers': 'is_sparse', 'growth_momentum': 'momentum',
               'drop_threshold': 'threshold', 'hidden_decay': 'decay',
               'initial_gate': 'initial', 'mutation': 'mutation',
@@ -111,9 +112,11 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
                       'Default: the usual names of last layers.')
   flags.DEFINE_float('initial_sparsity', None, 'granet: sparsity at the start, '
                      'in [0, sparsity].')
-  flags.DEFINE_integer('prune_end', None, 'granet, spartan: the step from '
-                       'which on the sparsity is final. Default: 30% and 20% '
-                       'of the run.')
+  flags.DEFINE_integer('prune_end', None, 'granet, spartan, iht: the step '
+                       'from which on the sparsity is final. Default: 30%, '
+                       '20%, 50% of the run.')
+  flags.DEFINE_integer('prune_begin', None, 'iht: the step at which the '
+                       'sparsity begins to rise. Default: 0.')
   flags.DEFINE_enum('variant', None, ['em', 'ems'], 'mest: prune, then grow '
                     'to the sparsity; or the soft memory bound, which has '
                     'more weights until the next refresh.')
@@ -325,7 +328,8 @@ def _arguments(values, name, known, train_steps, rules, also_sparse
   for flag in NUMBERS:
     if ARGUMENTS[flag] in chosen:
       chosen[ARGUMENTS[flag]] = _numbers(flag, values)
-  if name in PRUNE_ENDS:
+  if name in PRUNE_ENDS and not isinstance(chosen.get('structure'),
+                                           sparse_jax.NM):
     chosen.setdefault('prune_end',
                       max(round(PRUNE_ENDS[name] * train_steps), 1))
   if 'update_every' in known:

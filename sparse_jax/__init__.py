@@ -61,6 +61,7 @@ from sparse_jax.methods.straight_through import dnw
 from sparse_jax.methods.straight_through import sr_ste
 from sparse_jax.methods.straight_through import ste
 from sparse_jax.methods.swat import swat
+from sparse_jax.methods.thresholding import iht
 from sparse_jax.methods.top_kast import top_kast
 from sparse_jax.rules.group import group
 from sparse_jax.rules.losses import exploration_loss
@@ -80,12 +81,12 @@ __all__ = [
     'condense', 'condensed_matmul', 'contracting_axes', 'cost', 'cs', 'dense',
     'dense_weights', 'describe', 'dnw', 'drop_outputs', 'dsr', 'dst',
     'effective_sparsity', 'erdos_renyi', 'erk', 'exploration_loss', 'FanIn',
-    'Filter', 'fixed', 'get_state', 'gmp', 'granet', 'grasp', 'group', 'itop',
-    'jaxprs', 'keep_count', 'linen_getter', 'make_mask', 'masked_weight',
-    'masks', 'mest', 'NM', 'nnx_getter', 'nnx_start', 'one_shot', 'operators',
-    'packed', 'powerprop', 'rigl', 'rules', 'schedules', 'scores', 'set_',
-    'snfs', 'snip', 'SparseMethod', 'SparseState', 'sparsify', 'spartan',
-    'sr_ste', 'srigl', 'start', 'static', 'ste', 'str_', 'summarize', 'Summary',
-    'swat', 'top_k_mask', 'top_kast', 'transforms', 'uniform', 'uniform_plus',
-    'Unstructured', 'with_method',
+    'Filter', 'fixed', 'get_state', 'gmp', 'granet', 'grasp', 'group', 'iht',
+    'itop', 'jaxprs', 'keep_count', 'linen_getter', 'make_mask',
+    'masked_weight', 'masks', 'mest', 'NM', 'nnx_getter', 'nnx_start',
+    'one_shot', 'operators', 'packed', 'powerprop', 'rigl', 'rules',
+    'schedules', 'scores', 'set_', 'snfs', 'snip', 'SparseMethod',
+    'SparseState', 'sparsify', 'spartan', 'sr_ste', 'srigl', 'start', 'static',
+    'ste', 'str_', 'summarize', 'Summary', 'swat', 'top_k_mask', 'top_kast',
+    'transforms', 'uniform', 'uniform_plus', 'Unstructured', 'with_method',
 ]

@@ -37,6 +37,7 @@ METHODS = {
     'snfs': lambda **kw: sparse_jax.snfs(**{'sparsity': .5} | kw),
     'dsr': lambda **kw: sparse_jax.dsr(**{'sparsity': .5} | kw),
     'srigl': lambda **kw: sparse_jax.srigl(**{'sparsity': .5} | kw),
+    'iht': lambda **kw: sparse_jax.iht(**{'sparsity': .5} | kw),
     'mest': lambda **kw: sparse_jax.mest(**{'sparsity': .5} | kw),
     'granet': lambda **kw: sparse_jax.granet(
         **{'sparsity': .5, 'prune_end': 9, 'initial_sparsity': .25,

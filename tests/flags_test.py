@@ -83,7 +83,7 @@ def _settings(method, structure):
     found['scope'] = 'layer'
   if method in ('itop', 'granet'):
     found['allocation'] = 'uniform'
-  if method == 'granet':
+  if method == 'granet' or method == 'iht' and structure != 'nm':
     found['prune_end'] = 2
   if method == 'spartan':
     found |= {'update_end': 3, 'prune_end': 2}
@@ -289,6 +289,7 @@ class EffectTest(parameterized.TestCase):
       ('never_ablate', None, 'stem', {'method': 'srigl'}),
       ('initial_sparsity', None, .25, {'method': 'granet'}),
       ('prune_end', None, 9, {'method': 'granet'}),
+      ('prune_begin', 0, 9, {'method': 'iht'}),
       ('variant', 'em', 'ems', {'method': 'mest'}),
       ('mutation', None, ['0.1', '0'], {'method': 'mest'}),
       ('gradient_weight', 0., 1., {'method': 'mest'}),

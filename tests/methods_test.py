@@ -82,6 +82,9 @@ METHODS = {
                                  prune_end=3, update_end=5, scope='layer'),
     'spartan_global': functools.partial(
         sparse_jax.spartan, sparsity=.75, prune_end=3, update_end=5),
+    'iht': functools.partial(sparse_jax.iht, sparsity=.75),
+    'iht_rising': functools.partial(sparse_jax.iht, sparsity=.75,
+                                    prune_begin=1, prune_end=4),
     'powerprop': functools.partial(
         sparse_jax.powerprop, method=sparse_jax.top_kast(
             .75, backward_sparsity=.5, update_every=2)),
@@ -96,7 +99,7 @@ VARIANTS = tuple(name for name, row in METHODS.items()
 ZEROS = ('static', 'set_', 'rigl', 'rigl_skip_step', 'snip', 'snip_global',
          'grasp', 'set_original', 'itop', 'snfs', 'dsr', 'ac_dc',
          'ac_dc_global', 'powerprop_rigl', 'srigl', 'granet', 'mest',
-         'mest_soft')
+         'mest_soft', 'iht', 'iht_rising')
 # Masks that depend on the key: from the first on, and at each refresh.
 RANDOM_START = ('static', 'set_', 'rigl', 'rigl_skip_step', 'top_kast_random',
                 'set_original', 'itop', 'snfs', 'dsr', 'powerprop_rigl',
@@ -112,7 +115,8 @@ REPARAMETRIZED = (*LEARNED, 'powerprop', 'powerprop_rigl', 'spartan',
 SHARED = ('snip_global', 'gmp_global', 'ac_dc_global', 'snfs', 'dsr',
           'swat_momentum')
 # Their counts follow a law of their own: see the tests of each.
-OWN_COUNTS = ('srigl', 'granet', 'mest_soft', 'spartan', 'spartan_global')
+OWN_COUNTS = ('srigl', 'granet', 'mest_soft', 'spartan', 'spartan_global',
+              'iht_rising')
 # The gradient at which they rank is that of the weights before the update.
 AT_INIT = ('snip', 'snip_global', 'grasp')
 # Every optimizer slot starts anew now and then, dense leaves included.
@@ -129,7 +133,7 @@ DENSE_KEYWORDS = {
     'snip_global': {}, 'grasp': {}, 'set_original': {}, 'itop': {},
     'snfs': {}, 'dsr': {}, 'ac_dc': dict(reset_slots=False), 'swat': {},
     'srigl': {}, 'granet': dict(initial_sparsity=0.), 'mest': {},
-    'mest_soft': {}, 'spartan': {}, 'spartan_global': {},
+    'mest_soft': {}, 'spartan': {}, 'spartan_global': {}, 'iht': {},
     'top_kast': dict(backward_sparsity=0., penalty_weight=0.),
     'top_kast_random': dict(backward_sparsity=0., penalty_weight=0.),
 }
@@ -175,6 +179,7 @@ ARGUMENTS = {
     'freeze_at': (None, 3, {}),
     'gamma': (.8, 0., {}),
     'never_ablate': ('head', 'kernel', {}),
+    'prune_begin': (0, 3, dict(prune_end=5)),
     'prune_end': (3, 5, {}),
     'initial_sparsity': (.5, .25, {}),
     'variant': ('em', 'ems', {}),
@@ -196,6 +201,7 @@ OWN_ARGUMENTS = {
         schedule=sparse_jax.schedules.cubic_sparsity(.75, end=6))),
     ('granet', 'update_begin'): (0, 3, {}),
     ('spartan', 'update_end'): (5, 4, {}),
+    ('iht', 'prune_end'): (None, 5, {}),
     ('srigl', 'contracting'): (None, (0,), {}),
     # So few inputs an output that uniform and ERK round alike.
     ('srigl', 'allocation'): (sparse_jax.uniform, core.FrozenDict(
@@ -381,7 +387,7 @@ def expected_counts(name, allocation, step):
   forward = {path: sparse_jax.keep_count(
       int(np.prod(shape)), shares[path] * (sparsity / .75))
              for path, shape in shapes.items()}
-  if name in ('dnw', 'ste', 'sr_ste', 'swat'):
+  if name in ('dnw', 'ste', 'sr_ste', 'swat', 'iht'):
     return {path: (n, int(np.prod(shapes[path])))
             for path, n in forward.items()}
   if 'top_kast' not in name and name != 'powerprop':
@@ -625,7 +631,7 @@ class KeyTest(parameterized.TestCase):
     refresh = jax.jit(functools.partial(method.refresh, grad_fn=itself),
                       compiler_options=QUICK)
     if name in ('gmp_cubic', 'cs', 'cs_rounds', 'granet', 'spartan',
-                'spartan_global') or 'ac_dc' in name:
+                'spartan_global', 'iht_rising') or 'ac_dc' in name:
       states = states[:3]  # What they do depends on the step.
     seen = [refresh(params, params, each)[1] for each in states]
     same = [np.array_equal(seen[0].marks['w'], each.marks['w'])
@@ -1090,7 +1096,7 @@ class ModelTest(parameterized.TestCase):
     if name in LEARNED:
       return
     widest = {'dnw': 0., 'top_kast': .25, 'ste': 0., 'sr_ste': 0.,
-              'swat': 0., 'powerprop': .25}
+              'swat': 0., 'iht': 0., 'powerprop': .25}
     for path, forward in masks.items():
       if name in ZEROS:
         self.assertFalse(np.any(np.asarray(weights[path])[~forward]))

@@ -12,6 +12,7 @@ from sparse_jax import checks
 from sparse_jax import trees
 from sparse_jax.masks import backward
 from sparse_jax.masks import marks as marks_lib
+from sparse_jax.masks import placing
 from sparse_jax.masks import selection
 from sparse_jax.masks import soft_topk
 from sparse_jax.masks import topk
@@ -159,19 +160,25 @@ def spartan(sparsity: float, *, update_end: int, prune_end: int | None = None,
     trained = {path: marks_lib.backward_mask(own)
                for path, own in marks.items()}
     own = {path: weights[path] for path in leaves}
-    factors = lax.cond(
-        state.step < update_end,
-        lambda own: soft(leaves, own, inside, state.step),
-        lambda own: {path: jnp.ones(leaf.layout.group_shape)
-                     for path, leaf in leaves.items()}, own)
+
+    def entries(own, inside, step):
+      """{path: m at each entry}, 1 once the masks stand still."""
+      factors = lax.cond(
+          step < update_end, lambda own: soft(leaves, own, inside, step),
+          lambda own: {path: jnp.ones(leaf.layout.group_shape)
+                       for path, leaf in leaves.items()}, own)
+      return {path: leaf.layout.spread(factors[path])
+              for path, leaf in leaves.items()}
+
+    factors = placing.automatic(entries, own, own, inside, state.step)
 
     def visit(path, weight):
       if path not in leaves:
         return weight
       spread = leaves[path].layout.spread
-      scaled = _times(weight, spread(factors[path]))
-      return backward.masked_weight(scaled, spread(inside[path]),
-                                    spread(trained[path]))
+      return backward.masked_weight(
+          _times(weight, factors[path]), spread(inside[path]),
+          spread(trained[path]))
 
     return trees.map_leaves(visit, params)
 
