@@ -70,8 +70,8 @@ ARGUMENTS = {name: name for name in (
     'score', 'skip_step', 'final_dense', 'reset_slots', 'least_kept',
     'temperature', 'rounds', 'round_steps', 'rewind_to', 'activation_sparsity',
     'masked_update', 'freeze_at', 'update_every', 'update_begin', 'update_end',
-    'allocation', 'structure', 'gamma', 'never_ablate',
-    'prune_begin', 'prune_end', 'initial_sparsity', 'variant', 'gradient_weight')}
+    'allocation', 'structure', 'gamma', 'never_ablate', 'prune_begin',
+    'prune_end', 'initial_sparsity', 'variant', 'gradient_weight')}
 ARGUMENTS |= {'dense_layers': 'is_sparse', 'growth_momentum': 'momentum',
               'drop_threshold': 'threshold', 'hidden_decay': 'decay',
               'initial_gate': 'initial', 'mutation': 'mutation',

@@ -158,7 +158,7 @@ class RelativeAttention(nn.Module):
     num_heads: heads, which divide the width of the model.
     attention_dropout: rate of the dropout of attention weights, in [0, 1).
     dtype: type of the computation; the softmax is in float32.
-    activation_sparsity: of queries, keys, values and results; see TransformerXL.
+    activation_sparsity: of queries, keys, values, results; see TransformerXL.
   """
 
   num_heads: int
