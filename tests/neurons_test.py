@@ -1,6 +1,7 @@
 """The picture of one unit: what it reads and writes, by hand."""
 
 import os
+import tempfile
 
 from absl.testing import absltest
 import numpy as np
@@ -48,7 +49,8 @@ class LookTest(absltest.TestCase):
       neurons.look(weights, names, 0, 0, 2)
 
   def test_picture_is_written(self):
-    path = os.path.join(self.create_tempdir().full_path, 'neuron.png')
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    path = os.path.join(folder, 'neuron.png')
     plots.neuron(neurons.look(_weights(), {0: 'a', 1: '$'}, 0, 1, 2), path)
     self.assertGreater(os.path.getsize(path), 1000)
 

@@ -36,6 +36,10 @@ flags.DEFINE_integer('neuron', None, 'Its number. Default: the one that '
 flags.DEFINE_integer('tokens', 8, 'How many of each kind are shown.')
 
 
+# Tokens that make up less of the text have hardly been trained.
+_RARE = 1e-4
+
+
 class Neuron(NamedTuple):
   """One hidden unit: (name, weight) pairs, the largest first."""
 
@@ -117,8 +121,9 @@ def main(argv):
   weights = sparse_jax.dense_weights(run.task.method, state.params,
                                      state.opt_state)
   text = train.load(values, 'train')
+  tokens, counts = np.unique(text.tokens, return_counts=True)
   names = {int(token): repr(text.vocabulary.decode([int(token)]))[1:-1]
-           for token in np.unique(text.tokens)}
+           for token in tokens[counts >= _RARE * counts.sum()]}
   neuron = look(weights, names, given.layer, given.neuron, given.tokens)
   plots.neuron(neuron, os.path.join(
       folder, f'neuron_{neuron.layer}_{neuron.number}.png'))
