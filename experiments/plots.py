@@ -134,6 +134,28 @@ def lines(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
   _save(path, (6.8, max(4.2, .7 + .22 * len(names))), draw)
 
 
+def neuron(unit, path: str | os.PathLike) -> None:
+  """Draws what a hidden unit reads and writes: three lists of bars.
+
+  Args:
+    unit: a Neuron of experiments.language.neurons.
+    path: the PNG file.
+  """
+  lists = (('channels read', unit.channels[:16]), ('tokens read', unit.reads),
+           ('tokens written', unit.writes))
+
+  def draw(figure):
+    figure.suptitle(f'layer {unit.layer}, unit {unit.number}: '
+                    f'{len(unit.channels)} weights in')
+    for axes, (title, pairs) in zip(figure.subplots(1, 3), lists):
+      places = range(len(pairs))
+      axes.barh(places, [value for _, value in pairs], color=_COLOURS[0])
+      axes.set_yticks(places, [name.replace('$', r'\$') for name, _ in pairs])
+      axes.invert_yaxis()
+      axes.set_title(title)
+  _save(path, (7.5, 3.2), draw)
+
+
 def series(rows: Sequence[Mapping[str, Any]], x: str, y: str
            ) -> list[tuple[float, float, float]]:
   """(place, value, deviation) of the rows that have them, from left to right.

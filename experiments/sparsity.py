@@ -28,9 +28,14 @@ METHODS = {
     'itop': sparse_jax.itop,
     'snfs': sparse_jax.snfs,
     'dsr': sparse_jax.dsr,
+    'srigl': sparse_jax.srigl,
+    'mest': sparse_jax.mest,
+    'granet': sparse_jax.granet,
+    'spartan': sparse_jax.spartan,
     'gmp': sparse_jax.gmp,
     'ac_dc': sparse_jax.ac_dc,
     'dnw': sparse_jax.dnw,
+    'iht': sparse_jax.iht,
     'swat': sparse_jax.swat,
     'top_kast': sparse_jax.top_kast,
     'ste': sparse_jax.ste,
@@ -48,10 +53,14 @@ ALLOCATIONS = {
 }
 # First and last refresh as shares of the run, where a paper sets them: RigL's
 # 25k of 32k steps, pruning's 10k to 25k (and SET, SNFS, DSR as RigL runs
-# them), AC/DC's epochs 10 to 85 of 100; ITOP refreshes to the end.
+# them), AC/DC's epochs 10 to 85 of 100; ITOP and GraNet refresh to the end.
+# MEST's mutations end at epoch 120 of 160, Spartan's masks at four fifths.
 WINDOWS = {'rigl': (0., .75), 'set': (0., .75), 'snfs': (0., .75),
            'dsr': (0., .75), 'itop': (0., 1.), 'gmp': (.3, .78),
-           'ac_dc': (.1, .85)}
+           'ac_dc': (.1, .85), 'srigl': (0., .75), 'mest': (0., .75),
+           'granet': (0., 1.), 'spartan': (0., .8)}
+# When the sparsity is final, likewise: epoch 30 of 100, a fifth, a half.
+PRUNE_ENDS = {'granet': .3, 'spartan': .2, 'iht': .5}
 # Refreshes a run, where they are rare by design: AC/DC's phases are 5 of 100
 # epochs, ITOP's 4000 of 78000 steps.
 REFRESHES = {'ac_dc': 20, 'itop': 20}
@@ -65,10 +74,14 @@ ARGUMENTS = {name: name for name in (
     'final_dense', 'reset_slots', 'least_kept', 'temperature', 'rounds',
     'round_steps', 'rewind', 'rewind_to', 'activation_sparsity',
     'masked_update', 'freeze_at', 'update_every', 'update_begin', 'update_end',
-    'allocation', 'structure')}
+    'allocation', 'structure', 'gamma', 'never_ablate', 'prune_begin',
+    'prune_end', 'initial_sparsity', 'variant', 'gradient_weight')}
 ARGUMENTS |= {'dense_layers': 'is_sparse', 'growth_momentum': 'momentum',
               'drop_threshold': 'threshold', 'hidden_decay': 'decay',
-              'initial_gate': 'initial'}
+              'initial_gate': 'initial', 'mutation': 'mutation',
+              'soft_beta': 'beta'}
+# Lists of numbers.
+NUMBERS = ('mutation', 'soft_beta')
 # Flags of methods whose products have sparse operands.
 OPERATOR_FLAGS = ('activation_scope', 'gradient_scope', 'pack_activations',
                   'operand_period')
@@ -92,8 +105,9 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
                     'top_kast: how the set B outside A is chosen.')
   flags.DEFINE_integer('stop_exploration_at', None, 'top_kast: the step from '
                        'which on only the forward set gets a gradient.')
-  flags.DEFINE_float('drop_fraction', None, 'set, rigl, itop, snfs, dsr: share '
-                     'of the active weights replaced at a refresh, in [0, 1].')
+  flags.DEFINE_float('drop_fraction', None, 'set, rigl, itop, snfs, dsr, '
+                     'srigl, granet: share of the active weights replaced at a '
+                     'refresh, in [0, 1].')
   flags.DEFINE_enum('drop_schedule', None, ['cosine', 'learning_rate'],
                     'set, rigl, itop, snfs, dsr: how that share falls: along a '
                     'cosine to the last refresh, or with the learning rate. '
@@ -104,6 +118,28 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
   flags.DEFINE_enum('redistribution', None, [
       'momentum', 'magnitude', 'nonzeros', 'none'], 'snfs: by what dropped '
                     'weights are shared out among layers.')
+  flags.DEFINE_float('gamma', None, 'srigl: an output with fewer salient '
+                     'inputs than this share of the fan-in leaves, in [0, 1]; '
+                     '0: none leaves.')
+  flags.DEFINE_string('never_ablate', None, 'srigl: a regular expression; '
+                      'layers whose path has a match keep all outputs. '
+                      'Default: the usual names of last layers.')
+  flags.DEFINE_float('initial_sparsity', None, 'granet: sparsity at the start, '
+                     'in [0, sparsity].')
+  flags.DEFINE_integer('prune_end', None, 'granet, spartan, iht: the step '
+                       'from which on the sparsity is final. Default: 30%, '
+                       '20%, 50% of the run.')
+  flags.DEFINE_integer('prune_begin', None, 'iht: the step at which the '
+                       'sparsity begins to rise. Default: 0.')
+  flags.DEFINE_enum('variant', None, ['em', 'ems'], 'mest: prune, then grow '
+                    'to the sparsity; or the soft memory bound, which has '
+                    'more weights until the next refresh.')
+  flags.DEFINE_list('mutation', None, 'mest: shares of all weights that are '
+                    'replaced, in turn over the run. Default: 0.02,0.01,0.')
+  flags.DEFINE_float('gradient_weight', None, 'mest: weight of the gradient '
+                     'in what is kept.')
+  flags.DEFINE_list('soft_beta', None, 'spartan: hardness of the soft mask at '
+                    'the start and at the end. Default: 1,20.')
   flags.DEFINE_enum('drop_by', None, ['magnitude', 'sign'], 'set: one ranking, '
                     'or positive and negative weights apart, as originally.')
   flags.DEFINE_enum('growth', None, ['gradient', 'random'], 'itop: how '
@@ -112,7 +148,8 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
                      'average gradient, in [0, 1).')
   flags.DEFINE_float('drop_threshold', None, 'dsr: first threshold on |w|.')
   flags.DEFINE_enum('scope', None, ['layer', 'global'], 'snip, grasp, gmp, '
-                    'ac_dc: whether weights compete in their layer or in all.')
+                    'ac_dc, spartan: whether weights compete in their layer '
+                    'or in all.')
   flags.DEFINE_enum('score', None, sorted(SCORES), 'gmp: what is pruned last.')
   flags.DEFINE_enum('hidden', None, ['frozen', 'moving'], 'gmp: whether pruned '
                     'weights stand still, or coast and decay.')
@@ -166,14 +203,15 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
   flags.DEFINE_integer('update_begin', None, 'First step that may refresh. '
                        'Default: 0; gmp 30%, ac_dc 10% of the run.')
   flags.DEFINE_integer('update_end', None, 'Last step that may refresh. '
-                       'Default: the end; set, rigl, snfs, dsr 75%, gmp 78%, '
-                       'ac_dc 85% of the run. Negative: never ends.')
+                       'Default: the end; set, rigl, snfs, dsr, srigl, mest '
+                       '75%, gmp 78%, spartan 80%, ac_dc 85% of the run. '
+                       'Negative: never ends.')
   flags.DEFINE_enum('allocation', None, sorted(ALLOCATIONS), 'How the '
                     'sparsity is shared among layers. Default: uniform.')
   flags.DEFINE_float('erk_power_scale', None, '--allocation=erk: the power of '
                      'its densities; 0 is uniform. Default: 1, as published.')
   flags.DEFINE_enum('structure', None,
-                    ['element', 'block', 'nm', 'channel', 'filter'],
+                    ['element', 'block', 'nm', 'channel', 'filter', 'fan_in'],
                     'What is kept or dropped together. Default: element.')
   flags.DEFINE_list('block_shape', ['16', '16'], 'Rows and columns of a block '
                     'for --structure=block.')
@@ -327,6 +365,13 @@ def _arguments(values, name, known, train_steps, rules, also_sparse,
     chosen['structure'] = _structure(values)
   if 'score' in chosen:
     chosen['score'] = SCORES[chosen['score']]
+  for flag in NUMBERS:
+    if ARGUMENTS[flag] in chosen:
+      chosen[ARGUMENTS[flag]] = _numbers(flag, values)
+  if name in PRUNE_ENDS and not isinstance(chosen.get('structure'),
+                                           sparse_jax.NM):
+    chosen.setdefault('prune_end',
+                      max(round(PRUNE_ENDS[name] * train_steps), 1))
   if 'update_every' in known:
     often = min(max(train_steps // 300, 1), 100)
     rare = max(train_steps // REFRESHES.get(name, 1), 1)
@@ -361,6 +406,14 @@ def _allocation(values, layer_order):
   return uniform_plus
 
 
+def _numbers(flag, values) -> tuple[float, ...]:
+  try:
+    return tuple(float(number) for number in values[flag])
+  except ValueError:
+    raise ValueError(f'`{flag}` (={",".join(values[flag])!r}) must be numbers '
+                     'such as 0.5,0.25.') from None
+
+
 def _structure(values) -> sparse_jax.masks.structures.Structure:
   kind = values['structure']
   if kind == 'block':
@@ -369,7 +422,7 @@ def _structure(values) -> sparse_jax.masks.structures.Structure:
   if kind == 'nm':
     return _of_pair('nm', values, sparse_jax.NM)
   return {'element': sparse_jax.Unstructured, 'channel': sparse_jax.Channel,
-          'filter': sparse_jax.Filter}[kind]()
+          'filter': sparse_jax.Filter, 'fan_in': sparse_jax.FanIn}[kind]()
 
 
 def _of_pair(flag, values, make) -> sparse_jax.masks.structures.Structure:

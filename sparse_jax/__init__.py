@@ -37,12 +37,18 @@ from sparse_jax.masks.topk import top_k_mask
 from sparse_jax.methods.alternating import ac_dc
 from sparse_jax.methods.at_init import grasp
 from sparse_jax.methods.at_init import snip
+from sparse_jax.methods.condensing import condense
+from sparse_jax.methods.condensing import condensed_matmul
+from sparse_jax.methods.condensing import drop_outputs
+from sparse_jax.methods.fan_in import srigl
 from sparse_jax.methods.fixed import dense
 from sparse_jax.methods.fixed import fixed
 from sparse_jax.methods.fixed import static
+from sparse_jax.methods.granet import granet
 from sparse_jax.methods.learned import cs
 from sparse_jax.methods.learned import dst
 from sparse_jax.methods.learned import str_
+from sparse_jax.methods.mest import mest
 from sparse_jax.methods.one_shot import one_shot
 from sparse_jax.methods.powerprop import powerprop
 from sparse_jax.methods.pruning import gmp
@@ -51,10 +57,12 @@ from sparse_jax.methods.redistribution import snfs
 from sparse_jax.methods.rewiring import itop
 from sparse_jax.methods.rewiring import rigl
 from sparse_jax.methods.rewiring import set_
+from sparse_jax.methods.spartan import spartan
 from sparse_jax.methods.straight_through import dnw
 from sparse_jax.methods.straight_through import sr_ste
 from sparse_jax.methods.straight_through import ste
 from sparse_jax.methods.swat import swat
+from sparse_jax.methods.thresholding import iht
 from sparse_jax.methods.top_kast import top_kast
 from sparse_jax.rules.group import group
 from sparse_jax.rules.losses import exploration_loss
@@ -71,14 +79,15 @@ __version__ = '0.2.0'
 
 __all__ = [
     'ac_dc', 'aged_adam', 'aged_adamw', 'Block', 'blocks', 'Channel',
-    'contracting_axes', 'cost', 'cs', 'dense', 'dense_weights', 'describe',
-    'dnw', 'dsr', 'dst', 'effective_sparsity', 'erdos_renyi', 'erk',
-    'exploration_loss', 'FanIn', 'Filter', 'fixed', 'get_state', 'gmp',
-    'grasp', 'group', 'itop', 'jaxprs', 'keep_count', 'linen_getter',
-    'make_mask', 'masked_weight', 'masks', 'NM', 'nnx_getter', 'nnx_start',
-    'one_shot', 'operators', 'packed', 'powerprop', 'rigl', 'rules',
-    'scaling', 'schedules', 'scores', 'set_', 'snfs', 'snip', 'SparseMethod',
-    'SparseState', 'sparsify', 'sr_ste', 'start', 'static', 'ste', 'str_',
-    'summarize', 'Summary', 'swat', 'top_k_mask', 'top_kast', 'transforms',
-    'uniform', 'uniform_plus', 'Unstructured', 'with_method',
+    'condense', 'condensed_matmul', 'contracting_axes', 'cost', 'cs', 'dense',
+    'dense_weights', 'describe', 'dnw', 'drop_outputs', 'dsr', 'dst',
+    'effective_sparsity', 'erdos_renyi', 'erk', 'exploration_loss', 'FanIn',
+    'Filter', 'fixed', 'get_state', 'gmp', 'granet', 'grasp', 'group', 'iht',
+    'itop', 'jaxprs', 'keep_count', 'linen_getter', 'make_mask',
+    'masked_weight', 'masks', 'mest', 'NM', 'nnx_getter', 'nnx_start',
+    'one_shot', 'operators', 'packed', 'powerprop', 'rigl', 'rules', 'scaling',
+    'schedules', 'scores', 'set_', 'snfs', 'snip', 'SparseMethod',
+    'SparseState', 'sparsify', 'spartan', 'sr_ste', 'srigl', 'start', 'static',
+    'ste', 'str_', 'summarize', 'Summary', 'swat', 'top_k_mask', 'top_kast',
+    'transforms', 'uniform', 'uniform_plus', 'Unstructured', 'with_method',
 ]

@@ -36,11 +36,22 @@ METHODS = {
     'swat': lambda **kw: sparse_jax.swat(**{'sparsity': .5} | kw),
     'snfs': lambda **kw: sparse_jax.snfs(**{'sparsity': .5} | kw),
     'dsr': lambda **kw: sparse_jax.dsr(**{'sparsity': .5} | kw),
+    'srigl': lambda **kw: sparse_jax.srigl(**{'sparsity': .5} | kw),
+    'iht': lambda **kw: sparse_jax.iht(**{'sparsity': .5} | kw),
+    'mest': lambda **kw: sparse_jax.mest(**{'sparsity': .5} | kw),
+    'granet': lambda **kw: sparse_jax.granet(
+        **{'sparsity': .5, 'prune_end': 9, 'initial_sparsity': .25,
+           'allocation': sparse_jax.uniform} | kw),
+    'spartan': lambda **kw: sparse_jax.spartan(
+        **{'sparsity': .5, 'update_end': 8, 'scope': 'layer'} | kw),
     'ac_dc': lambda **kw: sparse_jax.ac_dc(
         **{'sparsity': .5, 'scope': 'layer'} | kw),
 }
-WINDOWED = ('set_', 'rigl', 'gmp', 'top_kast', 'snfs', 'dsr', 'ac_dc')
-MOVING = ('set_', 'rigl', 'snfs', 'dsr')
+WINDOWED = ('set_', 'rigl', 'gmp', 'top_kast', 'snfs', 'dsr', 'ac_dc', 'srigl',
+            'mest', 'granet')
+MOVING = ('set_', 'rigl', 'snfs', 'dsr', 'srigl', 'granet')
+# The structure of SRigL is its own.
+STRUCTURED = tuple(name for name in METHODS if name != 'srigl')
 LEARNED = {'str_': sparse_jax.str_, 'dst': sparse_jax.dst, 'cs': sparse_jax.cs,
            'sr_ste': sparse_jax.sr_ste}
 
@@ -71,7 +82,7 @@ BAD = (
     + cases(WINDOWED, 'update_begin', (*NOT_COUNTS, None))
     + cases(WINDOWED, 'update_end', NOT_COUNTS)
     + cases(METHODS, 'allocation', (.5, None, 'erk'))
-    + cases(METHODS, 'structure', (None, (2, 2), NM, 'block'))
+    + cases(STRUCTURED, 'structure', (None, (2, 2), NM, 'block'))
     + cases(METHODS, 'is_sparse', (5, 'kernel', [('(', True)], ['w']))
     + cases(METHODS, 'batch_axes', (1, 'x', (.5,), None))
     + cases(METHODS, 'contracting', (1, 'x', (.5,)))
@@ -139,12 +150,12 @@ class MethodTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, r'`update_end` \(=0\)'):
       METHODS[name](update_end=0)
 
-  @parameterized.parameters(*METHODS)
+  @parameterized.parameters(*STRUCTURED)
   def test_n_of_m_fixes_the_sparsity(self, name):
     with self.assertRaisesRegex(ValueError, r'`sparsity` \(=0.25\)'):
       METHODS[name](sparsity=.25, structure=NM(2, 4), **(
           {'backward_sparsity': 0.} if name == 'top_kast' else {}))
-    if name in ('snfs', 'dsr'):  # No budget could move at all.
+    if name in ('snfs', 'dsr', 'granet', 'spartan'):  # No budget could move.
       with self.assertRaisesRegex(ValueError, '`structure` .*NM'):
         METHODS[name](structure=NM(2, 4))
     for allocation in (sparse_jax.erk, {'w': .5}):

@@ -28,7 +28,7 @@ from experiments.image import train
 from launch import tables
 from sparse_jax import trees
 
-_STRUCTURES = ('element', 'block', 'nm', 'channel', 'filter')
+_STRUCTURES = ('element', 'block', 'nm', 'channel', 'filter', 'fan_in')
 # So small that a choice among the entries compiles fast.
 _LAYERS = {'stem': (8, 16), 'head': (16, 6)}
 
@@ -73,7 +73,7 @@ def _structures(method):
   """Those that it can have, by definition."""
   if method in ('ste', 'sr_ste'):
     return ('nm',)
-  if method in ('snfs', 'dsr'):  # No budget could move.
+  if method in ('snfs', 'dsr', 'granet', 'spartan'):  # No budget could move.
     return tuple(name for name in _STRUCTURES if name != 'nm')
   return _STRUCTURES if _has(method, 'structure') else (None,)
 
@@ -85,8 +85,12 @@ def _settings(method, structure):
     found['sparsity'] = .5
   if method in ('ac_dc', 'grasp') and structure == 'nm':
     found['scope'] = 'layer'
-  if method == 'itop':
+  if method in ('itop', 'granet'):
     found['allocation'] = 'uniform'
+  if method == 'granet' or method == 'iht' and structure != 'nm':
+    found['prune_end'] = 2
+  if method == 'spartan':
+    found |= {'update_end': 3, 'prune_end': 2}
   if method == 'ac_dc':
     found |= {'update_begin': 3, 'update_end': 3, 'final_dense': 0}
   return found
@@ -359,6 +363,15 @@ class EffectTest(parameterized.TestCase):
       ('growth', 'gradient', 'random', {'method': 'itop'}),
       ('growth_momentum', .9, .5, {'method': 'snfs'}),
       ('drop_threshold', 1e-3, 1e-2, {'method': 'dsr'}),
+      ('gamma', .3, .5, {'method': 'srigl'}),
+      ('never_ablate', None, 'stem', {'method': 'srigl'}),
+      ('initial_sparsity', None, .25, {'method': 'granet'}),
+      ('prune_end', None, 9, {'method': 'granet'}),
+      ('prune_begin', 0, 9, {'method': 'iht'}),
+      ('variant', 'em', 'ems', {'method': 'mest'}),
+      ('mutation', None, ['0.1', '0'], {'method': 'mest'}),
+      ('gradient_weight', 0., 1., {'method': 'mest'}),
+      ('soft_beta', None, ['1', '9'], {'method': 'spartan'}),
       ('scope', 'layer', 'global', {'method': 'snip'}),
       ('score', 'magnitude', 'saliency', {'method': 'gmp'}),
       ('final_dense', 0, 5, {'method': 'ac_dc'}),

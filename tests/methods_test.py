@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from absl.testing import absltest
 from absl.testing import parameterized
+from flax import core
 from flax import linen as nn
 from flax import nnx
 import jax
@@ -68,6 +69,22 @@ METHODS = {
                                      masked_update=True),
     'swat_momentum': functools.partial(sparse_jax.swat, sparsity=.75,
                                        allocation='momentum'),
+    'srigl': functools.partial(sparse_jax.srigl, sparsity=.75, gamma=.8,
+                               update_every=2),
+    'granet': functools.partial(sparse_jax.granet, sparsity=.75, prune_end=4,
+                                update_every=2),
+    'mest': functools.partial(sparse_jax.mest, sparsity=.75, update_every=2,
+                              mutation=(.1, .05)),
+    'mest_soft': functools.partial(
+        sparse_jax.mest, sparsity=.75, update_every=2, mutation=(.1, .05),
+        variant='ems'),
+    'spartan': functools.partial(sparse_jax.spartan, sparsity=.75,
+                                 prune_end=3, update_end=5, scope='layer'),
+    'spartan_global': functools.partial(
+        sparse_jax.spartan, sparsity=.75, prune_end=3, update_end=5),
+    'iht': functools.partial(sparse_jax.iht, sparsity=.75),
+    'iht_rising': functools.partial(sparse_jax.iht, sparsity=.75,
+                                    prune_begin=1, prune_end=4),
     'powerprop': functools.partial(
         sparse_jax.powerprop, method=sparse_jax.top_kast(
             .75, backward_sparsity=.5, update_every=2)),
@@ -81,24 +98,32 @@ VARIANTS = tuple(name for name, row in METHODS.items()
 # Stored weights are exactly 0 outside A; all others keep hidden values.
 ZEROS = ('static', 'set_', 'rigl', 'rigl_skip_step', 'snip', 'snip_global',
          'grasp', 'set_original', 'itop', 'snfs', 'dsr', 'ac_dc',
-         'ac_dc_global', 'powerprop_rigl')
+         'ac_dc_global', 'powerprop_rigl', 'srigl', 'granet', 'mest',
+         'mest_soft', 'iht', 'iht_rising')
 # Masks that depend on the key: from the first on, and at each refresh.
 RANDOM_START = ('static', 'set_', 'rigl', 'rigl_skip_step', 'top_kast_random',
-                'set_original', 'itop', 'snfs', 'dsr', 'powerprop_rigl')
-RANDOM_REFRESH = ('set_', 'top_kast_random', 'set_original', 'dsr')
+                'set_original', 'itop', 'snfs', 'dsr', 'powerprop_rigl',
+                'srigl', 'granet', 'mest', 'mest_soft')
+RANDOM_REFRESH = ('set_', 'top_kast_random', 'set_original', 'dsr', 'mest',
+                  'mest_soft')
 # Learnt thresholds and gates: no sparsity is asked for.
 LEARNED = ('str_', 'dst', 'cs', 'cs_rounds')
 # What the forward pass sees is another function of the stored weight.
-REPARAMETRIZED = (*LEARNED, 'powerprop', 'powerprop_rigl')
+REPARAMETRIZED = (*LEARNED, 'powerprop', 'powerprop_rigl', 'spartan',
+                  'spartan_global')
 # One budget for all leaves, whose shares move or are not by allocation.
 SHARED = ('snip_global', 'gmp_global', 'ac_dc_global', 'snfs', 'dsr',
           'swat_momentum')
+# Their counts follow a law of their own: see the tests of each.
+OWN_COUNTS = ('srigl', 'granet', 'mest_soft', 'spartan', 'spartan_global',
+              'iht_rising')
 # The gradient at which they rank is that of the weights before the update.
 AT_INIT = ('snip', 'snip_global', 'grasp')
 # Every optimizer slot starts anew now and then, dense leaves included.
 RESETS = ('ac_dc', 'ac_dc_global', 'cs', 'cs_rounds')
 # The gradient of the loss reaches all weights.
-DENSE_GRADIENT = ('rigl', 'rigl_skip_step', 'gmp_saliency', 'itop', 'snfs')
+DENSE_GRADIENT = ('rigl', 'rigl_skip_step', 'gmp_saliency', 'itop', 'snfs',
+                  'srigl', 'granet')
 # A and B after a refresh are the largest |w| of the parameters returned.
 BY_MAGNITUDE = ('gmp', 'gmp_cubic', 'dnw', 'top_kast')
 # At sparsity 0 it is the inner optimizer; the keywords that the law needs.
@@ -107,6 +132,8 @@ DENSE_KEYWORDS = {
     'gmp_saliency': {}, 'dnw': {}, 'gmp_global': {}, 'snip': {},
     'snip_global': {}, 'grasp': {}, 'set_original': {}, 'itop': {},
     'snfs': {}, 'dsr': {}, 'ac_dc': dict(reset_slots=False), 'swat': {},
+    'srigl': {}, 'granet': dict(initial_sparsity=0.), 'mest': {},
+    'mest_soft': {}, 'spartan': {}, 'spartan_global': {}, 'iht': {},
     'top_kast': dict(backward_sparsity=0., penalty_weight=0.),
     'top_kast_random': dict(backward_sparsity=0., penalty_weight=0.),
 }
@@ -154,6 +181,18 @@ ARGUMENTS = {
     'activation_sparsity': (None, .5, {}),
     'masked_update': (False, True, {}),
     'freeze_at': (None, 3, {}),
+    'gamma': (.8, 0., {}),
+    'never_ablate': ('head', 'kernel', {}),
+    'prune_begin': (0, 3, dict(prune_end=5)),
+    'prune_end': (3, 5, {}),
+    'initial_sparsity': (.5, .25, {}),
+    'variant': ('em', 'ems', {}),
+    'mutation': ((.1, .05), (.2, .1), {}),
+    'mutation_ends': (None, (3,), {}),
+    'gradient_weight': (0., 2., {}),
+    'beta': ((1., 20.), (1., 60.), {}),
+    'costs': (None, core.FrozenDict({'conv': 4.}),
+              dict(scope='global')),
 }
 # The same for one method, where those above do not show it.
 OWN_ARGUMENTS = {
@@ -164,6 +203,13 @@ OWN_ARGUMENTS = {
         schedule=sparse_jax.schedules.cubic_sparsity(.75, end=6))),
     ('gmp', 'update_end'): (None, 3, dict(
         schedule=sparse_jax.schedules.cubic_sparsity(.75, end=6))),
+    ('granet', 'update_begin'): (0, 3, {}),
+    ('spartan', 'update_end'): (5, 4, {}),
+    ('iht', 'prune_end'): (None, 5, {}),
+    ('srigl', 'contracting'): (None, (0,), {}),
+    # So few inputs an output that uniform and ERK round alike.
+    ('srigl', 'allocation'): (sparse_jax.uniform, core.FrozenDict(
+        {'conv': .25, 'dense': .75}), {}),
     ('ste', 'structure'): (sparse_jax.NM(1, 4), sparse_jax.NM(2, 4), {}),
     ('sr_ste', 'structure'): (sparse_jax.NM(1, 4), sparse_jax.NM(2, 4), {}),
     ('ste', 'contracting'): (None, (0,), {}),
@@ -349,7 +395,7 @@ def expected_counts(name, allocation, step):
   forward = {path: sparse_jax.keep_count(
       int(np.prod(shape)), shares[path] * (sparsity / .75))
              for path, shape in shapes.items()}
-  if name in ('dnw', 'ste', 'sr_ste', 'swat'):
+  if name in ('dnw', 'ste', 'sr_ste', 'swat', 'iht'):
     return {path: (n, int(np.prod(shapes[path])))
             for path, n in forward.items()}
   if 'top_kast' not in name and name != 'powerprop':
@@ -422,7 +468,7 @@ class LawTest(parameterized.TestCase):
 
   @parameterized.product(
       name=[name for name in SPARSE if name not in SHARED + REPARAMETRIZED
-            and name not in ('ste', 'sr_ste')],
+            + OWN_COUNTS and name not in ('ste', 'sr_ste')],
       allocation=(sparse_jax.uniform, sparse_jax.erk))
   def test_counts_are_exact_after_every_step(self, name, allocation):
     moments = run(name, allocation=allocation).moments
@@ -592,7 +638,8 @@ class KeyTest(parameterized.TestCase):
                                 (keys[0], 3))]
     refresh = jax.jit(functools.partial(method.refresh, grad_fn=itself),
                       compiler_options=QUICK)
-    if name in ('gmp_cubic', 'cs', 'cs_rounds') or 'ac_dc' in name:
+    if name in ('gmp_cubic', 'cs', 'cs_rounds', 'granet', 'spartan',
+                'spartan_global', 'iht_rising') or 'ac_dc' in name:
       states = states[:3]  # What they do depends on the step.
     seen = [refresh(params, params, each)[1] for each in states]
     same = [np.array_equal(seen[0].marks['w'], each.marks['w'])
@@ -623,7 +670,8 @@ class TimeTest(parameterized.TestCase):
 
   @parameterized.parameters('set_', 'rigl', 'rigl_skip_step', 'gmp_saliency',
                             'top_kast_random', 'set_original', 'itop', 'snfs',
-                            'dsr', 'powerprop_rigl', 'ac_dc')
+                            'dsr', 'powerprop_rigl', 'ac_dc', 'srigl',
+                            'granet', 'mest', 'mest_soft')
   def test_masks_change_at_multiples_of_update_every_only(self, name):
     moments = run(name).moments
     changed = [not same_masks(old.backward, new.backward)
@@ -675,7 +723,8 @@ class WeightTest(parameterized.TestCase):
         self.assertFalse(np.any(seen.params[path][~mask]), path)
 
   @parameterized.parameters('set_', 'rigl', 'set_original', 'itop', 'snfs',
-                            'dsr', 'ac_dc', 'powerprop_rigl')
+                            'dsr', 'ac_dc', 'powerprop_rigl', 'srigl',
+                            'granet', 'mest', 'mest_soft')
   def test_weights_enter_at_zero(self, name):
     moments = run(name).moments
     entered = 0
@@ -971,6 +1020,8 @@ def keywords_of(name, structure):
   if name == 'powerprop':
     return dict(method=sparse_jax.top_kast(
         .5, backward_sparsity=.25, update_every=2, structure=structure))
+  if name == 'srigl':
+    return dict(sparsity=.5)
   own = {'top_kast': dict(backward_sparsity=.25),
          'ac_dc': dict(update_every=4)}  # Sparse after the fourth step.
   return dict(structure=structure, sparsity=.5) | own.get(name, {})
@@ -979,10 +1030,10 @@ def keywords_of(name, structure):
 def cannot_have(structure):
   """Methods that do not go with a structure, by definition."""
   if structure == 'n_of_m':
-    return ('snfs', 'dsr')
+    return ('snfs', 'dsr', 'srigl', 'granet', 'spartan')
   if structure == 'unstructured':
     return ('ste', 'sr_ste')
-  return ('ste', 'sr_ste', *LEARNED)
+  return ('ste', 'sr_ste', 'srigl', *LEARNED)
 
 
 class FlatStep(NamedTuple):
@@ -1053,7 +1104,7 @@ class ModelTest(parameterized.TestCase):
     if name in LEARNED:
       return
     widest = {'dnw': 0., 'top_kast': .25, 'ste': 0., 'sr_ste': 0.,
-              'swat': 0., 'powerprop': .25}
+              'swat': 0., 'iht': 0., 'powerprop': .25}
     for path, forward in masks.items():
       if name in ZEROS:
         self.assertFalse(np.any(np.asarray(weights[path])[~forward]))
@@ -1067,7 +1118,7 @@ class ModelTest(parameterized.TestCase):
           np.testing.assert_array_equal(kept, np.minimum(rivals, sizes))
         else:
           np.testing.assert_array_equal(kept % sizes, 0)
-          if name not in SHARED:
+          if name not in SHARED + OWN_COUNTS:
             self.assertEqual(np.count_nonzero(kept),
                              sparse_jax.keep_count(sizes.size, share), name)
 

@@ -28,6 +28,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from sparse_jax import operators
 from experiments import widths
 from experiments.language import adaptive
 
@@ -139,6 +140,11 @@ def attention_mask(valid: jax.Array, memory_length: int, length: int, *,
   return (seen[None] & filled[:, None])[:, None]
 
 
+def thin(x: jax.Array, sparsity: float) -> jax.Array:
+  """Its largest entries by AbsTopK, or all of it at sparsity 0."""
+  return operators.abs_top_k(x, sparsity) if sparsity else x
+
+
 class RelativeAttention(nn.Module):
   """Attention to the memory and the segment by content and by distance.
 
@@ -152,11 +158,13 @@ class RelativeAttention(nn.Module):
     num_heads: heads, which divide the width of the model.
     attention_dropout: rate of the dropout of attention weights, in [0, 1).
     dtype: type of the computation; the softmax is in float32.
+    activation_sparsity: of queries, keys, values, results; see TransformerXL.
   """
 
   num_heads: int
   attention_dropout: float
   dtype: jax.typing.DTypeLike
+  activation_sparsity: float = 0.
 
   @nn.compact
   def __call__(self, x: jax.Array, context: jax.Array, positions: jax.Array,
@@ -174,8 +182,9 @@ class RelativeAttention(nn.Module):
       dtype[b, t, d_model].
     """
     def project(name, x):
-      return nn.Dense(x.shape[-1], use_bias=False, kernel_init=_INIT,
-                      dtype=self.dtype, name=name)(x)
+      y = nn.Dense(x.shape[-1], use_bias=False, kernel_init=_INIT,
+                   dtype=self.dtype, name=name)(x)
+      return y if name == 'position' else thin(y, self.activation_sparsity)
 
     query = project('query', x)
     features = x.shape[-1] // self.num_heads
@@ -220,6 +229,7 @@ class Layer(nn.Module):
     attention_dropout: rate of the dropout of attention weights, in [0, 1).
     pre_norm: whether to normalise before and not after.
     dtype: type of the computation.
+    activation_sparsity: see TransformerXL.
   """
 
   d_ff: int
@@ -228,6 +238,7 @@ class Layer(nn.Module):
   attention_dropout: float
   pre_norm: bool
   dtype: jax.typing.DTypeLike
+  activation_sparsity: float = 0.
 
   @nn.compact
   def __call__(self, x: jax.Array, memory: jax.Array, positions: jax.Array,
@@ -235,8 +246,9 @@ class Layer(nn.Module):
     """[b, t, d_model] to the same; see RelativeAttention for the others."""
     norm = functools.partial(nn.LayerNorm, epsilon=1e-5, dtype=self.dtype)
     norm_1, norm_2 = norm(name='norm_1'), norm(name='norm_2')
-    attention = RelativeAttention(self.num_heads, self.attention_dropout,
-                                  self.dtype, name='attention')
+    attention = RelativeAttention(
+        self.num_heads, self.attention_dropout, self.dtype,
+        self.activation_sparsity, name='attention')
     drop = nn.Dropout(self.dropout, deterministic=not train)
     context = jnp.concatenate([memory.astype(x.dtype), x], axis=1)
     if self.pre_norm:
@@ -249,8 +261,10 @@ class Layer(nn.Module):
 
   def _feed_forward(self, x, drop):
     dense = functools.partial(nn.Dense, kernel_init=_INIT, dtype=self.dtype)
-    hidden = drop(nn.relu(dense(self.d_ff, name='dense_1')(x)))
-    return drop(dense(x.shape[-1], name='dense_2')(hidden))
+    hidden = nn.relu(dense(self.d_ff, name='dense_1')(x))
+    hidden = drop(thin(hidden, self.activation_sparsity))
+    return drop(thin(dense(x.shape[-1], name='dense_2')(hidden),
+                     self.activation_sparsity))
 
 
 class TransformerXL(nn.Module):
@@ -285,6 +299,8 @@ class TransformerXL(nn.Module):
       memories longer than those of training.
     remat: whether layers are computed again for the gradient, not stored.
     dtype: type of the computation; parameters are float32 in any case.
+    activation_sparsity: fraction in [0, 1) of each vector of queries, keys,
+      values, hidden units and what a layer adds that `abs_top_k` sets to 0.
 
   Raises:
     ValueError: on a call, if the shape of an argument does not fit, `d_model`
@@ -307,6 +323,7 @@ class TransformerXL(nn.Module):
   max_distance: int | None = None
   remat: bool = False
   dtype: jax.typing.DTypeLike = jnp.float32
+  activation_sparsity: float = 0.
 
   def setup(self):
     if self.d_model % (2 * self.num_heads):
@@ -319,7 +336,8 @@ class TransformerXL(nn.Module):
     layer = nn.remat(Layer, static_argnums=(5,)) if self.remat else Layer
     self.layer = {
         str(i): layer(self.d_ff, self.num_heads, self.dropout,
-                      self.attention_dropout, self.pre_norm, self.dtype)
+                      self.attention_dropout, self.pre_norm, self.dtype,
+                      self.activation_sparsity)
         for i in range(self.num_layers)}
     if self.pre_norm:
       self.last_norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)

@@ -57,6 +57,9 @@ flags.DEFINE_enum('level', None, ['byte', 'word'], 'What a token is. Default: '
 flags.DEFINE_enum('model', 'tiny', sorted(models.MODELS), 'The network.')
 flags.DEFINE_float('width', 1., 'Multiplier of the network\'s widths.')
 flags.DEFINE_float('dropout', 0., 'Dropout rate.')
+flags.DEFINE_float('abs_top_k', 0., 'Fraction of each vector of activations '
+                   'inside layers that is zeroed, the largest by magnitude '
+                   'staying, in [0, 1). Weight-sparse transformers have 0.75.')
 flags.DEFINE_integer('segment_length', None, 'Tokens of a stream per step. '
                      'Default: the network\'s own.')
 flags.DEFINE_integer('memory_length', None, 'Tokens remembered in training. '
@@ -79,7 +82,7 @@ flags.DEFINE_float('sample_temperature', 1., '0 for the likeliest token.')
 NOT_OF_THE_RUN = ('sample', 'prompt', 'sample_temperature')
 FREE = training.FREE  # Flags that a continued run may change.
 # The smallest and largest values of flags that no other file checks.
-LIMITS = {'width': (0, 1e6), 'dropout': (0, 1)}
+LIMITS = {'width': (0, 1e6), 'dropout': (0, 1), 'abs_top_k': (0, 1)}
 LENGTHS = ('segment_length', 'memory_length', 'eval_memory_length')
 
 
@@ -265,6 +268,8 @@ def make_problem(values: Mapping[str, Any], vocab_size: int) -> Prediction:
       values['model'], vocab_size=vocab_size, dropout=values['dropout'],
       width=values['width'],
       dtype=jnp.bfloat16 if values['bfloat16'] else jnp.float32)
+  if values['abs_top_k']:
+    model = model.clone(activation_sparsity=values['abs_top_k'])
   return Prediction(model, level(values), values['batch_size'],
                     values['eval_batch_size'] or values['batch_size'],
                     **lengths)

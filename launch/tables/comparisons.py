@@ -56,6 +56,15 @@ _CIFAR_ROWS = {
     'meprop_unified': _MEPROP | {'gradient_scope': 'unified',
                                  'learning_rate': .02},
     **_LEARNED}
+_NEXT_ROWS = {
+    'dense': _DENSE, 'rigl': {'method': 'rigl'},
+    'rigl_fan_in': {'method': 'rigl', 'structure': 'fan_in'},
+    'srigl': {'method': 'srigl'},
+    'srigl_no_ablation': {'method': 'srigl', 'gamma': 0.},
+    'set': {'method': 'set'}, 'mest': {'method': 'mest'},
+    'mest_soft': {'method': 'mest', 'variant': 'ems'},
+    'gmp': {'method': 'gmp'}, 'granet': {'method': 'granet'},
+    'spartan': {'method': 'spartan'}}
 _REFRESHED = ('set', 'rigl', 'snfs', 'dsr', 'gmp')
 _FASHION = {'dataset': 'fashion_mnist', 'model': 'mlp', 'augment': False,
             'weight_decay': 1e-4}
@@ -87,6 +96,12 @@ def cifar10(scale: str) -> Table:
   if scale == 'small':
     rows |= {name: rows[name] | {'update_every': 20} for name in _REFRESHED}
   return compare('compare_cifar10', 'CIFAR-10', _CIFAR[scale], rows)
+
+
+def field_next(scale: str) -> Table:
+  """Constant fan-in and the later methods beside RigL, SET and pruning."""
+  return compare('field_next', 'Later methods, LeNet-300-100 on Fashion-MNIST',
+                 _FASHION | _EPOCHS[scale], _NEXT_ROWS, (90, 95, 98))
 
 
 def compare(name: str, title: str, base: Mapping, rows: Mapping[str, Mapping],
@@ -174,6 +189,7 @@ def block_size(scale: str) -> Table:
 
 TABLES = {
     'compare_fashion_mnist': fashion_mnist, 'compare_cifar10': cifar10,
+    'field_next': field_next,
     'sensitivity_cifar10': sensitivity_cifar10,
     'sensitivity_fashion_mnist': sensitivity_fashion_mnist,
     'block_size': block_size,

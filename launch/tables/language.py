@@ -47,9 +47,23 @@ def methods(scale: str) -> Table:
                tuple(points), _BINARY)
 
 
+def weight_sparse(scale: str) -> Table:
+  """Hard thresholding after each step, with and without AbsTopK."""
+  base = recipes.enwik8(scale, 'enwik8_small')
+  points = []
+  for name, own in (('', {}), (', AbsTopK', {'abs_top_k': .75})):
+    points.append(_point(f'all weights{name}', 0, base | own | {
+        'method': 'dense', 'sparsity': 0.}))
+    points += [_point(f'weight-sparse{name}', sparsity, base | own | {
+        'method': 'iht', 'sparsity': sparsity / 100})
+               for sparsity in (80, 90, 95, 98)]
+  return Table('weight_sparse', 'Weight-sparse Transformer-XL on bytes',
+               tuple(points), _BINARY)
+
+
 def _point(row, sparsity, flags):
   return Point(row, f'{sparsity}%', _PUBLISHED.get((row, sparsity)), flags,
                'bits_per_character')
 
 
-TABLES = {'language_methods': methods}
+TABLES = {'language_methods': methods, 'weight_sparse': weight_sparse}

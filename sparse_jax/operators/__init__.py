@@ -1,5 +1,6 @@
 """Products with sparse operands, and sparse activations."""
 
+from sparse_jax.operators.abs_topk import abs_top_k
 from sparse_jax.operators.activations import activation_penalty
 from sparse_jax.operators.activations import calibrate_thresholds
 from sparse_jax.operators.activations import dsg_mask

@@ -1,0 +1,134 @@
+"""What one hidden unit of a trained language model reads and writes.
+
+  python -m experiments.language.neurons --workdir=FOLDER [--layer=0]
+      [--neuron=N]
+
+The run's own flags come first, as for experiments.language.train: the folder
+must hold a finished run. Leaves neuron_<layer>_<n>.png in it and prints the
+same as text: the channels of the residual stream that the unit reads, with
+their weights, the tokens whose embeddings excite it most along those channels,
+and the tokens that its output raises most. Attention and normalisation lie
+between a token and a unit; this is the direct path past them. Without
+--neuron it is the unit that a token excites most, by the size of what it
+writes.
+"""
+
+from collections.abc import Mapping
+import json
+import os
+from typing import Any
+from typing import NamedTuple
+
+from absl import app
+from absl import flags
+from absl import logging
+import numpy as np
+
+import sparse_jax
+from experiments import plots
+from experiments import programs
+from experiments import training
+from experiments.language import train
+
+flags.DEFINE_integer('layer', 0, 'Of the unit.')
+flags.DEFINE_integer('neuron', None, 'Its number. Default: the one that '
+                     'passes on most of a token.')
+flags.DEFINE_integer('tokens', 8, 'How many of each kind are shown.')
+
+
+# Tokens that make up less of the text have hardly been trained.
+_RARE = 1e-4
+
+
+class Neuron(NamedTuple):
+  """One hidden unit: (name, weight) pairs, the largest first."""
+
+  layer: int
+  number: int
+  channels: list[tuple[str, float]]  # Read; all that are not 0.
+  reads: list[tuple[str, float]]  # Tokens, by what they add to its input.
+  writes: list[tuple[str, float]]  # Tokens, by what it adds to their logits.
+
+
+def look(weights: Mapping[str, Any], names: Mapping[int, str], layer: int,
+         number: int | None, count: int) -> Neuron:
+  """Reads one unit off the weights that the forward pass sees.
+
+  Args:
+    weights: the model's parameters.
+    names: of the tokens that are looked at: those that the text has.
+    layer, number: which unit; None for the one that passes on most.
+    count: tokens of each kind.
+
+  Raises:
+    ValueError: naming the argument that is out of range, or for a model whose
+      vectors of tokens are not as wide as its layers.
+  """
+  if f'layer_{layer}' not in weights:
+    raise ValueError(f'`layer` (={layer}) is none of the model\'s.')
+  own = weights[f'layer_{layer}']
+  into, out = (np.asarray(own[name]['kernel'], np.float64)
+               for name in ('dense_1', 'dense_2'))
+  tokens = sorted(names)
+  table = np.asarray(weights['vocabulary']['head']['embedding'],
+                     np.float64)[tokens]
+  if table.shape[-1] != len(into):
+    raise ValueError('`weights`: the vectors of tokens must be as wide as the '
+                     f'layers, {len(into)}, not {table.shape[-1]}.')
+  excited = table @ into  # [tokens, units]
+  if number is None:
+    number = int(np.argmax(excited.max(0) * np.abs(out).sum(1)))
+  if not 0 <= number < into.shape[1]:
+    raise ValueError(f'`neuron` (={number}) must be in [0, {into.shape[1]}).')
+  raised = table @ out[number]
+  read = into[:, number]
+  order = sorted(np.flatnonzero(read), key=lambda i: -abs(read[i]))
+
+  def best(scores):
+    return [(names[tokens[i]], float(scores[i])) for i in np.argsort(
+        -scores, kind='stable')[:count]]
+
+  return Neuron(layer, number, [(str(i), float(read[i])) for i in order],
+                best(excited[:, number]), best(raised))
+
+
+def describe(neuron: Neuron) -> str:
+  """A few lines of text."""
+  def listed(pairs):
+    return ', '.join(f'{name} {value:+.2f}' for name, value in pairs)
+
+  return '\n'.join([
+      f'layer {neuron.layer}, unit {neuron.number}, which reads '
+      f'{len(neuron.channels)} channels',
+      f'channels: {listed(neuron.channels[:12])}',
+      f'read: {listed(neuron.reads)}', f'written: {listed(neuron.writes)}'])
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
+  logging.set_verbosity(logging.WARNING)
+  given = flags.FLAGS
+  folder = given.workdir or ''
+  path = os.path.join(folder, 'result.json')
+  if not os.path.exists(path):
+    raise app.UsageError(f'--workdir (={folder!r}) must be a finished run: '
+                         f'there is no {path}')
+  with open(path) as file:
+    values = json.load(file)['flags']
+  run = train.prepare(values, folder)
+  state = training.last_state(run)
+  weights = sparse_jax.dense_weights(run.task.method, state.params,
+                                     state.opt_state)
+  text = train.load(values, 'train')
+  tokens, counts = np.unique(text.tokens, return_counts=True)
+  names = {int(token): repr(text.vocabulary.decode([int(token)]))[1:-1]
+           for token in tokens[counts >= _RARE * counts.sum()]}
+  neuron = look(weights, names, given.layer, given.neuron, given.tokens)
+  plots.neuron(neuron, os.path.join(
+      folder, f'neuron_{neuron.layer}_{neuron.number}.png'))
+  print(describe(neuron))
+
+
+if __name__ == '__main__':
+  programs.run(main)
