@@ -9,6 +9,7 @@ from sparse_jax import rules
 from sparse_jax import transforms
 from sparse_jax.adam import aged_adam
 from sparse_jax.adam import aged_adamw
+from sparse_jax.averaging import average_params
 from sparse_jax.cost.effective import effective_sparsity
 from sparse_jax.description import describe
 from sparse_jax.getters import linen_getter
@@ -69,7 +70,7 @@ from sparse_jax.transforms import sparsify
 __version__ = '0.2.0'
 
 __all__ = [
-    'ac_dc', 'aged_adam', 'aged_adamw', 'Block', 'blocks', 'Channel',
+    'ac_dc', 'aged_adam', 'aged_adamw', 'average_params', 'Block', 'blocks', 'Channel',
     'contracting_axes', 'cost', 'cs', 'dense', 'dense_weights', 'describe',
     'dnw', 'dsr', 'dst', 'effective_sparsity', 'erdos_renyi', 'erk',
     'exploration_loss', 'FanIn', 'Filter', 'fixed', 'get_state', 'gmp',

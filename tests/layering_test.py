@@ -15,7 +15,7 @@ LAYERS = (
     {'blocks'},
     {'jaxprs', 'rules'},
     {'operators', 'cost'},
-    {'methods', 'loop', 'description'},
+    {'methods', 'loop', 'description', 'averaging'},
     {'transforms', 'adam', 'getters', 'summary'},
     {'__init__'},
 )
