@@ -70,10 +70,10 @@ from sparse_jax.transforms import sparsify
 __version__ = '0.2.0'
 
 __all__ = [
-    'ac_dc', 'aged_adam', 'aged_adamw', 'average_params', 'Block', 'blocks', 'Channel',
-    'contracting_axes', 'cost', 'cs', 'dense', 'dense_weights', 'describe',
-    'dnw', 'dsr', 'dst', 'effective_sparsity', 'erdos_renyi', 'erk',
-    'exploration_loss', 'FanIn', 'Filter', 'fixed', 'get_state', 'gmp',
+    'ac_dc', 'aged_adam', 'aged_adamw', 'average_params', 'Block', 'blocks',
+    'Channel', 'contracting_axes', 'cost', 'cs', 'dense', 'dense_weights',
+    'describe', 'dnw', 'dsr', 'dst', 'effective_sparsity', 'erdos_renyi',
+    'erk', 'exploration_loss', 'FanIn', 'Filter', 'fixed', 'get_state', 'gmp',
     'grasp', 'group', 'itop', 'jaxprs', 'keep_count', 'linen_getter',
     'make_mask', 'masked_weight', 'masks', 'NM', 'nnx_getter', 'nnx_start',
     'one_shot', 'operators', 'packed', 'powerprop', 'rigl', 'rules',

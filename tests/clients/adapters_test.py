@@ -44,6 +44,19 @@ def train(method, tx):
 class FrozenBaseTest(laws.LoopTest):
   """A sparse base that stands still, and dense adapters that are trained."""
 
+  title = 'LoRA: a sparse base that is frozen, dense adapters'
+  recipe = """
+  ```python
+  method = sparse_jax.static(.9, is_sparse={'lora': False})
+  tx = sparse_jax.sparsify(optax.multi_transform(
+      {'adapter': optax.adam(rate), 'base': optax.set_to_zero()}, labels),
+                           method)
+  ```
+
+  Masks of magnitudes stand still with the base; `fixed(masks)` takes those of a
+  pruned network. RigL has nothing to grow here.
+  """
+
   sites = {'is_sparse': {'lora': False}}
   moves = False  # Where no weight moves, no mask of magnitudes does.
 
@@ -62,7 +75,19 @@ class FrozenBaseTest(laws.LoopTest):
 class BothTest(laws.LoopTest):
   """A base that is trained sparse within optax.masked, and dense adapters."""
 
-  sites = {'is_sparse': {'.*': True}}  # Of the leaves that masked leaves it.
+  title = 'LoRA: a sparse base and dense adapters, both trained'
+  recipe = """
+  ```python
+  tx = optax.chain(
+      optax.masked(sparse_jax.sparsify(optax.adam(slow), method), kernels),
+      optax.masked(optax.adam(fast), rest))
+  ```
+
+  The method is told of no other leaves than `optax.masked` gives it. A packed
+  kernel is two arrays, blocks and growth scores: the mask must name both
+  (`'/kernel' in path`, not `path.endswith('kernel')`).
+  """
+
 
   def train(self, method):
     kernels = lambda params: trees.map_leaves(
@@ -76,6 +101,15 @@ class BothTest(laws.LoopTest):
 
 class SparseAdaptersTest(laws.LoopTest):
   """A dense base that is frozen, and sparse adapters."""
+
+  title = 'LoRA: a frozen dense base, sparse adapters'
+  recipe = """
+  ```python
+  tx = optax.multi_transform(
+      {'adapter': sparse_jax.sparsify(optax.adam(rate), method),
+       'base': optax.set_to_zero()}, labels)
+  ```
+  """
 
   still = {'str_': 'an adapter of zeros never rises above a soft threshold'}
 

@@ -1,4 +1,4 @@
-"""Averages that are evaluated in place of the parameters: EMA, schedule-free."""
+"""Averages evaluated in place of the parameters: EMA, schedule-free."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -58,6 +58,19 @@ def run_of(losses, params, opt_state, programs, average):
 
 
 class EmaTest(laws.LoopTest):
+
+  title = 'EMA: an average evaluated in place of the parameters'
+  recipe = """
+  ```python
+  params = optax.apply_updates(params, updates)
+  average = sparse_jax.average_params(average, params, opt_state, step_size=.01)
+  # Evaluation:
+  sparse_jax.with_method(model.apply, method, opt_state)({'params': average}, x)
+  ```
+
+  Masks are those of the parameters. An entry that has just grown starts from
+  its parameter, so that no average mixes two weights (or two blocks).
+  """
 
   def follow(self, method):
     if method is None or method.name == 'dense':
@@ -120,6 +133,16 @@ class EmaTest(laws.LoopTest):
 
 
 class ScheduleFreeTest(laws.LoopTest):
+
+  title = 'Schedule-free: its own parameters are evaluated'
+  recipe = """
+  ```python
+  tx = sparse_jax.sparsify(optax.contrib.schedule_free_adamw(rate), method)
+  # Evaluation:
+  average = optax.contrib.schedule_free_eval_params(opt_state.inner, params)
+  sparse_jax.with_method(model.apply, method, opt_state)({'params': average}, x)
+  ```
+  """
 
   def train(self, method):
     optimizer = optax.contrib.schedule_free_adamw(.05)

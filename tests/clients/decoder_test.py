@@ -81,6 +81,26 @@ def loss_of(apply, params, tokens):
 
 class DecoderTest(laws.LoopTest):
 
+  title = 'Decoder: tied embeddings, remat, FSDP by nn.Partitioned'
+  recipe = """
+  Boxes of `nn.with_partitioning` stay around parameters, marks and slots. Decay
+  masks see the parameters' own paths. Tables are dense, tied or not. A
+  projection over two axes, under a name that is not Flax's, needs
+  `contracting` for blocks.
+
+  ```python
+  def init(key):
+    params, opt_state = sparse_jax.start(
+        tx, method, model.init(key, tokens)['params'])
+    return TrainState(0, model.apply, params, tx, opt_state)
+
+  specs = nn.get_partition_spec(jax.eval_shape(init, key))  # Masked methods.
+  ```
+
+  Of packed leaves a box's names are those of the dense axes: split the blocks
+  along their first axis (`spec_of` in the test).
+  """
+
   # Flax's own projections are known by their names; this one is not.
   sites = {'contracting': {'attn_out_proj': (0, 1)}}
 

@@ -66,6 +66,17 @@ def repeat(step, state, batch):
 
 class ShardMapTest(laws.LoopTest):
 
+  title = 'shard_map: a step with pmean'
+  recipe = """
+  ```python
+  step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P('data')),
+                       out_specs=P(), check_vma=False)
+  ```
+
+  `with_method` and `tx.update` stand inside, gradients pass `lax.pmean` before
+  the update, and every device draws the same masks.
+  """
+
   def train(self, method):
     mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
     tx = laws.prepare(OPTIMIZER, method)
@@ -82,6 +93,17 @@ class ShardMapTest(laws.LoopTest):
 
 class ExplicitTest(laws.LoopTest):
   """Each of eight devices packs the activations that it has, of SWAT."""
+
+  title = 'A mesh with explicit axes'
+  recipe = """
+  ```python
+  with jax.set_mesh(mesh):
+    apply = sparse_jax.with_method(model.apply, method, opt_state,
+                                   activation_scope=8)  # Of SWAT, 8 devices.
+  ```
+
+  Masks are chosen on automatic axes inside, and laid like their weights.
+  """
 
   refused = {'packed_rigl': 'sharding must be equal to update sharding'}
 
@@ -103,6 +125,15 @@ class ExplicitTest(laws.LoopTest):
 
 
 class PmapTest(laws.LoopTest):
+
+  title = 'jax.pmap with replicate and pmean'
+  recipe = """
+  ```python
+  state = jax_utils.replicate(sparse_jax.start(tx, method, params))
+  step = jax.pmap(step, axis_name='batch')  # lax.pmean of the gradients inside.
+  state = jax_utils.unreplicate(state)  # For evaluation.
+  ```
+  """
 
   def train(self, method):
     tx = laws.prepare(OPTIMIZER, method)

@@ -35,6 +35,8 @@ METHODS = {
     'packed_rigl': lambda **sites: sparse_jax.packed(sparse_jax.rigl(
         .5, update_every=2, structure=BLOCK, **sites)),
 }
+
+
 class Run(NamedTuple):
   """What a loop leaves behind."""
 
@@ -128,6 +130,8 @@ class LoopTest(parameterized.TestCase):
   the method is None.
   """
 
+  title = ''  # The rest is for docs/loops.md.
+  recipe = ''
   sites = {}  # Keywords of the methods.
   refused = {}  # {method: what the error says}.
   still = {}  # {method: why nothing is learnt}.

@@ -93,6 +93,19 @@ def train(make, method, steps=STEPS, rate=.02):
 
 class ListsTest(laws.LoopTest):
 
+  title = 'NNX: lists, BatchNorm, Dropout in nnx.jit'
+  recipe = """
+  ```python
+  tx = sparse_jax.sparsify(optax.adam(rate), method)
+  model, optimizer = sparse_jax.nnx_start(model, tx, method)
+  # In the loss, and in evaluation after model.eval():
+  outputs = sparse_jax.nnx_getter(method, optimizer)(model)(x)
+  ```
+
+  Statistics and the state of dropout are the model's own, and its other methods
+  (`.features(x)`) are called in the same way.
+  """
+
   def train(self, method):
     losses, model, optimizer, programs = train(Lists, method)
     self.assertEqual(int(model.dropout.rngs.count[...]), STEPS)
@@ -123,6 +136,15 @@ class ListsTest(laws.LoopTest):
 
 
 class StacksTest(laws.LoopTest):
+
+  title = 'NNX: two stacks by nnx.vmap, run by nnx.scan'
+  recipe = """
+  ```python
+  method = sparse_jax.rigl(.9, batch_axes={'lower|upper': (0,)})
+  ```
+
+  The rest is as above.
+  """
 
   sites = {'batch_axes': {'lower|upper': (0,)}}
 

@@ -28,6 +28,22 @@ class Net(nnx.Module):
 class ObjectsTest(laws.LoopTest):
   """The model and its optimizer are split together."""
 
+  title = 'NNX: model and optimizer by nnx.split in jax.jit'
+  recipe = """
+  ```python
+  model, optimizer = sparse_jax.nnx_start(model, tx, method)
+  graph, state = nnx.split((model, optimizer))
+
+  @jax.jit
+  def step(state):
+    model, optimizer = nnx.merge(graph, state)
+    def loss_fn(model):
+      return loss_of(sparse_jax.nnx_getter(method, optimizer)(model)(x))
+    optimizer.update(model, nnx.grad(loss_fn)(model))
+    return nnx.state((model, optimizer))
+  ```
+  """
+
   def train(self, method):
     model = Net(nnx.Rngs(0))
     tx = laws.prepare(optax.adam(.02), method)
@@ -57,6 +73,21 @@ class ObjectsTest(laws.LoopTest):
 
 class ArraysTest(laws.LoopTest):
   """The parameters alone are split off, for Optax without nnx.Optimizer."""
+
+  title = 'NNX: nnx.split of the parameters, plain Optax'
+  recipe = """
+  ```python
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  params, opt_state = sparse_jax.start(tx, method, params)
+
+  def apply(params, rest, x):
+    model = nnx.merge(graph, params, rest, copy=True)
+    return model(x), nnx.state(model, nnx.Not(nnx.Param))
+
+  outputs, rest = sparse_jax.with_method(apply, method, opt_state)(
+      params, rest, x)
+  ```
+  """
 
   def train(self, method):
     graph, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)

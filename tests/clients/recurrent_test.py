@@ -34,6 +34,17 @@ class Scanned(nn.Module):
 
 class CellsTest(laws.LoopTest):
 
+  title = 'Recurrent: nn.RNN of OptimizedLSTMCell'
+  recipe = """
+  ```python
+  apply = sparse_jax.with_method(model.apply, method, opt_state)
+  ```
+
+  Each kernel has its own count. The cell joins its kernels and multiplies once:
+  SWAT's activations have there the sparsity of one of them, and packed kernels
+  are assembled for the product.
+  """
+
   # The product of four gates goes by the name of one of them.
   reached = ('Dense_0/kernel', 'OptimizedLSTMCell_0/hf/kernel',
              'OptimizedLSTMCell_0/if/kernel')
@@ -44,6 +55,16 @@ class CellsTest(laws.LoopTest):
 
 
 class ScannedTest(laws.LoopTest):
+
+  title = 'Recurrent: a cell under nn.scan over time'
+  recipe = """
+  ```python
+  apply = sparse_jax.with_method(model.apply, method, opt_state)
+  ```
+
+  The cell's kernels are no stack: `batch_axes` is for layers, not for time.
+  Packed kernels are multiplied by their blocks at each time.
+  """
 
   def train(self, method):
     return laws.train_linen(Scanned(), method, optax.adam(.02), INPUTS,

@@ -28,6 +28,21 @@ class Net(nn.Module):
 
 class RestoreTest(laws.LoopTest):
 
+  title = 'Orbax: restored into an abstract state'
+  recipe = """
+  ```python
+  shapes = jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
+                                               sharding=place),
+      jax.eval_shape(init), jax.jit(init).lower().compile().output_shardings)
+  with ocp.StandardCheckpointer() as checkpointer:
+    state = checkpointer.restore(folder, shapes)
+  ```
+
+  `init` calls `sparse_jax.start`. The run goes on as if unbroken, bit for bit;
+  Top-KAST's reservoir comes back into host memory.
+  """
+
   def train(self, method):
     model, tx = Net(), laws.prepare(optax.adam(.02), method)
 

@@ -55,6 +55,19 @@ class Vit(nn.Module):
 
 class VitTest(laws.LoopTest):
 
+  title = 'Vision transformer: nn.scan, class token, MAP head'
+  recipe = """
+  Layers stacked by `nn.scan` are named by a pattern, and each is a competition
+  of its own; plain layers beside them are not touched by it. Position tables,
+  class tokens and probes are dense.
+
+  ```python
+  method = sparse_jax.rigl(.9, batch_axes={'encoder': (0,)})
+  shapes = jax.eval_shape(model.init, key, x)['params']
+  print(sparse_jax.describe(method, shapes))
+  ```
+  """
+
   sites = {'batch_axes': {'encoder': (0,)}}
 
   def train(self, method):

@@ -31,6 +31,24 @@ class TrainState(train_state.TrainState):
 
 class TrainStateTest(laws.LoopTest):
 
+  title = 'Flax TrainState: BatchNorm, dropout, MultiSteps'
+  recipe = """
+  `MultiSteps` goes outside of `sparsify`, clipping inside; collections that are
+  no parameters pass through the door as they are.
+
+  ```python
+  tx = optax.MultiSteps(sparse_jax.sparsify(
+      optax.chain(optax.clip_by_global_norm(1.), optax.adam(rate)), method), 2)
+  params, opt_state = sparse_jax.start(tx, method, variables['params'])
+  state = TrainState(0, model.apply, params, tx, opt_state,
+                     variables['batch_stats'])
+  # In the loss, and in evaluation:
+  apply = sparse_jax.with_method(state.apply_fn, method, state.opt_state)
+  apply({'params': params, 'batch_stats': state.batch_stats}, x, True,
+        mutable=['batch_stats'], rngs={'dropout': key})
+  ```
+  """
+
   def train(self, method, steps=8):
     model = Net()
     variables = model.init(jax.random.key(0), INPUTS, False)
