@@ -88,7 +88,6 @@ class BothTest(laws.LoopTest):
   (`'/kernel' in path`, not `path.endswith('kernel')`).
   """
 
-
   def train(self, method):
     kernels = lambda params: trees.map_leaves(
         lambda path, leaf: '/kernel' in path, params)

@@ -210,10 +210,13 @@ class LoopTest(parameterized.TestCase):
     """Through the door it is the exported network, in the model as it was."""
     own = self.door(method, run.opt_state)
     held = run.params if run.average is None else run.average
-    through = jax.jit(lambda params: run.evaluate(own, params))(held)
-    exported = jax.jit(lambda params: run.evaluate(
-        lambda fn: fn, sparse_jax.dense_weights(
-            method, params, run.opt_state)))(held)
+
+    @jax.jit
+    def both(params):
+      weights = sparse_jax.dense_weights(method, params, run.opt_state)
+      return run.evaluate(own, params), run.evaluate(lambda fn: fn, weights)
+
+    through, exported = both(held)
     np.testing.assert_allclose(through, exported, atol=1e-5)
 
   def door(self, method, opt_state):

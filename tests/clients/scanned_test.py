@@ -32,8 +32,8 @@ class MapHead(nn.Module):
   @nn.compact
   def __call__(self, x):
     probe = self.param('probe', nn.initializers.normal(1.), (1, 1, WIDTH))
-    probe = jnp.tile(probe, (x.shape[0], 1, 1))
-    return nn.MultiHeadDotProductAttention(HEADS)(probe, x)[:, 0]
+    scores = jnp.sum(probe * nn.Dense(WIDTH, name='key')(x), -1, keepdims=True)
+    return jnp.sum(nn.softmax(scores, axis=1) * x, axis=1)
 
 
 class Vit(nn.Module):
@@ -107,7 +107,7 @@ class ChoiceTest(absltest.TestCase):
     paths = [path for path, mask in trees.leaves_by_path(
         state.forward_masks).items() if mask is not None]
     self.assertEqual(paths, list(state.plan.by_path))
-    self.assertLen(paths, 6 + 4 + 2)  # A block's, the pool's, patches, head.
+    self.assertLen(paths, 6 + 1 + 2)  # A block's, the pool's, patches, head.
     for path in paths:
       self.assertEndsWith(path, 'kernel')
       stacked = state.plan.by_path[path].layout.stacked
