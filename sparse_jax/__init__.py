@@ -10,6 +10,7 @@ from sparse_jax import scaling
 from sparse_jax import transforms
 from sparse_jax.adam import aged_adam
 from sparse_jax.adam import aged_adamw
+from sparse_jax.averaging import average_params
 from sparse_jax.cost.effective import effective_sparsity
 from sparse_jax.description import describe
 from sparse_jax.getters import linen_getter
@@ -78,12 +79,12 @@ from sparse_jax.transforms import sparsify
 __version__ = '0.2.0'
 
 __all__ = [
-    'ac_dc', 'aged_adam', 'aged_adamw', 'Block', 'blocks', 'Channel',
-    'condense', 'condensed_matmul', 'contracting_axes', 'cost', 'cs', 'dense',
-    'dense_weights', 'describe', 'dnw', 'drop_outputs', 'dsr', 'dst',
-    'effective_sparsity', 'erdos_renyi', 'erk', 'exploration_loss', 'FanIn',
-    'Filter', 'fixed', 'get_state', 'gmp', 'granet', 'grasp', 'group', 'iht',
-    'itop', 'jaxprs', 'keep_count', 'linen_getter', 'make_mask',
+    'ac_dc', 'aged_adam', 'aged_adamw', 'average_params', 'Block', 'blocks',
+    'Channel', 'condense', 'condensed_matmul', 'contracting_axes', 'cost',
+    'cs', 'dense', 'dense_weights', 'describe', 'dnw', 'drop_outputs', 'dsr',
+    'dst', 'effective_sparsity', 'erdos_renyi', 'erk', 'exploration_loss',
+    'FanIn', 'Filter', 'fixed', 'get_state', 'gmp', 'granet', 'grasp', 'group',
+    'iht', 'itop', 'jaxprs', 'keep_count', 'linen_getter', 'make_mask',
     'masked_weight', 'masks', 'mest', 'NM', 'nnx_getter', 'nnx_start',
     'one_shot', 'operators', 'packed', 'powerprop', 'rigl', 'rules', 'scaling',
     'schedules', 'scores', 'set_', 'snfs', 'snip', 'SparseMethod',

@@ -12,6 +12,7 @@ Path = str
 # Attribute keys below the name of a parameter: NNX's, and that of the array in
 # a PackedBlocks.
 _WRAPPERS = ('value', 'raw_value', 'blocks')
+_GROWTH = jax.tree_util.GetAttrKey('growth')
 
 
 def path_name(path: tuple[Any, ...]) -> Path:
@@ -22,6 +23,8 @@ def path_name(path: tuple[Any, ...]) -> Path:
     >>> [path_name(p) for p, _ in jax.tree.leaves_with_path(tree)]
     ['Dense_0/kernel']
   """
+  if path and path[-1] == _GROWTH:  # Beside the blocks, in a box too.
+    return f'{path_name(path[:-1])}/growth'
   names = [_key_name(key) for key in path]
   while names and names[-1] in _WRAPPERS and isinstance(
       path[len(names) - 1], jax.tree_util.GetAttrKey):

@@ -15,7 +15,7 @@ LAYERS = (
     {'blocks'},
     {'jaxprs', 'rules'},
     {'operators', 'cost'},
-    {'methods', 'loop', 'description', 'scaling'},
+    {'methods', 'loop', 'description', 'averaging', 'scaling'},
     {'transforms', 'adam', 'getters', 'summary'},
     {'__init__'},
 )

@@ -155,13 +155,16 @@ def sensitivity_fashion_mnist(scale: str) -> Table:
 def _sensitivity(name, title, base, sparsities) -> Table:
   """A dense network whose products have one kind of sparse operand.
 
-  The first layer is dense, as in SWAT-U. The published finding: sparse output
-  gradients and forward activations hurt most, sparse weights and activations of
-  the backward pass least.
+  The first layer is dense, as in SWAT-U; with sparse output gradients the last
+  one too, as in meProp: of ten classes it would pass on the gradient of one.
+  The published finding: sparse output gradients and forward activations hurt
+  most, sparse weights and activations of the backward pass least.
   """
   points = [Point('dense', '0%', None, base | _DENSE, x=0.)]
   points += [
-      Point(row, f'{sparsity}%', None, base | _DENSE | _STEM | {
+      Point(row, f'{sparsity}%', None, base | _DENSE | {
+          'dense_layers': ['stem', 'head'] if 'output_gradient' in operands
+                          else ['stem'],
           'operand_period': 10, 'operands': [
               f'{operand}={sparsity / 100:g}' for operand in operands]},
             x=sparsity)

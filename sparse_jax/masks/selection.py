@@ -18,7 +18,8 @@ Axes = (tuple[int, ...] | Mapping[str, tuple[int, ...]]
 # Last names of leaves that no product multiplies by: biases, scales, tables of
 # tokens and positions, class tokens, probes of attention pooling.
 _NEVER_SPARSE = re.compile(
-    r'(?:^|_)(?:bias|scale|embed\w*|pos|position\w*|cls|token\w*|probe)$')
+    r'(?:^|_)(?:bias|scale|emb|embed\w*|pos|pos_?e[mn]\w*|position\w*|cls|'
+    r'token\w*|probe)$')
 # Names that Flax gives to the projections of attention, and the axes of their
 # kernels that the product sums over: (d, heads, head_dim) and its mirror.
 _ATTENTION = {'query': (0,), 'key': (0,), 'value': (0,), 'out': (0, 1)}

@@ -108,7 +108,7 @@ def swat(sparsity: float, *, activation_sparsity: float | None = None,
     marks = trees.leaves_by_path(state.marks)
     return {path: operands.Operands(backward_activation=_sparsity_now(
         state.plan.by_path[path], marks[path]) if moving else leaf.sparsity)
-            for path, leaf in inputs.leaves(params).items()}
+            for path, leaf in inputs.leaves(state.plan.own(params)).items()}
 
   def work(params, steps):
     del steps

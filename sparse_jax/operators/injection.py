@@ -216,8 +216,8 @@ def add_operands(method: SparseMethod, operands: Operands, *,
                            is_sparse, (), None).checked()
 
   def stated(params, state):
-    del state  # They stay as they are.
-    return dict.fromkeys(sites.leaves(params), operands)
+    own = state_lib.get_state(state).plan.own(params)
+    return dict.fromkeys(sites.leaves(own), operands)
 
   def work(params, steps):
     own = method.work(params, steps)

@@ -35,6 +35,12 @@ class Plan:
   def by_path(self) -> dict[trees.Path, leaves_lib.Leaf]:
     return {leaf.path: leaf for leaf in self.leaves}
 
+  def own(self, params: trees.PyTree) -> dict[trees.Path, Any]:
+    """{path: leaf} of those that the state was made for, of a larger tree."""
+    known = dict(self.shapes)
+    return {path: leaf for path, leaf in trees.leaves_by_path(params).items()
+            if path in known}
+
   @functools.cached_property
   def _hash(self) -> int:
     return hash((self.method, self.shapes, self.leaves, self.parts))
