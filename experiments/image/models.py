@@ -440,8 +440,9 @@ class DenseNet121(Network):
         x = _pool_by_two(
             functools.partial(nn.avg_pool, count_include_pad=False), x)
       for j in range(layers):
-        layer = DenseLayer(self.channels(128), self.channels(32),
-                           dtype=self.dtype, name=f'stage_{i + 1}_layer_{j + 1}')
+        layer = DenseLayer(
+            self.channels(128), self.channels(32), dtype=self.dtype,
+            name=f'stage_{i + 1}_layer_{j + 1}')
         x = layer(x, train=train)
     x = nn.relu(norm(name='last_norm')(x))
     return self.head(x.mean(axis=(1, 2)))
