@@ -30,6 +30,7 @@ from experiments import locking
 from experiments import programs
 from experiments import results
 from experiments import sparsity
+from experiments import report
 from experiments import training
 from experiments.image import input_pipeline
 from experiments.image import train
@@ -118,7 +119,7 @@ class LockTest(FaultTestCase):
     self.assertEqual(os.listdir(self.folder / 'run'), ['lock'])
     process.send_signal(signal.SIGKILL)
     process.wait()
-    with mock.patch.object(training, 'draw'):
+    with mock.patch.object(report, 'draw'):
       self.assertEqual(train.train(values)['steps'], 4)
 
   def test_a_link_in_place_of_the_lock_is_not_followed(self):
