@@ -46,6 +46,7 @@ from experiments.tasks import TrainState
 # Flags that may differ between a run and its continuation.
 FREE = ('workdir', 'data_dir', 'log_every', 'eval_every', 'checkpoint_every',
         'model_parallel', 'effective_sparsity')
+_FREE = (*FREE, 'devices')  # How many there are is noted beside the flags.
 # The smallest and largest values of flags that no other file checks.
 LIMITS = {
     'batch_size': (1, math.inf), 'log_every': (1, math.inf),
@@ -246,7 +247,7 @@ def _ready(binary: Binary, values: Mapping[str, Any], workdir: str) -> Run:
   check_workdir(workdir)
   run = binary.prepare(values, workdir)
   with _naming_workdir(workdir):
-    checkpointing.check(_checkpoints_of(run), config=_config(run), free=FREE)
+    checkpointing.check(_checkpoints_of(run), config=_config(run), free=_FREE)
   return run
 
 
@@ -255,7 +256,7 @@ def _checkpoints_of(run: Run) -> str:
 
 
 def _config(run: Run) -> dict[str, Any]:
-  return {**run.values, 'data': run.data}
+  return {**run.values, 'data': run.data, 'devices': jax.device_count()}
 
 
 @contextlib.contextmanager
@@ -331,7 +332,7 @@ def open_checkpoints(run: Run, guard) -> checkpointing.Checkpoints:
   """The checkpoints of a run, by default one with each evaluation."""
   with _naming_workdir(run.workdir):
     return checkpointing.open(
-        _checkpoints_of(run), config=_config(run), free=FREE, guard=guard,
+        _checkpoints_of(run), config=_config(run), free=_FREE, guard=guard,
         save_every=steps_between('checkpoint', run.values))
 
 
@@ -346,9 +347,21 @@ def first_state(run: Run, checkpoints) -> tuple[TrainState, int]:
     restored = checkpoints.restore_latest(run.init.out_info)
   if restored is not None:
     print(f'continues {run.workdir} after step {restored[1]}', flush=True)
+    _say_if_rounded(checkpoints.config, _config(run))
     return restored
   options = FAST_COMPILE if jax.default_backend() == 'cpu' else None
   return run.init.lower().compile(compiler_options=options)(), 0
+
+
+def _say_if_rounded(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+  """Warns that sums over other devices are added in another order."""
+  names = ('devices', 'model_parallel')
+  then = {name: stored.get(name, now[name]) for name in names}
+  if then != {name: now[name] for name in names}:
+    logging.warning(
+        'This run began on %s devices (model_parallel %s) and goes on on %s '
+        '(%s): it equals an undisturbed one to rounding, not bit for bit.',
+        *then.values(), *(now[name] for name in names))
 
 
 def last_state(run: Run) -> TrainState:

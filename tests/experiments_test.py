@@ -454,6 +454,28 @@ class DevicesTest(parameterized.TestCase):
     self.assertEqual(process.returncode, 0, output)
     self._assert_agree(self.eight, one)
 
+  def test_a_resume_on_another_number_of_devices_says_that_it_rounds(self):
+    values, measure = self._values('fewer'), training.measure
+
+    def stop(run, state, step, model):
+      if step == 7:
+        raise KeyboardInterrupt
+      return measure(run, state, step, model)
+    with mock.patch.object(training, 'measure', stop):
+      with self.assertRaises(KeyboardInterrupt):
+        train.train(values | {'checkpoint_every': 3})
+    mesh = jax.make_mesh(
+        (2, 1), ('data', 'model'), devices=jax.devices()[:2],
+        axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with (mock.patch.object(devices, 'mesh', lambda *_: mesh),
+          mock.patch.object(jax, 'device_count', return_value=2),
+          mock.patch.object(logging, 'warning') as warned):
+      train.train(values)
+    text, *arguments = warned.call_args.args
+    self.assertRegex(text % tuple(arguments), 'began on 8 devices .*goes on on '
+                     '2 .*to rounding, not bit for bit')
+    self._assert_agree(self.eight, values)
+
   def test_two_hosts_make_the_masks_and_losses_of_one(self):
     two = self._values('two')
     with socket.socket() as free:
