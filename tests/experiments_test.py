@@ -295,7 +295,7 @@ class RunTest(parameterized.TestCase):
 
   def test_run_stopped_before_its_report_makes_it(self):
     values = self._values(method='static', train_steps=5)
-    with mock.patch.object(training, 'report', side_effect=KeyboardInterrupt):
+    with mock.patch.object(report, 'report', side_effect=KeyboardInterrupt):
       with self.assertRaises(KeyboardInterrupt):
         train.train(values)
     result = train.train(values)
@@ -303,14 +303,18 @@ class RunTest(parameterized.TestCase):
 
   def test_error_ends_thread_and_writers(self):
     closed = []
-    close, flush = batching._Prefetched.close, reporting.Writers.close
-    with mock.patch.object(
-        batching._Prefetched, 'close', autospec=True,
-        side_effect=lambda self: (closed.append('thread'), close(self))), (
-            mock.patch.object(
-                reporting.Writers, 'close', autospec=True,
-                side_effect=lambda self: (closed.append('files'), flush(self))
-            )), mock.patch.object(training, 'measure', side_effect=OSError):
+    prefetch, close = batching.prefetch, reporting.Writers.close
+
+    def watched(batches):
+      try:
+        yield from prefetch(batches)
+      finally:
+        closed.append('thread')
+    with (mock.patch.object(batching, 'prefetch', watched),
+          mock.patch.object(
+              reporting.Writers, 'close', autospec=True,
+              side_effect=lambda self: (closed.append('files'), close(self))),
+          mock.patch.object(training, 'measure', side_effect=OSError)):
       with self.assertRaises(OSError):
         train.train(self._values(method='static', train_steps=5))
     self.assertEqual(closed, ['files', 'thread'])
