@@ -28,7 +28,8 @@ _OURS = ('experiments', 'launch', 'sparse_jax')
 _TITLES = {'experiments.training': 'The run',
            'experiments.sparsity': 'The method and its masks',
            'experiments.optimization': 'The optimizer',
-           'experiments.devices': 'Several processes'}
+           'experiments.devices': 'Several processes',
+           'experiments.preparing': 'The data'}
 _INDENT = ' ' * 6
 _HELP = ('--help', '-help', '-h', '-?', '--helpshort')
 

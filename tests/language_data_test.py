@@ -14,13 +14,10 @@ from absl.testing import parameterized
 import numpy as np
 import tensorflow_datasets as tfds
 
+from experiments import preparing
 from experiments.language import corpora
 from experiments.language import input_pipeline
 from experiments.language import vocabulary
-from tests import own_flags
-
-with own_flags.OwnFlags():  # The image program has flags of the same names.
-  from experiments.language import prepare
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _SPLITS = ('train', 'valid', 'test')
@@ -269,7 +266,8 @@ class PrepareTest(absltest.TestCase):
         f'--source={source}', f'--data_dir={data_dir}')
     self.assertEqual(done.returncode, 0, done.stderr)
     self.assertIn('Prepared wikitext2', done.stdout)
-    self.assertIn('already prepared', prepare.run('wikitext2', None, data_dir))
+    self.assertIn('already prepared', preparing.run(
+        corpora, 'wikitext2', None, data_dir))
 
   def test_binary_fails_with_one_line(self):
     done = _python(
