@@ -151,22 +151,14 @@ def eval_batches(
   Law: over all batches and processes the targets of weight 1 are tokens[1:],
   each once; the weights sum to n - 1.
 
-  Args:
-    tokens: integer[n], the text, n >= 2.
-    batch_size: rows in a batch, over all processes. A row begins without
-      context, so fewer rows are closer to reading the text as a whole.
-    length: tokens of a row in a batch.
-    process_index: which rows to give, in [0, process_count).
-    process_count: into how many parts a batch is cut.
+  Args: those of `train_batches`. A row begins without context, so fewer rows
+    are closer to reading the text as a whole.
 
   Returns:
-    An iterator of {'inputs': int32[b, length], 'targets': int32[b, length],
-    'begins': bool[b], 'weight': float32[b, length]}, b = batch_size /
-    process_count; `begins` as of `train_batches`: at the first batch alone.
+    An iterator of what `train_batches` gives, and 'weight': float32[b, length].
 
   Raises:
-    ValueError: if there are fewer than two tokens, `batch_size` is no multiple
-      of `process_count`, or an argument is out of its range.
+    ValueError: as `train_batches`, but that two tokens are enough.
   """
   rows = batching.process_rows(batch_size, process_index, process_count)
   _check_length(length)
