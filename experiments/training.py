@@ -477,7 +477,8 @@ def show(binary: Binary, result: Mapping[str, Any], workdir: str) -> None:
     cost = result['cost']
     print(f'theoretical FLOPs of dense: {cost["training_multiplier"]:.2%} in '
           f'training, {cost["inference_multiplier"]:.2%} in inference')
-    print(f'pictures and metrics: {workdir}', flush=True)
+    print(f'pictures and metrics: {workdir}, to show: '
+          f'{os.path.join(workdir, "report.html")}', flush=True)
 
 
 def workdir_name(values: Mapping[str, Any]) -> str:
