@@ -118,10 +118,10 @@ class RunTest(parameterized.TestCase):
     stopped = self.values('stopped')
     measure = training.measure
 
-    def stop_at_nine(run, state, step):
+    def stop_at_nine(run, state, step, model):
       if step == 9:
         raise KeyboardInterrupt
-      return measure(run, state, step)
+      return measure(run, state, step, model)
 
     with mock.patch.object(training, 'measure', stop_at_nine):
       with self.assertRaises(KeyboardInterrupt):
