@@ -4,11 +4,11 @@ A process takes its rows of each batch, and a thread makes batches ahead of
 whoever consumes them.
 """
 
+import collections
 from collections.abc import Iterator
-import queue
-import threading
+from concurrent import futures
+import sys
 from typing import Any
-import weakref
 
 
 def process_rows(
@@ -49,71 +49,28 @@ def prefetch(iterator: Iterator[Any], size: int = 2) -> Iterator[Any]:
     size: items to keep ready, at least 1.
 
   Returns:
-    An iterator of the same items in the same order.
+    A generator of the same items in the same order.
 
   Raises:
     ValueError: if `size` is below 1.
   """
   if size < 1:
     raise ValueError(f'size must be at least 1; got {size}')
-  return _Prefetched(iter(iterator), size)
+  return _prefetched(iterator, size)
 
 
-class _Prefetched:
-  """The consumer's end of `prefetch`."""
-
-  def __init__(self, iterator, size):
-    ready = queue.Queue(size)
-    stop = threading.Event()
-    # The thread does not know this object, which can so be collected. It is a
-    # daemon because Python waits for other threads before it runs finalizers.
-    thread = threading.Thread(
-        target=_work, args=(iterator, ready, stop), daemon=True)
-    self._ready = ready
-    self._end = None
-    self._finalizer = weakref.finalize(self, _stop, ready, stop, thread)
-    thread.start()
-
-  def __iter__(self):
-    return self
-
-  def __next__(self):
-    if self._end is None:
-      is_item, value = self._ready.get()
-      if is_item:
-        return value
-      self.close()
-      if value is not None:
-        raise value
-    raise StopIteration
-
-  def close(self):
-    """Stops the thread; what is left of the items is lost."""
-    self._end = True
-    self._finalizer()
-
-
-def _work(iterator, ready, stop):
-  """Puts (True, item) for each item, then (False, error or None)."""
-  error = None
+def _prefetched(iterator, size):
+  end, at_exit = object(), sys.is_finalizing  # Globals are gone by then.
+  pool, waiting = futures.ThreadPoolExecutor(1), collections.deque()
   try:
-    for item in iterator:
-      ready.put((True, item))
-      if stop.is_set():
-        break
-  except BaseException as raised:  # Whatever it is, it is the consumer's.
-    error = raised
+    waiting.extend(pool.submit(next, iterator, end) for _ in range(size + 1))
+    while (item := waiting.popleft().result()) is not end:
+      waiting.append(pool.submit(next, iterator, end))
+      yield item
   finally:
-    if hasattr(iterator, 'close'):
-      iterator.close()
-  ready.put((False, error))
-
-
-def _stop(ready, stop, thread):
-  """Ends the thread. Once emptied, the queue has room for all it still puts."""
-  stop.set()
-  while thread.is_alive() and thread is not threading.current_thread():
-    try:
-      ready.get_nowait()
-    except queue.Empty:
-      thread.join(0.01)
+    if not at_exit():
+      for item in waiting:
+        item.cancel()
+      pool.shutdown()
+      if hasattr(iterator, 'close'):
+        iterator.close()

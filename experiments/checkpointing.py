@@ -27,6 +27,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import pathlib
 import signal
 from typing import Any, NamedTuple
 import zlib
@@ -84,14 +85,7 @@ class PreemptionGuard:
 
 
 def abstract(state: Any) -> Any:
-  """Describes a state without its values: the target of a restore.
-
-  Args:
-    state: a tree of jax.Arrays, or of jax.ShapeDtypeStructs that have a
-      sharding (from jax.eval_shape, say, so that nothing is allocated).
-
-  Returns:
-    The tree with each leaf a jax.ShapeDtypeStruct: shape, dtype, sharding.
+  """A tree of arrays, or of their shapes with shardings, as the latter.
 
   Raises:
     ValueError: if a leaf is anything else, or has no sharding.
@@ -105,8 +99,7 @@ def open(directory: str | os.PathLike, *, save_every: int,
   """Opens a directory of checkpoints, new or of the same run.
 
   Args:
-    directory: absent, empty, or what an earlier `open` made. A local path, or
-      an address that Orbax knows (gs://...).
+    directory: absent, empty, or what an earlier `open` made.
     save_every: steps between checkpoints, at least 1.
     config: the run's flags by name; values that JSON can hold.
     keep: how many checkpoints to keep, the newest, at least 1.
@@ -127,17 +120,17 @@ def open(directory: str | os.PathLike, *, save_every: int,
     if value < 1:
       raise ValueError(f'{name} (={value}) must be at least 1')
   path = _as_path(directory)
-  _enter(path, config, free)
-  return Checkpoints(path, save_every, keep, guard)
+  stored = _enter(path, config, free)
+  return Checkpoints(path, stored, save_every, keep, guard)
 
 
 def check(directory: str | os.PathLike, *, config: Mapping[str, Any],
           free: Sequence[str] = ()) -> None:
   """Raises what `open` would for a directory of another run; writes nothing."""
-  path, config = _as_path(directory), _as_json(config)
+  path = _as_path(directory)
   stored = _read_config(path)
   if stored is not None:
-    _check_config(stored, config, free, path)
+    _check_config(stored, _as_json(config), free, path)
 
 
 class Checkpoints:
@@ -145,12 +138,14 @@ class Checkpoints:
 
   Attributes:
     directory: where they are.
+    config: the flags with which the run began.
   """
 
-  def __init__(self, directory, save_every: int, keep: int,
-               guard: PreemptionGuard | None):
+  def __init__(self, directory, config: Mapping[str, Any], save_every: int,
+               keep: int, guard: PreemptionGuard | None):
     import orbax.checkpoint as ocp
     self.directory = directory
+    self.config = config
     self._save_every = save_every
     self._guard = guard
     self._pending = None  # The step now being written.
@@ -173,16 +168,9 @@ class Checkpoints:
     """Reads the newest checkpoint that can be read.
 
     One that cannot be is passed over with a logged warning and stays on disk.
-    Every leaf is compared with the checksum taken when it was saved.
-
-    Law: the state is bit for bit the one saved, tree, dtypes and keys
-    included, on the target's shardings.
-
-    Args:
-      target: the state to fill, or `abstract` of it.
-
-    Returns:
-      The state and its step, or None if there is no checkpoint.
+    Every leaf is compared with the checksum taken when it was saved. The state
+    is bit for bit the one saved, on the shardings of the target (a state, or
+    `abstract` of one). Returns it and its step, or None without a checkpoint.
 
     Raises:
       ValueError: if a checkpoint that can be read has other leaves, shapes or
@@ -208,20 +196,12 @@ class Checkpoints:
   def save(self, step: int, state: Any, force: bool = False) -> bool:
     """Saves the state in the background, if it is time.
 
-    The values are copied out before this returns: the arrays may be donated.
-    A failure of the write before this one is raised here.
-
-    Args:
-      step: steps done. Saved when it is a multiple of `save_every`.
-      state: a tree of jax.Arrays.
-      force: save at this step in any case.
-
-    Returns:
-      Whether a save was begun: not if it was not due, nor if `step` is the
-      newest checkpoint already.
+    It is if `step` is a multiple of `save_every`, or by `force`, unless that
+    step is the newest checkpoint already. The values are copied out before this
+    returns: the arrays may be donated. Returns whether a save was begun.
 
     Raises:
-      OSError: if writing failed, naming the directory.
+      OSError: if this write or the one before failed, naming the directory.
       ValueError: if a checkpoint newer than `step` exists, which means that
         the caller did not start from it; if a leaf cannot be saved.
     """
@@ -241,12 +221,7 @@ class Checkpoints:
     return True
 
   def wait(self):
-    """Waits until what was saved is on disk.
-
-    Raises:
-      OSError: if writing failed, naming the directory. The checkpoints before
-        it are untouched.
-    """
+    """Waits until it is on disk, or raises OSError naming the directory."""
     step, self._pending = self._pending, None
     if step is not None:
       with self._named_failure(step):
@@ -325,31 +300,26 @@ class Checkpoints:
 
 
 def _as_path(directory):
-  from etils import epath
-  text = os.fspath(directory)
-  return epath.Path(text if '://' in text else os.path.abspath(text))
+  return pathlib.Path(os.path.abspath(directory))
 
 
 def _enter(path, config, free):
-  """Makes the directory this run's, or checks that it is."""
+  """Makes the directory this run's, or checks that it is; its config."""
   config = _as_json(config)
   stored = _read_config(path)
   # Nobody writes before everybody has looked.
   _sync('checkpoint directory looked at')
   if stored is not None:
     _check_config(stored, config, free, path)
-    return
+    return stored
   if jax.process_index() == 0:
-    path.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config, indent=2, sort_keys=True) + '\n'
-    if '://' in os.fspath(path):  # There an object is whole or absent.
-      (path / _CONFIG).write_text(text)
-    else:
-      files.write_text(path / _CONFIG, text)
+    files.write_text(path / _CONFIG,
+                     json.dumps(config, indent=2, sort_keys=True) + '\n')
   _sync('checkpoint directory entered')
   if not (path / _CONFIG).exists():
     raise RuntimeError(f'directory (={path}) must be seen by all processes: '
                        f'process {jax.process_index()} finds no {_CONFIG}')
+  return config
 
 
 def _as_json(config):

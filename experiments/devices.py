@@ -9,6 +9,8 @@ slots lie alike, and no weight is gathered.
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
+import functools
 import json
 import socket
 from typing import Any
@@ -28,24 +30,30 @@ from experiments import locking
 _ERRORS = (ValueError, OSError, locking.Held)
 
 
-def define_flags() -> None:
+def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the flags that join several processes into one run."""
+  integer = functools.partial(flags.DEFINE_integer, flag_values=into)
   flags.DEFINE_bool('distributed', False, 'Join the other processes of the '
                     'run, started alike on every host. A TPU slice, Slurm or '
-                    'Open MPI says who they are, else the flags below do.')
-  flags.DEFINE_string('coordinator', None, 'HOST:PORT of the first process.')
-  flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
-  flags.DEFINE_integer('process_id', None, 'Which of them this one is, from 0.')
-  flags.DEFINE_integer('heartbeat_timeout', 100, 'Seconds without a sign of '
-                       'life after which a process counts as dead and the '
-                       'others end.')
+                    'Open MPI says who they are, else the flags below do.',
+                    flag_values=into)
+  flags.DEFINE_string('coordinator', None, 'HOST:PORT of the first process.',
+                      flag_values=into)
+  integer('num_processes', None, 'How many processes there are.')
+  integer('process_id', None, 'Which of them this one is, from 0.')
+  integer('heartbeat_timeout', 100, 'Seconds without a sign of life after '
+          'which a process counts as dead and the others end.')
 
 
-def join(values: dict[str, Any]) -> None:
+def join(values: Mapping[str, Any], refused: str | None = None) -> None:
   """Joins the other processes, if the flags ask for it; before all else.
 
+  Args:
+    values: flags by name.
+    refused: why this process cannot start, for the others.
+
   Raises:
-    ValueError: naming the flag and its value.
+    ValueError: naming the flag and its value, or the process that cannot start.
   """
   names = ('coordinator', 'num_processes', 'process_id')
   given = [name for name in names if values[name] is not None]
@@ -60,6 +68,34 @@ def join(values: dict[str, Any]) -> None:
   if values['distributed']:
     jax.distributed.initialize(*(values[name] for name in names),
                                heartbeat_timeout_seconds=seconds)
+    agree(functools.partial(_refuse, refused))
+
+
+def leave_together(arguments: Sequence[str], reason: str) -> None:
+  """Tells the other processes that this one is refused its command line.
+
+  Without it they would wait for it, five minutes.
+
+  Args:
+    arguments: the command line, of which only the flags above are read.
+    reason: what is wrong.
+  """
+  own = flags.FlagValues()
+  define_flags(own)
+  kept = []
+  for argument, following in zip(arguments, [*arguments[1:], '']):
+    name, equals, _ = argument.lstrip('-').partition('=')
+    if argument.startswith('-') and name in own:
+      kept += [argument] + [following] * (not equals and not own[name].boolean)
+  with contextlib.suppress(flags.Error, ValueError):
+    own(['', *kept])
+    if own.distributed and not jax.distributed.is_initialized():
+      join(own.flag_values_dict(), reason)
+
+
+def _refuse(reason: str | None) -> None:
+  if reason is not None:
+    raise ValueError(reason)
 
 
 def _check_address(address: str) -> None:

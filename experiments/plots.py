@@ -1,10 +1,11 @@
 """Pictures of a run, of a table of runs, and of where the weights are.
 
-Every function takes rows (dicts), writes one PNG, whole or not at all, and
-leaves matplotlib's global state alone. Accuracies, churn and densities of a run
-are fractions in the rows and percent in the pictures; what else is measured
+Every function takes plain rows or arrays, writes one PNG, whole or not at all,
+and leaves matplotlib's global state alone. Accuracies, churn and densities of a
+run are fractions in the rows and percent in the pictures; what else is measured
 stands in `METRICS`. The colours are those of Okabe and Ito, chosen to be told
-apart by colour-blind readers; lines differ in marker as well.
+apart by colour-blind readers; lines differ in marker as well. Legends stand
+outside the axes, where no point can be taken for one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ _BLUE, _ORANGE, _GREEN = '#0072b2', '#d55e00', '#009e73'
 _COLOURS = (_BLUE, _ORANGE, _GREEN, '#cc79a7', '#e69f00', '#56b4e9', '#222222',
             '#882255', '#999933', '#5b3fa0', '#7f7f7f', '#8c5a2b')
 _MARKERS = 'osD^vPX<>hp*'
-_GREY, _PALE = '#666666', '#e6e6e6'
+_GREY, _PALE, _PALE_BLUE = '#666666', '#e6e6e6', '#a9cfe6'
 _DASHES = (0, (4, 3))
 
 
@@ -49,19 +50,21 @@ _STYLE = {
     'ytick.color': '#999999', 'xtick.labelcolor': '#333333',
     'ytick.labelcolor': '#333333', 'legend.frameon': False,
     'lines.solid_capstyle': 'round', 'lines.markersize': 5.5,
+    'figure.titlesize': 11, 'figure.titleweight': 'bold',
 }
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]],
                     path: str | os.PathLike, title: str,
                     metric: str = 'accuracy'):
-  """Draws a metric, and below it how much the masks change, by step.
+  """Draws a metric, how much the masks change, and what is left, by step.
 
   Args:
-    rows: metrics with `step` and any of `train_<metric>`, `test_<metric>`,
-      `churn_min`, `churn_mean`, `churn_max`: over the layers, the share of
-      the forward set that changed at a refresh. Without churn there is one
-      panel and a note. Missing values and nan are gaps.
+    rows: metrics with `step` and any of `train_<metric>`, `test_<metric>`;
+      `churn_min`, `churn_mean`, `churn_max`, over the layers, the share of the
+      forward set that is new since a refresh; `sparsity` and
+      `effective_sparsity`. Where all rows lack the last ones, there is no
+      panel for them. Missing values and nan are gaps.
     path: the PNG file.
     title: stands above it.
     metric: a name in `METRICS`.
@@ -69,24 +72,28 @@ def training_curves(rows: Sequence[Mapping[str, Any]],
   Raises:
     ValueError: if there are no rows, or a fraction is outside [0, 1].
   """
-  _check(rows, (*_fractions(f'train_{metric}', f'test_{metric}'), 'churn_min',
-                'churn_mean', 'churn_max'))
-  has_churn = _series(rows, 'churn_mean')[0].size > 0
+  fractions = ['churn_min', 'churn_mean', 'churn_max', 'sparsity',
+               'effective_sparsity']
+  _check(rows, fractions + [f'{split}_{metric}' for split in ('train', 'test')
+                            if METRICS[metric].unit == '%'])
+  panels = [_draw_metric]
+  panels += [_draw_churn] * bool(_series(rows, 'churn_mean')[0].size)
+  panels += [_draw_density] * bool(_series(rows, 'sparsity')[0].size)
 
   def draw(figure):
-    if has_churn:
-      top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-      _draw_churn(bottom, rows)
-    else:
-      top = bottom = figure.subplots()
-      figure.supxlabel('no churn panel: this method has no masks that change',
-                       fontsize=8, color=_GREY, x=0.99, ha='right')
-    _draw_metric(top, rows, metric)
-    top.set_title(title)
-    bottom.set_xlabel('step')
-    bottom.xaxis.set_major_formatter(_format_step)
-    bottom.margins(x=0.01)
-  _save(path, (6.4, 4.8 if has_churn else 3.4), draw)
+    from matplotlib import ticker
+    found = figure.subplots(len(panels), 1, sharex=True, squeeze=False,
+                            height_ratios=(3, 2, 2)[:len(panels)])[:, 0]
+    for axes, panel in zip(found, panels):
+      panel(axes, rows, metric)
+      axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2,
+                  borderaxespad=0.1, borderpad=0, handlelength=1.6)
+    figure.suptitle(title, x=0.01, ha='left')
+    found[-1].set_xlabel('step')
+    found[-1].xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    found[-1].xaxis.set_major_formatter(_format_step)
+    found[-1].set_xlim(0, 1.02 * max(row['step'] for row in rows))
+  _save(path, (6.4, 1.6 + 1.75 * len(panels)), draw)
 
 
 def lines(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
@@ -95,9 +102,10 @@ def lines(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
   """Draws a line for each row of a table, named beside the axes.
 
   Published points are hollow, on dashed lines; ours are filled, on full ones,
-  with the deviation over the seeds as a bar. A row of one point is a point; on
-  an axis of sparsities one at 0 is a dashed line across, to compare with. Few
-  points that lie far from all others are left out, and counted.
+  with the deviation over the seeds as a bar. A row of one point is a point; but
+  the row 'dense' and, on an axis of sparsities, one at 0 are dashed lines
+  across, to compare with, which bear their names. Few points that lie far from
+  all others are left out, and counted.
 
   Args:
     rows: dicts with `row`, `published`, `published_x`, `ours`, `deviation` and
@@ -120,17 +128,20 @@ def lines(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
   def draw(figure):
     axes = figure.subplots()
     _scale_axis(axes, scale)
+    across = {}
     for index, name in enumerate(names):
       _draw_row(axes, [row for row in rows if row['row'] == name], name,
-                _look(index), scale, published)
+                _look(index), scale, published, across)
     _leave_out_failures(axes, rows, published)
+    _name_across(axes, across)
     axes.set_title(title)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     if published:
       axes.plot([], [], linestyle=_DASHES, color=_GREY, marker='o',
                 markerfacecolor='white', label='as published')
-    axes.legend(loc='center left', bbox_to_anchor=(1.01, .5), handlelength=3)
+    if axes.get_legend_handles_labels()[0]:
+      axes.legend(loc='center left', bbox_to_anchor=(1.01, .5), handlelength=3)
   _save(path, (6.8, max(4.2, .7 + .22 * len(names))), draw)
 
 
@@ -156,45 +167,139 @@ def neuron(unit, path: str | os.PathLike) -> None:
   _save(path, (7.5, 3.2), draw)
 
 
-def series(rows: Sequence[Mapping[str, Any]], x: str, y: str
-           ) -> list[tuple[float, float, float]]:
-  """(place, value, deviation) of the rows that have them, from left to right.
-
-  Example:
-    >>> rows = [{'x': 2., 'ours': 7.}, {'x': 1., 'ours': 5.}, {'x': 3.}]
-    >>> series(rows, 'x', 'ours')
-    [(1.0, 5.0, 0.0), (2.0, 7.0, 0.0)]
-  """
-  return sorted((row[x], row[y], row.get('deviation') or 0.) for row in rows
-                if row.get(x) is not None and row.get(y) is not None)
-
-
 def layer_density(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
                   title: str = 'Density of each layer'):
-  """Draws how much of each layer is kept, the first layer on top.
+  """Draws how much of each layer is kept, the first row on top.
 
   The bar of the forward set lies inside that of the backward set, as the sets
-  do.
+  do; a line marks how much of it is on a path from an input to an output.
 
   Args:
-    rows: dicts with `layer`, `forward_density` and perhaps `backward_density`.
+    rows: dicts with `layer`, `forward_density` and perhaps `backward_density`,
+      `effective_density`, and `collapsed`.
     path: the PNG file.
     title: stands above it.
 
   Raises:
     ValueError: if there are no rows, or a fraction is outside [0, 1].
   """
-  _check(rows, ('forward_density', 'backward_density'))
-  height = 0.24 if len(rows) <= 30 else 0.17
+  names = ('forward_density', 'backward_density', 'effective_density')
+  _check(rows, names)
+  fontsize, height = (9, .26) if len(rows) <= 30 else (7, .17)
+  forward, backward, effective = (np.array([
+      100 * _number(row.get(name)) for row in rows]) for name in names)
 
   def draw(figure):
     axes = figure.subplots()
-    _draw_bars(axes, rows, fontsize=9 if len(rows) <= 30 else 7)
+    places = np.arange(len(rows))
+    if (backward > forward).any():
+      axes.barh(places, backward, height=0.82, color=_PALE_BLUE,
+                label='backward: gets a gradient')
+    axes.barh(places, forward, height=0.44, color=_BLUE,
+              label='forward: is read')
+    if np.isfinite(effective).any():
+      axes.plot(effective, places, '|', color=_ORANGE, markersize=60 * height,
+                markeredgewidth=2, linestyle='', label='on a path')
+    widest = np.nanmax([forward, backward])
+    for place, row in enumerate(rows):
+      shares = list(dict.fromkeys(f'{value[place]:.3g}' for value in (
+          forward, backward) if np.isfinite(value[place])))
+      text = ' / '.join(shares) + (
+          f', {effective[place]:.3g} on a path' if effective[place] < .995 * (
+              forward[place]) else '') + (
+                  ', collapsed' if row.get('collapsed') else '')
+      axes.text(np.nanmax([forward[place], backward[place]]) + .02 * widest,
+                place, text, va='center', fontsize=fontsize - 1.5, color=_GREY)
+    axes.set_yticks(places, [row['layer'] for row in rows], fontsize=fontsize)
+    axes.tick_params(axis='y', length=0)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, 1.3 * widest)
+    axes.grid(False, axis='y')
+    axes.grid(True, axis='x')
     axes.set_title(title)
     axes.set_xlabel('density (percent of the weights that are kept)')
     # Outside: a layer may reach into any corner.
-    figure.legend(loc='outside lower right', ncols=2, handlelength=1.2)
-  _save(path, (6.4, 1.2 + height * len(rows)), draw)
+    figure.legend(loc='outside lower right', ncols=3, handlelength=1.2)
+  _save(path, (6.8, 1.3 + height * len(rows)), draw)
+
+
+def masks(layers: Mapping[str, tuple[np.ndarray, np.ndarray]],
+          path: str | os.PathLike, title: str = 'Masks') -> None:
+  """Draws the mask of each layer as an image, inputs down, outputs across.
+
+  What is kept and on a path from an input to an output is blue, what is kept
+  for nothing orange. Large layers are drawn by the means of squares.
+
+  Args:
+    layers: by name, the densities float[inputs, outputs] of what is kept, and
+      of what of it is on a path.
+    path: the PNG file.
+    title: stands above it.
+
+  Raises:
+    ValueError: if there are no layers.
+  """
+  _check(layers, ())
+  columns = min(3, len(layers))
+
+  def draw(figure):
+    grid = figure.subplots(-(-len(layers) // columns), columns, squeeze=False)
+    for axes in grid.flat[len(layers):]:
+      axes.axis('off')
+    for axes, (name, (kept, on_path)) in zip(grid.flat, layers.items()):
+      most = max(kept.max(), 1e-9)
+      pixels = (1 - (1 - _rgb(_BLUE)) * on_path[..., None] / most
+                - (1 - _rgb(_ORANGE)) * (kept - on_path)[..., None] / most)
+      axes.imshow(np.clip(pixels, 0, 1), aspect='auto', interpolation='nearest')
+      axes.set_title(name, fontsize=8.5, fontweight='normal', pad=4)
+      _bare(axes)
+    figure.suptitle(title, x=0.01, ha='left')
+    figure.supxlabel('inputs down, outputs across; orange: kept, but on no '
+                     'path', fontsize=8, color=_GREY)
+  _save(path, (6.8, .8 + 1.9 * -(-len(layers) // columns)), draw)
+
+
+def receptive_fields(fields: np.ndarray, read: np.ndarray | None,
+                     path: str | os.PathLike,
+                     title: str = 'What the first layer reads') -> None:
+  """Draws the weights of units on the image that they read.
+
+  Args:
+    fields: float[units, height, width], the weights; zeros are white.
+    read: float[height, width], how many units read each pixel; None to leave
+      that panel out.
+    path: the PNG file.
+    title: stands above it.
+
+  Raises:
+    ValueError: if there are no units.
+  """
+  if not len(fields):
+    raise ValueError(f'`fields` (of shape {fields.shape}) must not be empty.')
+  rows = 3 if len(fields) > 8 else 1
+  columns = -(-len(fields) // rows)
+
+  def draw(figure):
+    left, right = (figure.subfigures(1, 2, width_ratios=(1, 2.2))
+                   if read is not None else (None, figure.subfigures(1, 1)))
+    if read is not None:
+      axes = left.subplots()
+      image = axes.imshow(read, cmap='Blues', vmin=0)
+      axes.set_title('units that read a pixel', fontsize=8.5,
+                     fontweight='normal', pad=4)
+      _bare(axes)
+      left.colorbar(image, ax=axes, shrink=.7).outline.set_visible(False)
+    grid = right.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(fields):]:
+      axes.axis('off')
+    for axes, field in zip(grid.flat, fields):
+      most = abs(field).max() or 1.
+      axes.imshow(field, cmap='RdBu_r', vmin=-most, vmax=most)
+      _bare(axes)
+    right.supxlabel('weights of single units: red positive, blue negative, '
+                    'white zero', fontsize=8, color=_GREY)
+    figure.suptitle(title, x=0.01, ha='left')
+  _save(path, (8.2, 3.3 if rows > 1 else 2.2), draw)
 
 
 # ------------------------------------------------------------------- panels
@@ -206,40 +311,46 @@ def _draw_metric(axes, rows, metric):
   if step.size:
     axes.plot(step, scale * value, color=_BLUE, alpha=0.22, linewidth=0.8)
     axes.plot(step, scale * _running_mean(value), color=_BLUE, linewidth=1.8,
-              label='train, running mean')
+              label='train, running mean', **_marked_if_single(step))
   step, value = _series(rows, f'test_{metric}')
   if step.size:
     label = f'test, {scale * value[-1]:.4g}{unit} at the end'
     axes.plot(step, scale * value, color=_ORANGE, linewidth=1.2, marker='o',
               markersize=4.5, markeredgecolor='white', markeredgewidth=0.6,
               label=label, zorder=3)
-  axes.set_ylabel(_label(metric))
-  if axes.get_legend_handles_labels()[0]:
-    axes.legend(loc='best')
+  axes.set_ylabel(METRICS[metric].label + (f' ({unit})' if unit else ''))
 
 
-def _draw_churn(axes, rows):
+def _draw_churn(axes, rows, _):
   step, mean = _series(rows, 'churn_mean')
   low, high = _series(rows, 'churn_min'), _series(rows, 'churn_max')
-  positive = mean[mean > 0]
-  logarithmic = positive.size > 1 and (
-      np.quantile(positive, 0.9) > 50 * np.quantile(positive, 0.1))
   if low[0].size and np.array_equal(low[0], high[0]):
-    floor = 100 * positive.min() / 3 if logarithmic else 0.
-    axes.fill_between(low[0], np.maximum(100 * low[1], floor),
-                      100 * high[1], color=_GREEN, alpha=0.18, linewidth=0,
-                      label='least to most, over layers')
-  axes.plot(step, np.where(mean > 0, 100 * mean, np.nan) if logarithmic
-            else 100 * mean, color=_GREEN, linewidth=1.6, marker='o',
+    axes.fill_between(low[0], 100 * low[1], 100 * high[1], color=_GREEN,
+                      alpha=0.18, linewidth=0, label='least to most, of layers')
+  axes.plot(step, 100 * mean, color=_GREEN, linewidth=1.6, marker='o',
             markersize=2.6 if step.size < 80 else 0, label='mean of layers')
-  if logarithmic:
+  axes.set_ylim(0, max(axes.get_ylim()[1], 1.))
+  axes.set_ylabel('mask churn (%)')
+
+
+def _draw_density(axes, rows, _):
+  """Nominal density, and what of it is on a path; logarithmic if both fall."""
+  step, sparsity = _series(rows, 'sparsity')
+  axes.plot(step, 100 * (1 - sparsity), color=_BLUE, linewidth=1.6,
+            label='kept', **_marked_if_single(step))
+  lowest = 1 - sparsity.max()
+  step, effective = _series(rows, 'effective_sparsity')
+  if step.size:
+    axes.plot(step, 100 * (1 - effective), color=_ORANGE, linewidth=1.2,
+              marker='o', markersize=4, markeredgecolor='white',
+              markeredgewidth=.6, label='on a path', zorder=3)
+    lowest = min(lowest, 1 - effective.max())
+  if lowest > 0 and (1 - sparsity).max() > 5 * lowest:
     axes.set_yscale('log')
     axes.yaxis.set_major_formatter(_format_percent)
   else:
-    axes.set_ylim(bottom=0)
-  axes.set_ylabel('mask churn (%)')
-  axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2,
-              borderaxespad=0.1, borderpad=0)
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+  axes.set_ylabel('density (%)')
 
 
 def _scale_axis(axes, scale):
@@ -257,19 +368,22 @@ def _scale_axis(axes, scale):
   axes.xaxis.set_minor_locator(ticker.NullLocator())
 
 
-def _draw_row(axes, rows, name, look, scale, published):
-  """One line of a table; a point at sparsity 0 reaches across."""
+def _draw_row(axes, rows, name, look, scale, published, across):
+  """One line of a table; `across` gets the places of lines to compare with."""
   colour, marker = look
-  theirs = series(rows, 'published_x', 'published') if published else []
-  ours = series(rows, 'x', 'ours')
+  theirs = _points(rows, 'published_x', 'published') if published else []
+  ours = _points(rows, 'x', 'ours')
   if theirs:
     x, y, _ = zip(*theirs)
     axes.plot(x, y, linestyle=_DASHES, linewidth=.9, alpha=.55, color=colour,
               marker=marker, markerfacecolor='white')
-  if scale == 'sparsity' and [x for x, _, _ in ours] == [0.]:
+  if len(ours) == 1 and (name == 'dense' or scale == 'sparsity' and
+                         ours[0][0] == 0.):
     axes.axhline(ours[0][1], color=colour, linestyle=_DASHES, linewidth=1,
-                 zorder=1, label=name)
-    return
+                 zorder=1)
+    across[name] = ours[0][1], colour
+    if scale == 'sparsity':
+      return
   if ours:
     x, y, deviations = zip(*ours)
     axes.errorbar(x, y, deviations if any(deviations) else None, color=colour,
@@ -278,11 +392,23 @@ def _draw_row(axes, rows, name, look, scale, published):
   axes.plot([], [], color=colour, marker=marker, label=name)
 
 
+def _name_across(axes, across):
+  """Writes names at the left ends of lines across, above them, apart."""
+  low, high = axes.get_ylim()
+  free = -math.inf
+  for name, (y, colour) in sorted(across.items(), key=lambda item: item[1][0]):
+    if low <= y <= high:
+      place = max(y, free)
+      axes.text(.01, place, name, transform=axes.get_yaxis_transform(),
+                color=colour, fontsize=8.5, ha='left', va='bottom')
+      free = place + .04 * (high - low)
+
+
 def _leave_out_failures(axes, rows, published):
   """Ends the axis before points that are far from others, and says so."""
-  values = np.array([y for _, y, _ in series(rows, 'x', 'ours')])
+  values = np.array([y for _, y, _ in _points(rows, 'x', 'ours')])
   if published:
-    values = np.append(values, [y for _, y, _ in series(
+    values = np.append(values, [y for _, y, _ in _points(
         rows, 'published_x', 'published')])
   if not values.size:
     return
@@ -297,46 +423,19 @@ def _leave_out_failures(axes, rows, published):
               va='bottom')
 
 
-def _draw_bars(axes, rows, fontsize):
-  places = np.arange(len(rows))
-  forward = [100 * row['forward_density'] for row in rows]
-  backward = [100 * _number(row.get('backward_density')) for row in rows]
-  widest = np.nanmax([*forward, *backward])
-  if np.isfinite(backward).any():
-    axes.barh(places, backward, height=0.82, color='#a9cfe6',
-              label='backward: gets a gradient')
-  axes.barh(places, forward, height=0.44, color=_BLUE,
-            label='forward: is read')
-  for place, *values in zip(places, forward, backward):
-    values = [value for value in values if not math.isnan(value)]
-    axes.text(max(values) + 0.012 * widest, place,
-              ' / '.join(f'{value:.3g}' for value in values), va='center',
-              fontsize=fontsize - 1.5, color=_GREY)
-  axes.set_yticks(places, [row['layer'] for row in rows], fontsize=fontsize)
-  axes.tick_params(axis='y', length=0)
-  axes.set_ylim(len(rows) - 0.4, -0.6)
-  axes.set_xlim(0, min(112, 1.12 * widest))
-  axes.grid(False, axis='y')
-  axes.grid(True, axis='x')
-
-
 # ------------------------------------------------------------------- values
 
 
-def _label(metric):
-  found = METRICS[metric]
-  return f'{found.label} ({found.unit})' if found.unit else found.label
-
-
-def _fractions(*names):
-  """Of the names of metrics, those whose values are fractions."""
-  return tuple(name for name in names if 'accuracy' in name)
+def _points(rows, x, y):
+  """(place, value, deviation) of rows that have them, from left to right."""
+  return sorted((row[x], row[y], row.get('deviation') or 0.) for row in rows
+                if row.get(x) is not None and row.get(y) is not None)
 
 
 def _check(rows, names):
   if not rows:
     raise ValueError(f'rows (={rows}) must not be empty')
-  for row in rows:
+  for row in rows if names else ():
     for name in names:
       value = _number(row.get(name))
       if not math.isnan(value) and not 0 <= value <= 1:
@@ -357,16 +456,32 @@ def _series(rows, name):
 
 def _running_mean(values):
   """The mean over a window of a fiftieth of the run, narrower at its ends."""
-  total = np.concatenate([[0.], np.cumsum(values)])
-  index = np.arange(values.size)
-  begin = np.maximum(index - values.size // 100, 0)
-  end = np.minimum(index + values.size // 100 + 1, values.size)
-  return (total[end] - total[begin]) / (end - begin)
+  half = values.size // 100
+  window = np.ones(2 * half + 1)
+  return (np.convolve(values, window, 'same')
+          / np.convolve(np.ones(values.size), window, 'same'))
+
+
+def _marked_if_single(step):
+  """A line of one point is none, and needs a marker."""
+  return {'marker': 'o', 'markersize': 4} if step.size == 1 else {}
 
 
 def _look(index):
   return (_COLOURS[index % len(_COLOURS)],
           _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)])
+
+
+def _rgb(colour):
+  return np.array([int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)])
+
+
+def _bare(axes):
+  """An image without ticks in a thin frame."""
+  axes.set(xticks=[], yticks=[])
+  axes.grid(False)
+  for side in axes.spines.values():
+    side.set(visible=True, linewidth=.5)
 
 
 def _format_step(step, _):

@@ -28,7 +28,8 @@ _OURS = ('experiments', 'launch', 'sparse_jax')
 _TITLES = {'experiments.training': 'The run',
            'experiments.sparsity': 'The method and its masks',
            'experiments.optimization': 'The optimizer',
-           'experiments.devices': 'Several processes'}
+           'experiments.devices': 'Several processes',
+           'experiments.preparing': 'The data'}
 _INDENT = ' ' * 6
 _HELP = ('--help', '-help', '-h', '-?', '--helpshort')
 
@@ -142,7 +143,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    stop(' '.join(str(error).split()))
+    _refuse(' '.join(str(error).split()), argv)
 
 
 def _call(main, argv):
@@ -150,4 +151,12 @@ def _call(main, argv):
     try:
       return main(argv)
     except app.UsageError as error:
-      stop(str(error))
+      _refuse(str(error), sys.argv)
+
+
+def _refuse(message: str, argv: Sequence[str]) -> NoReturn:
+  """Leaves, and has the other processes of the run leave."""
+  devices = sys.modules.get('experiments.devices')
+  if devices is not None:
+    devices.leave_together(argv, message)
+  stop(message)

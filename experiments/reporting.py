@@ -19,26 +19,13 @@ import os
 import pathlib
 import sys
 import time
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from absl import logging
 import jax
 import numpy as np
 
 from experiments import files
-
-
-class Writer(Protocol):
-  """Where metrics go."""
-
-  def write_scalars(self, step: int, scalars: Mapping[str, float]):
-    """Writes numbers by name."""
-
-  def flush(self):
-    """Hands what was written to the operating system."""
-
-  def close(self):
-    """Flushes, then releases the file."""
 
 
 class JsonlWriter:
@@ -69,10 +56,6 @@ class JsonlWriter:
     with files.naming(self._file.name):
       self._file.write(json.dumps(row, allow_nan=False) + '\n')
 
-  def flush(self):
-    with files.naming(self._file.name):
-      self._file.flush()
-
   def close(self):
     with files.naming(self._file.name):
       self._file.close()
@@ -94,35 +77,30 @@ class TensorBoardWriter:
     self._event = event_pb2.Event
     self._summary = summary_pb2.Summary
     self._logdir = os.fspath(logdir)
-    session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     with files.naming(self._logdir):
       self._writer = event_file_writer.EventFileWriter(self._logdir)
-      self._writer.add_event(event_pb2.Event(
-          wall_time=time.time(), step=int(start_step), session_log=session))
+    self._add(start_step, session_log=event_pb2.SessionLog(
+        status=event_pb2.SessionLog.START))
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]):
-    self._add(step, [self._summary.Value(tag=name, simple_value=float(value))
-                     for name, value in scalars.items()])
-
-  def flush(self):
-    with files.naming(self._logdir):
-      self._writer.flush()
+    self._add(step, summary=self._summary(value=[
+        self._summary.Value(tag=name, simple_value=float(value))
+        for name, value in scalars.items()]))
 
   def close(self):
     with files.naming(self._logdir):
       self._writer.close()
 
-  def _add(self, step, values):
+  def _add(self, step, **what):
     with files.naming(self._logdir):
-      self._writer.add_event(self._event(
-          wall_time=time.time(), step=int(step),
-          summary=self._summary(value=values)))
+      self._writer.add_event(self._event(wall_time=time.time(), step=int(step),
+                                         **what))
 
 
 class Writers:
   """Writes everything to each of several writers; a context manager."""
 
-  def __init__(self, writers: Sequence[Writer]):
+  def __init__(self, writers: Sequence[JsonlWriter | TensorBoardWriter]):
     self._writers = tuple(writers)
 
   def __enter__(self) -> 'Writers':
@@ -134,10 +112,6 @@ class Writers:
   def write_scalars(self, step: int, scalars: Mapping[str, float]):
     for writer in self._writers:
       writer.write_scalars(step, scalars)
-
-  def flush(self):
-    for writer in self._writers:
-      writer.flush()
 
   def close(self):
     for writer in self._writers:
@@ -327,18 +301,16 @@ def _column(name, rows, format_spec):
 
 
 def _all_numbers(values):
-  values = [value for value in values if value is not None]
-  return bool(values) and all(
-      isinstance(value, (int, float, np.number)) for value in values)
+  kinds = {isinstance(value, (int, float, np.number)) for value in values
+           if value is not None}
+  return kinds == {True}
 
 
 def _cell(value, format_spec):
   if value is None:
     return ''
-  if callable(format_spec):
-    text = format_spec(value)
-  else:
-    text = format(value, format_spec)
+  text = (format_spec(value) if callable(format_spec)
+          else format(value, format_spec))
   return text.replace('|', '\\|').replace('\n', ' ')
 
 

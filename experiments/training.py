@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
 import functools
-import itertools
 import math
 import os
-import statistics
 import sys
 import time
 from typing import Any
@@ -36,6 +34,7 @@ from experiments import files
 from experiments import locking
 from experiments import optimization
 from experiments import programs
+from experiments import report
 from experiments import reporting
 from experiments import results
 from experiments import sparsity
@@ -46,7 +45,8 @@ from experiments.tasks import TrainState
 
 # Flags that may differ between a run and its continuation.
 FREE = ('workdir', 'data_dir', 'log_every', 'eval_every', 'checkpoint_every',
-        'model_parallel')
+        'model_parallel', 'effective_sparsity')
+_FREE = (*FREE, 'devices')  # How many there are is noted beside the flags.
 # The smallest and largest values of flags that no other file checks.
 LIMITS = {
     'batch_size': (1, math.inf), 'log_every': (1, math.inf),
@@ -85,6 +85,8 @@ def define_flags(*, batch_size: int, examples: str, target: float = .9,
                        'Default: those of --eval_every, at most 1000.')
   flags.DEFINE_integer('compare_masks_every', 0, 'Steps between two looks at '
                        'how far the masks have moved. 0: none.')
+  flags.DEFINE_bool('effective_sparsity', True, 'Evaluations also follow which '
+                    'weights are on a path from an input to an output.')
   flags.DEFINE_integer('model_parallel', 1, 'Over how many devices parameters, '
                        'masks and optimizer slots are split.')
   sparsity.define_flags(sparsity=target)
@@ -266,7 +268,7 @@ def _ready(binary: Binary, values: Mapping[str, Any], workdir: str) -> Run:
   check_workdir(workdir)
   run = binary.prepare(values, workdir)
   with _naming_workdir(workdir):
-    checkpointing.check(_checkpoints_of(run), config=_config(run), free=FREE)
+    checkpointing.check(_checkpoints_of(run), config=_config(run), free=_FREE)
   return run
 
 
@@ -275,7 +277,7 @@ def _checkpoints_of(run: Run) -> str:
 
 
 def _config(run: Run) -> dict[str, Any]:
-  return {**run.values, 'data': run.data}
+  return {**run.values, 'data': run.data, 'devices': jax.device_count()}
 
 
 @contextlib.contextmanager
@@ -295,12 +297,13 @@ def run_steps(binary: Binary, run: Run) -> dict[str, Any]:
   with (checkpointing.PreemptionGuard() as guard,
         open_checkpoints(run, guard) as checkpoints):
     state, start = first_state(run, checkpoints)
+    model = report.followed(run) if run.values['effective_sparsity'] else None
     with (contextlib.closing(run.train_batches(start)) as batches,
           reporting.open_writers(run.workdir, start + 1) as writers,
           open_progress(run, start) as progress):
       for step in range(start + 1, run.train_steps + 1):
         state = run.step_fn(state, devices.put_batch(next(batches), run.mesh))
-        row = measure(run, state, step)
+        row = measure(run, state, step, model)
         if every and (step % every == 0 or step == run.train_steps):
           state, change = run.compare_fn(state)
           row |= {name: float(value) for name, value in change.items()}
@@ -312,7 +315,7 @@ def run_steps(binary: Binary, run: Run) -> dict[str, Any]:
         if checkpoints.reached_preemption(step):
           stop(run, checkpoints, state, step)
   final = row or evaluate(run, state)
-  return report(binary, run, state, {
+  return report.report(binary, run, state, model, {
       name: value for name, value in final.items() if name.startswith('test_')
   } | {'seconds_this_session': time.monotonic() - begin})
 
@@ -350,7 +353,7 @@ def open_checkpoints(run: Run, guard) -> checkpointing.Checkpoints:
   """The checkpoints of a run, by default one with each evaluation."""
   with _naming_workdir(run.workdir):
     return checkpointing.open(
-        _checkpoints_of(run), config=_config(run), free=FREE, guard=guard,
+        _checkpoints_of(run), config=_config(run), free=_FREE, guard=guard,
         save_every=steps_between('checkpoint', run.values))
 
 
@@ -365,9 +368,21 @@ def first_state(run: Run, checkpoints) -> tuple[TrainState, int]:
     restored = checkpoints.restore_latest(run.init.out_info)
   if restored is not None:
     print(f'continues {run.workdir} after step {restored[1]}', flush=True)
+    _say_if_rounded(checkpoints.config, _config(run))
     return restored
   options = FAST_COMPILE if jax.default_backend() == 'cpu' else None
   return run.init.lower().compile(compiler_options=options)(), 0
+
+
+def _say_if_rounded(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+  """Warns that sums over other devices are added in another order."""
+  names = ('devices', 'model_parallel')
+  then = {name: stored.get(name, now[name]) for name in names}
+  if then != {name: now[name] for name in names}:
+    logging.warning(
+        'This run began on %s devices (model_parallel %s) and goes on on %s '
+        '(%s): it equals an undisturbed one to rounding, not bit for bit.',
+        *then.values(), *(now[name] for name in names))
 
 
 def last_state(run: Run) -> TrainState:
@@ -400,7 +415,8 @@ def open_progress(run: Run, start: int) -> reporting.Progress:
                             per_step, unit)
 
 
-def measure(run: Run, state: TrainState, step: int) -> dict[str, float]:
+def measure(run: Run, state: TrainState, step: int, model=None
+            ) -> dict[str, float]:
   """What is due to be written down after a step; mostly nothing."""
   due = {name for name in ('log', 'eval', 'checkpoint')
          if step % steps_between(name, run.values) == 0
@@ -408,8 +424,11 @@ def measure(run: Run, state: TrainState, step: int) -> dict[str, float]:
   row = {}
   if due & {'log', 'checkpoint'}:
     means = mean_metrics(run, state)
+  if due & {'log', 'eval'}:
+    row |= report.mask_metrics(report.summarize(
+        run, state, model if 'eval' in due else None))
   if 'log' in due:
-    row |= means | mask_metrics(run.task, state)
+    row |= means
   if 'eval' in due:
     row |= evaluate(run, state)
   return row
@@ -450,17 +469,6 @@ def _named(split: str, results: Mapping[str, float]) -> dict[str, float]:
   return {f'{split}_{name}': value for name, value in results.items()}
 
 
-def mask_metrics(task: Task, state: TrainState) -> dict[str, float]:
-  """Sparsity and how the masks moved at the last refresh, over the layers."""
-  summary = sparse_jax.summarize(state.params, state.opt_state, task.method)
-  churn = [row.churn for row in summary.rows if row.sparse]
-  if not churn:
-    return {}
-  return {'sparsity': summary.sparsity, 'churn_min': min(churn),
-          'churn_mean': sum(churn) / len(churn), 'churn_max': max(churn),
-          'ever_active': summary.total.ever_active}
-
-
 def evaluate(run: Run, state: TrainState) -> dict[str, float]:
   """The problem's results over the whole test split."""
   carry, sums = run.first_carry(), None
@@ -480,63 +488,6 @@ def stop(run: Run, checkpoints, state: TrainState, step: int) -> None:
   sys.exit(checkpointing.REQUEUE_EXIT_CODE)
 
 
-def report(binary: Binary, run: Run, state: TrainState,
-           measured: Mapping[str, float]) -> dict[str, Any]:
-  """Draws the pictures, then writes result.json, which ends the run."""
-  summary = sparse_jax.summarize(state.params, state.opt_state, run.task.method)
-  result = {
-      **measured, 'sparsity': summary.sparsity if summary.total.sparse else 0.,
-      'backward_density': summary.total.backward_density,
-      'ever_active': summary.total.ever_active,
-      'parameters': sum(row.entries for row in summary.rows),
-      'steps': int(state.step), 'program': binary.name,
-      'flags': dict(run.values),
-      'layers': summary.as_dicts(), 'cost': cost(run, state, summary)}
-  if jax.process_index() == 0:
-    rows = reporting.read_jsonl(os.path.join(run.workdir, 'metrics.jsonl'))
-    unit, per_step = run.units
-    result[f'{unit}_per_second'] = speed(rows, per_step)
-    draw(binary, result, rows, run.workdir)
-    reporting.write_json(os.path.join(run.workdir, 'result.json'), result)
-  return result
-
-
-def cost(run: Run, state: TrainState, summary) -> dict[str, Any]:
-  """FLOPs and bytes, by arithmetic."""
-  weights = jax.eval_shape(functools.partial(
-      sparse_jax.dense_weights, run.task.method), state.params,
-                           state.opt_state)
-  apply, inputs = run.apply(state)
-  optimizer = optimization.make(run.values, run.train_steps)
-  return accounting.figures(
-      apply, weights, inputs, run.task.method, summary, run.train_steps
-  ) | accounting.held(weights, state.params, state.opt_state, optimizer)
-
-
-def speed(rows, per_step: int) -> float | None:
-  """Units a second, the median over the times between rows of metrics.
-
-  So neither compiling nor an interruption counts, nor a rare evaluation.
-  """
-  rates = [per_step * (row['step'] - before['step'])
-           / max(row['time'] - before['time'], 1e-3)  # Times are in ms.
-           for before, row in itertools.pairwise(rows)]
-  return statistics.median(rates) if rates else None
-
-
-def draw(binary: Binary, result: Mapping[str, Any], rows, workdir: str) -> None:
-  """The metric and churn by step, and the density of each layer."""
-  from experiments import plots
-  title = (f'{binary.title(result)}, {result["flags"]["method"]} at '
-           f'{result["sparsity"]:.0%} sparsity')
-  plots.training_curves(rows, os.path.join(workdir, 'training.png'), title,
-                        binary.metric(result['flags']))
-  layers = [{'layer': layer['path'], **layer} for layer in result['layers'][:-1]
-            if layer['sparse']]
-  plots.layer_density(layers or [{'layer': 'all', 'forward_density': 1.}],
-                      os.path.join(workdir, 'layers.png'))
-
-
 def show(binary: Binary, result: Mapping[str, Any], workdir: str) -> None:
   """Prints the table of layers and the last line."""
   if jax.process_index() == 0:
@@ -547,7 +498,8 @@ def show(binary: Binary, result: Mapping[str, Any], workdir: str) -> None:
     cost = result['cost']
     print(f'theoretical FLOPs of dense: {cost["training_multiplier"]:.2%} in '
           f'training, {cost["inference_multiplier"]:.2%} in inference')
-    print(f'pictures and metrics: {workdir}', flush=True)
+    print(f'pictures and metrics: {workdir}, to show: '
+          f'{os.path.join(workdir, "report.html")}', flush=True)
 
 
 def workdir_name(values: Mapping[str, Any]) -> str:

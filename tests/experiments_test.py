@@ -25,6 +25,7 @@ import numpy as np
 from experiments import batching
 from experiments import checkpointing
 from experiments import devices
+from experiments import report
 from experiments import reporting
 from experiments import sparsity
 from experiments import training
@@ -82,7 +83,7 @@ def train_on_hosts():
   def main(_):
     devices.join(flags.FLAGS.flag_values_dict())
     values = train.run_config()
-    with mock.patch.object(training, 'draw'):
+    with mock.patch.object(report, 'draw'):
       for method, parts in _PARTS_ON_HOSTS.items():
         train.train(values | {
             'method': method, 'model_parallel': parts,
@@ -186,7 +187,7 @@ class RunTest(parameterized.TestCase):
     self.folder = self.enterContext(tempfile.TemporaryDirectory())
     self.workdir = os.path.join(self.folder, 'run')
     if 'pictures' not in self.id():
-      self.enterContext(mock.patch.object(training, 'draw'))
+      self.enterContext(mock.patch.object(report, 'draw'))
 
   def _values(self, **changes):
     return _values(workdir=self.workdir, **changes)
@@ -214,10 +215,39 @@ class RunTest(parameterized.TestCase):
                      [10, 20])
     for name in ('test_loss', 'test_accuracy'):
       self.assertEqual(rows[-1][name], stored[name])
-    for picture in ('training.png', 'layers.png'):
+    for picture in ('training.png', 'layers.png', 'first_layer.png'):
       self.assertEqual(self._path(picture).read_bytes()[:4], _PNG)
+    page = self._path('report.html').read_text()
+    self.assertEqual(page.count('src="data:image/png;base64,'),
+                     3 if method == 'dense' else 4)  # Masks, too.
+    self.assertIn(f'--method={method}', page)
+    self.assertEqual([row['step'] for row in rows
+                      if 'effective_sparsity' in row],
+                     [] if method == 'dense' else [10, 20])
+    self.assertEqual([layer['path'] for layer in stored['layers']
+                      if layer['path'].endswith('kernel')],
+                     ['stem/kernel', 'dense_2/kernel', 'head/kernel'])
     self.assertLen(os.listdir(self._path('tensorboard')), 1)
     self.assertEqual(_checkpoints(self.workdir), [10, 20])
+
+  def test_effective_sparsity_explains_a_network_that_learns_nothing(self):
+    """One weight a layer: the paths break, and the page and the rows say so."""
+    result = train.train(self._values(method='static', sparsity=.9999,
+                                      train_steps=5, width=1.))
+    self.assertEqual(result['effective_sparsity'], 1.)
+    self.assertEqual(result['collapsed'],
+                     ['stem/kernel', 'dense_2/kernel', 'head/kernel'])
+    row, = _rows(self._values())
+    self.assertEqual((row['effective_sparsity'], row['collapsed_layers']),
+                     (1., 3))
+
+  def test_effective_sparsity_can_be_left_out(self):
+    result = train.train(self._values(method='rigl', train_steps=5,
+                                      effective_sparsity=False))
+    self.assertIsNone(result['effective_sparsity'])
+    row, = _rows(self._values())
+    self.assertNotIn('effective_sparsity', row)
+    self.assertIn('dead_units', row)
 
   def test_masks_are_compared_with_those_of_before(self):
     values = self._values(method='set', sparsity=.8, update_every=5,
@@ -265,7 +295,7 @@ class RunTest(parameterized.TestCase):
 
   def test_run_stopped_before_its_report_makes_it(self):
     values = self._values(method='static', train_steps=5)
-    with mock.patch.object(training, 'report', side_effect=KeyboardInterrupt):
+    with mock.patch.object(report, 'report', side_effect=KeyboardInterrupt):
       with self.assertRaises(KeyboardInterrupt):
         train.train(values)
     result = train.train(values)
@@ -273,14 +303,18 @@ class RunTest(parameterized.TestCase):
 
   def test_error_ends_thread_and_writers(self):
     closed = []
-    close, flush = batching._Prefetched.close, reporting.Writers.close
-    with mock.patch.object(
-        batching._Prefetched, 'close', autospec=True,
-        side_effect=lambda self: (closed.append('thread'), close(self))), (
-            mock.patch.object(
-                reporting.Writers, 'close', autospec=True,
-                side_effect=lambda self: (closed.append('files'), flush(self))
-            )), mock.patch.object(training, 'measure', side_effect=OSError):
+    prefetch, close = batching.prefetch, reporting.Writers.close
+
+    def watched(batches):
+      try:
+        yield from prefetch(batches)
+      finally:
+        closed.append('thread')
+    with (mock.patch.object(batching, 'prefetch', watched),
+          mock.patch.object(
+              reporting.Writers, 'close', autospec=True,
+              side_effect=lambda self: (closed.append('files'), close(self))),
+          mock.patch.object(training, 'measure', side_effect=OSError)):
       with self.assertRaises(OSError):
         train.train(self._values(method='static', train_steps=5))
     self.assertEqual(closed, ['files', 'thread'])
@@ -340,7 +374,7 @@ class ContinueTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.folder = self.enterContext(tempfile.TemporaryDirectory())
-    self.enterContext(mock.patch.object(training, 'draw'))
+    self.enterContext(mock.patch.object(report, 'draw'))
 
   def _pair(self, **changes):
     """The flags of an unbroken run and of one that will be killed."""
@@ -398,7 +432,7 @@ class DevicesTest(parameterized.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
-    cls.enterClassContext(mock.patch.object(training, 'draw'))
+    cls.enterClassContext(mock.patch.object(report, 'draw'))
     cls.eight = cls._values('eight')
     train.train(cls.eight)
 
@@ -423,6 +457,28 @@ class DevicesTest(parameterized.TestCase):
     output = process.communicate()[0]
     self.assertEqual(process.returncode, 0, output)
     self._assert_agree(self.eight, one)
+
+  def test_a_resume_on_another_number_of_devices_says_that_it_rounds(self):
+    values, measure = self._values('fewer'), training.measure
+
+    def stop(run, state, step, model):
+      if step == 7:
+        raise KeyboardInterrupt
+      return measure(run, state, step, model)
+    with mock.patch.object(training, 'measure', stop):
+      with self.assertRaises(KeyboardInterrupt):
+        train.train(values | {'checkpoint_every': 3})
+    mesh = jax.make_mesh(
+        (2, 1), ('data', 'model'), devices=jax.devices()[:2],
+        axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with (mock.patch.object(devices, 'mesh', lambda *_: mesh),
+          mock.patch.object(jax, 'device_count', return_value=2),
+          mock.patch.object(logging, 'warning') as warned):
+      train.train(values)
+    text, *arguments = warned.call_args.args
+    self.assertRegex(text % tuple(arguments), 'began on 8 devices .*goes on on '
+                     '2 .*to rounding, not bit for bit')
+    self._assert_agree(self.eight, values)
 
   def test_two_hosts_make_the_masks_and_losses_of_one(self):
     two = self._values('two')

@@ -30,6 +30,7 @@ from experiments import locking
 from experiments import programs
 from experiments import results
 from experiments import sparsity
+from experiments import report
 from experiments import training
 from experiments.image import input_pipeline
 from experiments.image import train
@@ -118,7 +119,7 @@ class LockTest(FaultTestCase):
     self.assertEqual(os.listdir(self.folder / 'run'), ['lock'])
     process.send_signal(signal.SIGKILL)
     process.wait()
-    with mock.patch.object(training, 'draw'):
+    with mock.patch.object(report, 'draw'):
       self.assertEqual(train.train(values)['steps'], 4)
 
   def test_a_link_in_place_of_the_lock_is_not_followed(self):
@@ -155,6 +156,22 @@ class HostsTest(parameterized.TestCase):
     self.assertIn("process 1 cannot start: [Errno 2] No such file or "
                   "directory: '/no/1'", texts[0])
     self.assertIn("No such file or directory: '/no/1'", texts[1])
+
+  @parameterized.parameters('--nosuch=3', 'typo', '--train_steps=few')
+  def test_what_absl_refuses_on_one_host_ends_all(self, argument):
+    """Else the others would wait for it, five minutes."""
+    with socket.socket() as free:
+      free.bind(('localhost', 0))
+      address = f'localhost:{free.getsockname()[1]}'
+    hosts = [_python(
+        '-m', 'experiments.image.train', '--distributed', '--num_processes=2',
+        '--coordinator', address, f'--process_id={i}', *[argument] * i)
+             for i in range(2)]
+    texts = [host.communicate(timeout=120)[0] for host in hosts]
+    self.assertEqual([host.returncode for host in hosts], [2, 2], texts)
+    named = argument.strip('-').partition('=')[0]
+    self.assertRegex(texts[0], f'process 1 cannot start: .*{named}')
+    self.assertRegex(texts[1], f'train.py: .*{named}')
 
   def test_a_run_compares_its_flags_before_all_else(self):
     values = _values('/nowhere/run')

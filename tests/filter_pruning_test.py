@@ -25,7 +25,8 @@ if not flags.FLAGS.is_parsed():
 
 def _model(name, width=.2):
   if name == 'resnet20':  # One block a stage will do.
-    return models.ResNetCifar(num_classes=10, depth=8, width=width)
+    return models.ResNet(num_classes=10, blocks=(1, 1, 1),
+                         features=(16, 32, 64), width=width)
   return models.create(name, num_classes=10, width=width)
 
 

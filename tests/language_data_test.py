@@ -14,13 +14,10 @@ from absl.testing import parameterized
 import numpy as np
 import tensorflow_datasets as tfds
 
+from experiments import preparing
 from experiments.language import corpora
 from experiments.language import input_pipeline
 from experiments.language import vocabulary
-from tests import own_flags
-
-with own_flags.OwnFlags():  # The image program has flags of the same names.
-  from experiments.language import prepare
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _SPLITS = ('train', 'valid', 'test')
@@ -89,9 +86,8 @@ class StdlibTest(parameterized.TestCase):
   def test_types_are_as_stated(self):
     train = self.texts['train']
     self.assertEqual(train.tokens.dtype, np.uint8)
-    self.assertEqual(train.tokens.shape, (train.num_tokens,))
+    self.assertEqual(train.tokens.ndim, 1)
     self.assertEqual((train.level, len(train.vocabulary)), ('byte', 256))
-    self.assertEqual(train.num_bytes, train.num_tokens)
 
   @parameterized.parameters(*_SPLITS)
   def test_split_is_its_files_in_order(self, split):
@@ -101,7 +97,7 @@ class StdlibTest(parameterized.TestCase):
     whole = b''.join((folder / path).read_bytes() for path in paths)
     size = corpora.Stdlib.SIZES[split]
     self.assertEqual(self.texts[split].tokens.tobytes(), whole[:size])
-    self.assertGreater(self.texts[split].num_bytes, 100_000)
+    self.assertGreater(len(self.texts[split].tokens), 100_000)
 
   def test_splits_share_the_paths_as_stated(self):
     drawn = [corpora.stdlib_split(f'{i}.py') for i in range(4000)]
@@ -270,7 +266,8 @@ class PrepareTest(absltest.TestCase):
         f'--source={source}', f'--data_dir={data_dir}')
     self.assertEqual(done.returncode, 0, done.stderr)
     self.assertIn('Prepared wikitext2', done.stdout)
-    self.assertIn('already prepared', prepare.run('wikitext2', None, data_dir))
+    self.assertIn('already prepared', preparing.run(
+        corpora, 'wikitext2', None, data_dir))
 
   def test_binary_fails_with_one_line(self):
     done = _python(
@@ -289,12 +286,7 @@ class LoadTest(parameterized.TestCase):
       ('level', dict(level='letter'), "`level` .='letter'.*byte.*word"),
       ('data_dir', dict(data_dir=''), "data_dir .*got ''"),
       ('unused_file', dict(text_file='a.txt'), '`text_file` .*a.txt.*enwik8'),
-      ('no_file', dict(dataset='text'), '`text_file` .=None'),
-      ('counts', dict(min_count=2), '`min_count` .=2.*byte'),
-      ('min_count', dict(dataset='text', level='word', min_count=0,
-                         text_file=__file__), '`min_count` .=0'),
-      ('max_size', dict(dataset='text', level='word', max_size=1,
-                        text_file=__file__), '`max_size` .=1'))
+      ('no_file', dict(dataset='text'), '`text_file` .=None'))
   def test_bad_argument_is_named(self, arguments, message):
     with self.assertRaisesRegex(ValueError, message):
       input_pipeline.load(
@@ -322,7 +314,6 @@ class LoadTest(parameterized.TestCase):
         set(input_pipeline.DATASETS), {*corpora.BUILDERS, 'text'})
     for corpus in input_pipeline.DATASETS.values():
       self.assertIn(corpus.level, input_pipeline.LEVELS)
-      self.assertEqual(corpus.unit == 'word', corpus.level == 'word')
       self.assertEqual(corpus.vocabulary_size == 256, corpus.level == 'byte')
 
   def test_file_is_split_by_position(self):
@@ -358,8 +349,7 @@ class LoadTest(parameterized.TestCase):
     self.assertEqual(valid.vocabulary.words, ('a', '<eos>', 'b', '<unk>'))
     self.assertEqual(valid.tokens.tolist(), [0, 3, 1])
     self.assertEqual(valid.tokens.dtype, np.int32)
-    self.assertEqual(
-        (valid.level, valid.num_bytes, valid.num_tokens), ('word', 4, 3))
+    self.assertEqual((valid.level, len(valid.tokens)), ('word', 3))
 
   def test_words_are_counted_once(self):
     source, folder = _temporary_folder(self), _temporary_folder(self)
@@ -372,11 +362,8 @@ class LoadTest(parameterized.TestCase):
     with mock.patch.object(
         vocabulary, 'count_words', side_effect=AssertionError):
       again = input_pipeline.load('wikitext2', 'valid', data_dir=folder)
-      fewer = input_pipeline.load(
-          'wikitext2', 'valid', data_dir=folder, max_size=3)
     self.assertEqual(again.vocabulary.words, first.vocabulary.words)
     self.assertEqual(again.fingerprint, first.fingerprint)
-    self.assertEqual(fewer.vocabulary.words, ('a', '<eos>', '<unk>'))
 
   def test_importing_does_not_import_tfds(self):
     code = ('import sys; from experiments.language import input_pipeline as x;'
@@ -434,18 +421,6 @@ class WordsTest(parameterized.TestCase):
         vocabulary.from_counts(vocabulary.count_words(' '.join(x))).words
         for x in (words, words[::-1]))
     self.assertEqual(one, other)
-
-  @parameterized.parameters(
-      (dict(min_count=2), ('<unk>', 'b', 'c', '<eos>')),
-      (dict(min_count=3), ('<unk>', 'b', '<eos>')),
-      (dict(max_size=3), ('<unk>', 'b', '<eos>')),
-      (dict(max_size=4), ('<unk>', 'b', 'c', '<eos>')),
-      (dict(min_count=2, max_size=2), ('<unk>', '<eos>')))
-  def test_rare_words_count_as_unknown(self, limits, words):
-    counts = vocabulary.count_words('b b b c c a d e f\n')
-    known = vocabulary.from_counts(counts, **limits)
-    self.assertEqual(known.words, words)
-    self.assertEqual(known.encode('a').tolist(), [0])
 
   def test_unknown_word_without_unk_is_an_error(self):
     known = vocabulary.Words(['a', 'b'])

@@ -18,6 +18,7 @@ import numpy as np
 import sparse_jax
 from experiments import devices
 from experiments import export
+from experiments import report
 from experiments import reporting
 from experiments import training
 from experiments.language import models
@@ -67,7 +68,7 @@ class RunTest(parameterized.TestCase):
     pathlib.Path(cls.text).write_text(_WORDS * 150)
     cls.unbroken = cls.values('unbroken')
     cls.result = train.train(cls.unbroken)
-    cls.enterClassContext(mock.patch.object(training, 'draw'))
+    cls.enterClassContext(mock.patch.object(report, 'draw'))
 
   @classmethod
   def values(cls, name, **changes):
@@ -117,10 +118,10 @@ class RunTest(parameterized.TestCase):
     stopped = self.values('stopped')
     measure = training.measure
 
-    def stop_at_nine(run, state, step):
+    def stop_at_nine(run, state, step, model):
       if step == 9:
         raise KeyboardInterrupt
-      return measure(run, state, step)
+      return measure(run, state, step, model)
 
     with mock.patch.object(training, 'measure', stop_at_nine):
       with self.assertRaises(KeyboardInterrupt):

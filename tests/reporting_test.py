@@ -136,15 +136,14 @@ class TensorBoardWriterTest(ReportingTestCase):
 class WritersTest(ReportingTestCase):
 
   def test_every_writer_gets_everything(self):
-    each = [mock.create_autospec(reporting.Writer, instance=True)
+    each = [mock.create_autospec(reporting.JsonlWriter, instance=True)
             for _ in range(2)]
     with reporting.Writers(each) as writers:
       writers.write_scalars(1, {'loss': 2.})
-      writers.flush()
     for writer in each:
       self.assertEqual(writer.mock_calls, [
           mock.call.write_scalars(1, {'loss': 2.}),
-          mock.call.flush(), mock.call.close()])
+          mock.call.close()])
 
   def test_writes_both_files(self):
     with reporting.open_writers(self.directory / 'run') as writers:
@@ -300,7 +299,8 @@ class PlotsTest(ReportingTestCase):
     rows = [{'step': step, 'train_accuracy': step / 100} for step in range(50)]
     rows += [{'step': 25, 'test_accuracy': 0.2, 'train_accuracy': math.nan}]
     if masks:
-      rows += [{'step': 20, 'churn_min': 0., 'churn_mean': .1, 'churn_max': .2}]
+      rows += [{'step': 20, 'churn_min': 0., 'churn_mean': .1, 'churn_max': .2,
+                'sparsity': .5, 'effective_sparsity': .9}]
     path = self.directory / 'curves.png'
     plots.training_curves(rows, path, 'A run')
     self.assert_png(path)
@@ -338,10 +338,39 @@ class PlotsTest(ReportingTestCase):
     self.assertBetween(high, 77., 79.)
     self.assertEqual(axes.text.call_args.args[2], '1 of 9 points lie outside')
 
+  @parameterized.parameters('linear', 'log', 'sparsity')
+  def test_the_dense_line_bears_its_name(self, scale):
+    rows = [{'row': 'dense', 'x': 100., 'ours': 77.}]
+    rows += [{'row': 'rigl', 'x': x, 'ours': 70.} for x in (20., 10.)]
+    with mock.patch.object(plots, '_name_across') as named:
+      self.draw(rows, scale=scale, published=False)
+    self.assertEqual(named.call_args.args[1], {'dense': (77., plots._BLUE)})
+
+  def test_names_across_are_kept_apart(self):
+    axes = mock.Mock(**{'get_ylim.return_value': (0., 100.)})
+    plots._name_across(axes, {'a': (50., 'k'), 'b': (51., 'k'), 'c': (200., '')
+                              })
+    places = {call.args[2]: call.args[1] for call in axes.text.call_args_list}
+    self.assertEqual(places, {'a': 50., 'b': 54.})
+
   def test_layer_density(self):
     path = self.directory / 'density.png'
     plots.layer_density([{'layer': 'conv', 'forward_density': 0.1,
+                          'effective_density': .05, 'collapsed': True,
                           'backward_density': 0.2}], path)
+    self.assert_png(path)
+
+  def test_masks(self):
+    path = self.directory / 'masks.png'
+    kept = np.eye(4, dtype=np.float32)
+    plots.masks({f'layer {i}': (kept, kept * i / 4) for i in range(5)}, path)
+    self.assert_png(path)
+
+  @parameterized.parameters((30, True), (3, False))
+  def test_receptive_fields(self, units, read):
+    path = self.directory / 'fields.png'
+    fields = np.random.default_rng(0).normal(size=(units, 4, 4))
+    plots.receptive_fields(fields, abs(fields[0]) if read else None, path)
     self.assert_png(path)
 
   @parameterized.named_parameters(
@@ -351,6 +380,12 @@ class PlotsTest(ReportingTestCase):
   def test_refuses_no_rows(self, draw):
     with self.assertRaisesRegex(ValueError, r'rows \(=\[\]\)'):
       draw(self.directory / 'nothing.png')
+
+  def test_running_mean_is_narrower_at_its_ends(self):
+    values = np.arange(200.)
+    means = plots._running_mean(values)
+    self.assertAlmostEqual(means[0], values[:3].mean())
+    self.assertAlmostEqual(means[100], values[98:103].mean())
 
 
 class ImportTest(absltest.TestCase):

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments import devices
+from experiments import report
 from experiments import tasks
-from experiments import training
 from experiments.benchmarks import soak
 from experiments.image import train
 from tests import fast_compiler
@@ -56,7 +56,7 @@ class FaultTest(parameterized.TestCase):
     super().setUpClass()
     cls.folder = pathlib.Path(cls.enterClassContext(
         tempfile.TemporaryDirectory()))
-    cls.enterClassContext(mock.patch.object(training, 'draw'))
+    cls.enterClassContext(mock.patch.object(report, 'draw'))
     cls.unbroken = _values(workdir=str(cls.folder / 'unbroken'))
     train.train(cls.unbroken)
     cls.leaves = soak.saved(cls.unbroken)
@@ -211,7 +211,7 @@ class HostsTest(absltest.TestCase):
         (2, 1), ('data', 'model'), devices=jax.devices()[:2],
         axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with mock.patch.object(devices, 'mesh', lambda *_: mesh), (
-        mock.patch.object(training, 'draw')):
+        mock.patch.object(report, 'draw')):
       train.train(values)
 
 

@@ -205,24 +205,21 @@ BUILDERS = {
 }
 
 
-def prepare(
-    name: str, source: str | os.PathLike | None,
-    data_dir: str | os.PathLike) -> pathlib.Path:
-  """Writes a data set to where TFDS looks for it, unless it is there.
+def prepare(name: str, source: str | os.PathLike | None,
+            data_dir: str | os.PathLike) -> pathlib.Path:
+  """`datasets.prepare` of a key of BUILDERS."""
+  return datasets.prepare(builder_class(name), source, data_dir)
 
-  Args:
-    name: a key of BUILDERS.
-    source: the folder with the files as published; not used by 'digits'.
-    data_dir: the folder of all sets; made if absent.
 
-  Returns:
-    The folder of the set, `<data_dir>/<name>/<version>`.
-
-  Raises:
-    ValueError: if `name` is unknown, or as `datasets.prepare` says.
-    FileNotFoundError: as `datasets.prepare` says.
-  """
-  return datasets.prepare(_builder_class(name), source, data_dir)
+def builder_class(name: str) -> type[datasets.LocalBuilder]:
+  """The builder of that key; a ValueError if there is none."""
+  if name == 'imagenet2012':
+    raise ValueError(
+        "name='imagenet2012' is prepared by TFDS with TensorFlow: see "
+        'experiments/image/prepare.py')
+  if name not in BUILDERS:
+    raise ValueError(f'name must be one of {sorted(BUILDERS)}; got {name!r}')
+  return BUILDERS[name]
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:
@@ -285,13 +282,3 @@ def _read_archive(path, folder, names):
   if missing:
     raise FileNotFoundError(f'{path}: no {folder}/ with {", ".join(missing)}')
   return blobs
-
-
-def _builder_class(name):
-  if name == 'imagenet2012':
-    raise ValueError(
-        "name='imagenet2012' is prepared by TFDS with TensorFlow: see "
-        'experiments/image/prepare.py')
-  if name not in BUILDERS:
-    raise ValueError(f'name must be one of {sorted(BUILDERS)}; got {name!r}')
-  return BUILDERS[name]

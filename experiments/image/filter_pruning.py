@@ -43,6 +43,7 @@ import jax
 import jax.numpy as jnp
 
 import sparse_jax
+from sparse_jax.methods import filters
 from experiments import devices
 from experiments import files
 from experiments import locking
@@ -145,8 +146,8 @@ def prune(name: str, variables: Mapping[str, Any], share: float,
           untouched: Sequence[str] = ()) -> Any:
   """The variables without that share of the filters of each layer."""
   shares = dict.fromkeys(touched(name, variables, untouched), share)
-  return sparse_jax.methods.filters.prune_filters(variables, shares,
-                                                  followers(name, variables))[0]
+  return filters.prune_filters(variables, shares,
+                               followers(name, variables))[0]
 
 
 def touched(name: str, variables: Mapping[str, Any],

@@ -143,8 +143,8 @@ def train_batches(
     process_count: into how many parts a batch is cut.
 
   Returns:
-    An iterator of {'image': uint8[batch_size / process_count, H, W, C],
-    'label': int32[batch_size / process_count]}.
+    An iterator of {'image': uint8[b, H, W, C], 'label': int32[b]}, b =
+    batch_size / process_count.
 
   Raises:
     ValueError: if `batch_size` exceeds the split or is no multiple of
@@ -172,20 +172,10 @@ def eval_batches(
   Law: over all batches and processes the examples of weight 1 are the split,
   each once.
 
-  Args:
-    split: what `load` returned.
-    batch_size: examples in a batch, over all processes.
-    process_index: which part of each batch to give, in [0, process_count).
-    process_count: into how many parts a batch is cut.
+  Args and Raises: those of `train_batches`.
 
   Returns:
-    An iterator of {'image': uint8[batch_size / process_count, H, W, C],
-    'label': int32[batch_size / process_count], 'weight': float32[batch_size /
-    process_count]}.
-
-  Raises:
-    ValueError: if `batch_size` is no multiple of `process_count`, or an
-      argument is out of its range.
+    An iterator of what `train_batches` gives, and 'weight': float32[b].
   """
   rows = batching.process_rows(batch_size, process_index, process_count)
   return _eval_batches(split, batch_size, rows)
@@ -197,12 +187,6 @@ def normalise(images: jax.Array, name: str) -> jax.Array:
   Args:
     images: uint8[..., C].
     name: a key of DATASETS.
-
-  Returns:
-    float32[..., C], (images / 255 - mean) / std with the figures of the set.
-
-  Raises:
-    ValueError: if `name` is unknown.
   """
   _check_name(name)
   channel = (1,) * (images.ndim - 1) + (-1,)

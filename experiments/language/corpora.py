@@ -152,23 +152,9 @@ BUILDERS = {
 }
 
 
-def prepare(
-    name: str, source: str | os.PathLike | None,
-    data_dir: str | os.PathLike) -> pathlib.Path:
-  """Writes a corpus to where TFDS looks for it, unless it is there.
-
-  Args:
-    name: a key of BUILDERS.
-    source: the folder with the files as published; not used by 'stdlib'.
-    data_dir: the folder of all sets; made if absent.
-
-  Returns:
-    The folder of the set, `<data_dir>/<builder's name>/<version>`.
-
-  Raises:
-    ValueError: if `name` is unknown, or as `datasets.prepare` says.
-    FileNotFoundError: as `datasets.prepare` says.
-  """
+def prepare(name: str, source: str | os.PathLike | None,
+            data_dir: str | os.PathLike) -> pathlib.Path:
+  """`datasets.prepare` of a key of BUILDERS."""
   return datasets.prepare(builder_class(name), source, data_dir)
 
 

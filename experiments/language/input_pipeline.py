@@ -27,28 +27,16 @@ _WORD_COUNTS = 'words.txt'  # In the folder of a prepared set.
 class Corpus(NamedTuple):
   """What is known of a corpus before it is read."""
   level: str  # One of LEVELS: what a token is, unless one asks otherwise.
-  description: str
-  unit: str  # What a token of that level is called.
   vocabulary_size: int | None  # At that level; None if the text decides.
 
 
 DATASETS = {
-    'stdlib': Corpus(
-        'byte', 'The standard library of the Python that runs; embedded.',
-        'byte', 256),
-    'enwik8': Corpus(
-        'byte', '100 million bytes of Wikipedia with its markup.', 'character',
-        256),
-    'text8': Corpus(
-        'byte', '100 million letters and spaces of Wikipedia.', 'character',
-        256),
-    'wikitext2': Corpus(
-        'word', 'WikiText-2: 2 million words of Wikipedia.', 'word', 33278),
-    'wikitext103': Corpus(
-        'word', 'WikiText-103: 103 million words of Wikipedia.', 'word',
-        267735),
-    'text': Corpus(
-        'byte', 'A text of your own, named by --text_file.', 'byte', 256),
+    'stdlib': Corpus('byte', 256),
+    'enwik8': Corpus('byte', 256),
+    'text8': Corpus('byte', 256),
+    'wikitext2': Corpus('word', 33278),
+    'wikitext103': Corpus('word', 267735),
+    'text': Corpus('byte', 256),
 }
 
 
@@ -57,11 +45,6 @@ class Text(NamedTuple):
   tokens: np.ndarray  # uint8[n] of bytes, int32[n] of words.
   vocabulary: vocabulary.Vocabulary  # That of the training split.
   level: str  # One of LEVELS.
-  num_bytes: int  # Of the text, whatever its tokens are.
-
-  @property
-  def num_tokens(self) -> int:
-    return len(self.tokens)
 
   @property
   def fingerprint(self) -> str:
@@ -72,8 +55,7 @@ class Text(NamedTuple):
 def load(
     dataset: str, split: str, *, level: str | None = None,
     data_dir: str | os.PathLike | None = None,
-    text_file: str | os.PathLike | None = None, min_count: int = 1,
-    max_size: int | None = None) -> Text:
+    text_file: str | os.PathLike | None = None) -> Text:
   """Reads one split of a corpus into memory; never downloads.
 
   The words are those of the training split, whichever split is asked for, and
@@ -89,8 +71,6 @@ def load(
     text_file: for 'text' alone: a file, of which the first 90 % of the bytes
       are for training and 5 % each for the others; or a folder with train.txt,
       valid.txt and test.txt.
-    min_count: words that are rarer in the training split become <unk>.
-    max_size: the most words to tell apart; None for all.
 
   Returns:
     The split, in the order of the text.
@@ -106,14 +86,11 @@ def load(
   _check_choice('split', split, SPLITS)
   level = level or DATASETS[dataset].level
   _check_choice('level', level, LEVELS)
-  _check_sizes(level, min_count, max_size)
   read, folder = _open(dataset, data_dir, text_file)
   text = read(split)
-  known = vocabulary.Bytes()
-  if level == 'word':
-    known = vocabulary.from_counts(
-        _word_counts(read, folder), min_count=min_count, max_size=max_size)
-  return Text(known.encode(text), known, level, len(text))
+  known = (vocabulary.Bytes() if level == 'byte' else
+           vocabulary.from_counts(_word_counts(read, folder)))
+  return Text(known.encode(text), known, level)
 
 
 def train_batches(
@@ -174,22 +151,14 @@ def eval_batches(
   Law: over all batches and processes the targets of weight 1 are tokens[1:],
   each once; the weights sum to n - 1.
 
-  Args:
-    tokens: integer[n], the text, n >= 2.
-    batch_size: rows in a batch, over all processes. A row begins without
-      context, so fewer rows are closer to reading the text as a whole.
-    length: tokens of a row in a batch.
-    process_index: which rows to give, in [0, process_count).
-    process_count: into how many parts a batch is cut.
+  Args: those of `train_batches`. A row begins without context, so fewer rows
+    are closer to reading the text as a whole.
 
   Returns:
-    An iterator of {'inputs': int32[b, length], 'targets': int32[b, length],
-    'begins': bool[b], 'weight': float32[b, length]}, b = batch_size /
-    process_count; `begins` as of `train_batches`: at the first batch alone.
+    An iterator of what `train_batches` gives, and 'weight': float32[b, length].
 
   Raises:
-    ValueError: if there are fewer than two tokens, `batch_size` is no multiple
-      of `process_count`, or an argument is out of its range.
+    ValueError: as `train_batches`, but that two tokens are enough.
   """
   rows = batching.process_rows(batch_size, process_index, process_count)
   _check_length(length)
@@ -201,13 +170,6 @@ def eval_batches(
 def _check_choice(name, value, choices):
   if value not in choices:
     raise ValueError(f'`{name}` (={value!r}) must be one of {sorted(choices)}')
-
-
-def _check_sizes(level, min_count, max_size):
-  if level == 'byte' and (min_count, max_size) != (1, None):
-    raise ValueError(
-        f'`min_count` (={min_count}) and `max_size` (={max_size}) must be left '
-        "out where `level` is 'byte': they choose words")
 
 
 def _check_length(length):

@@ -456,17 +456,9 @@ def reset_memory(memory: Memory, where: jax.Array) -> Memory:
                 jnp.where(where, 0, memory.valid))
 
 
-def create(
-    name: str,
-    *,
-    vocab_size: int,
-    dropout: float = 0.0,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    width: float = 1.0,
-    memory_length: int | None = None,
-    cutoffs: Sequence[int] | None = None,
-    num_layers: int | None = None,
-) -> TransformerXL:
+def create(name: str, *, vocab_size: int, dropout: float = 0.0,
+           dtype: jax.typing.DTypeLike = jnp.float32, width: float = 1.0
+           ) -> TransformerXL:
   """Builds the network of a name.
 
   Args:
@@ -476,14 +468,11 @@ def create(
     dtype: type of the computation; parameters are float32 in any case.
     width: multiplier of d_model, d_ff and d_embed, positive; the products are
       rounded to multiples of twice the number of heads, at least one.
-    memory_length: places of a new memory, or None for the preset's.
-    cutoffs: first tokens of the softmax's tails, rising; empty for none; None
-      for those of the preset that are below `vocab_size`.
-    num_layers: at least 1, or None for the preset's.
 
   Returns:
     A module without variables. Its `clone` takes the other attributes, such
-    as `remat=True` or `same_length=True`.
+    as `remat=True` or `same_length=True`. Of the preset's cutoffs it has those
+    below `vocab_size`.
 
   Raises:
     ValueError: naming the argument that is out of range.
@@ -502,22 +491,16 @@ def create(
     raise ValueError(f'`width` (={width!r}) must be positive and finite.')
   sizes = {size: _scaled(width, getattr(preset, size), 2 * preset.num_heads)
            for size in ('d_model', 'd_ff', 'd_embed')}
-  if cutoffs is None:
-    cutoffs = [first for first in preset.cutoffs if first < vocab_size]
-  layers = preset.num_layers if num_layers is None else num_layers
-  length = preset.memory_length if memory_length is None else memory_length
   return TransformerXL(
       vocab_size=vocab_size, num_heads=preset.num_heads, **sizes,
-      num_layers=_check_at_least('num_layers', layers, 1),
-      memory_length=_check_at_least('memory_length', length, 0),
-      cutoffs=adaptive.check_cutoffs(cutoffs, vocab_size),
+      num_layers=preset.num_layers, memory_length=preset.memory_length,
+      cutoffs=tuple(cut for cut in preset.cutoffs if cut < vocab_size),
       dropout=dropout, attention_dropout=dropout, dtype=dtype)
 
 
-def _check_at_least(name: str, value: int, least: int) -> int:
+def _check_at_least(name: str, value: int, least: int) -> None:
   if value < least:
     raise ValueError(f'`{name}` (={value!r}) must be at least {least}.')
-  return value
 
 
 def _scaled(width: float, size: int, multiple: int) -> int:
@@ -530,69 +513,27 @@ def kernel_count(model: TransformerXL) -> int:
   These are the leaves that may be sparse by default, those of two axes; biases
   and the scales of normalisation are left out.
 
-  Law: it is the number of entries of the leaves of two axes that are no
-  bias.
-
   Example:
     >>> kernel_count(create('tiny', vocab_size=256))
     458752
   """
-  return _count(model, lambda leaf: leaf.ndim > 1)
-
-
-def parameter_count(model: TransformerXL) -> int:
-  """Counts the entries of all parameters, without making any array.
-
-  Example:
-    >>> parameter_count(create('tiny', vocab_size=256))
-    461824
-  """
-  return _count(model, lambda leaf: True)
-
-
-def _count(model, counts):
-  """Entries of some leaves; layers are alike, so that one is looked at."""
-  params = _shapes(model.clone(num_layers=1))
-  layer = params.pop('layer_0')
-  sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree) if counts(leaf))
-           for tree in (layer, params)]
-  return model.num_layers * sizes[0] + sizes[1]
-
-
-def _shapes(model):
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   memory = jax.eval_shape(lambda: init_memory(model, 1, 0))
-  init = functools.partial(model.init, train=False)
-  return jax.eval_shape(
-      init, jax.random.key(0), tokens, tokens, memory)['params']
+  params = jax.eval_shape(functools.partial(model.init, train=False),
+                          jax.random.key(0), tokens, tokens, memory)['params']
+  return sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1)
 
 
-def matching_width(
-    name: str,
-    *,
-    vocab_size: int,
-    parameters: int,
-    cutoffs: Sequence[int] | None = None,
-    num_layers: int | None = None,
-) -> float:
+def matching_width(name: str, *, vocab_size: int, parameters: int) -> float:
   """Finds the width at which a dense network is as large as a sparse one.
-
-  Sizes are counted by `kernel_count`, which grows with the width in jumps.
-  Bisection brackets the jump across `parameters` to one part in 1024 and
-  returns the end whose count is nearer, the narrower if both are as near. No
-  array is made.
-
-  Law: given the count of the network of width 1, the width returned has that
-  very count.
 
   Args:
     name: a key of MODELS.
     vocab_size: number of tokens, at least 1.
-    parameters: number of entries wanted.
-    cutoffs, num_layers: as of `create`.
+    parameters: number of entries wanted, as `kernel_count` counts.
 
   Returns:
-    The width, positive, for `create`.
+    The width, positive, for `create`; see `widths.matching`.
 
   Raises:
     ValueError: as by `create`, or if even the narrowest network has more than
@@ -604,7 +545,6 @@ def matching_width(
     56
   """
   def count(width):
-    return kernel_count(create(name, vocab_size=vocab_size, width=width,
-                               cutoffs=cutoffs, num_layers=num_layers))
+    return kernel_count(create(name, vocab_size=vocab_size, width=width))
 
   return widths.matching(count, parameters, name)

@@ -25,43 +25,11 @@ killed run may leave a scratch folder <data_dir>/.<dataset>.*, which is to be
 deleted by hand.
 """
 
-from absl import app
-from absl import flags
-
 from experiments import programs
 
 with programs.extra():
-  from experiments import datasets
+  from experiments import preparing
   from experiments.language import corpora
 
-_DATASET = flags.DEFINE_string(
-    'dataset', None,
-    f'Which corpus: one of {", ".join(sorted(corpora.BUILDERS))}.',
-    required=True)
-_SOURCE = flags.DEFINE_string(
-    'source', None, 'Folder with the published files; stdlib needs none.')
-_DATA_DIR = flags.DEFINE_string(
-    'data_dir', None, 'Folder of all prepared sets. Default: $TFDS_DATA_DIR or '
-    '~/tensorflow_datasets.')
-
-
-def run(dataset: str, source: str | None, data_dir: str | None) -> str:
-  """Prepares one corpus and returns a sentence on what was done."""
-  data_dir = data_dir or datasets.default_data_dir()
-  found = datasets.find(corpora.builder_class(dataset).name, data_dir)
-  if found:
-    return f'{dataset} is already prepared in {found}.'
-  return f'Prepared {dataset} in {corpora.prepare(dataset, source, data_dir)}.'
-
-
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {argv[1:]}')
-  try:
-    print(run(_DATASET.value, _SOURCE.value, _DATA_DIR.value))
-  except (ValueError, OSError) as error:
-    programs.stop(f'not prepared: {error}')
-
-
 if __name__ == '__main__':
-  programs.run(main)
+  preparing.start(corpora, 'stdlib')

@@ -113,37 +113,12 @@ def count_words(text: str | bytes) -> collections.Counter[str]:
   return counts
 
 
-def from_counts(
-    counts: dict[str, int], *, min_count: int = 1,
-    max_size: int | None = None) -> Words:
-  """Makes the vocabulary of a training text.
+def from_counts(counts: dict[str, int]) -> Words:
+  """The words of a training text, the most frequent first.
 
-  It always has <eos> and <unk>. <unk> counts as often as it stands in the text
-  and all the words left out do.
-
-  Args:
-    counts: how often each word occurs.
-    min_count: words that occur less often are left out.
-    max_size: the most words to keep, <eos> and <unk> among them; None for all.
-
-  Returns:
-    The words, the most frequent first, ties in the order of their spelling.
-
-  Raises:
-    ValueError: if `min_count` is below 1, or `max_size` below 2.
+  Ties are in the order of their spelling. <eos> and <unk> are always there.
   """
-  if min_count < 1:
-    raise ValueError(f'`min_count` (={min_count}) must be at least 1')
-  if max_size is not None and max_size < 2:
-    raise ValueError(f'`max_size` (={max_size}) must be at least 2')
-  kept = {EOS: counts.get(EOS, 0), UNKNOWN: counts.get(UNKNOWN, 0)}
-  others = [word for word in _sorted(counts) if word not in kept]
-  for place, word in enumerate(others, start=len(kept)):
-    if counts[word] < min_count or max_size is not None and place >= max_size:
-      kept[UNKNOWN] += counts[word]
-    else:
-      kept[word] = counts[word]
-  return Words(_sorted(kept))
+  return Words(_sorted({EOS: 0, UNKNOWN: 0} | counts))
 
 
 def write_counts(counts: dict[str, int], path: pathlib.Path) -> None:

@@ -6,10 +6,12 @@ left explains a net that does not train.
 """
 
 from collections.abc import Callable
+import functools
 import math
 from typing import Any
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from sparse_jax import trees
@@ -167,6 +169,37 @@ def connectivity(fn: Callable[..., Any], masks: trees.PyTree, *inputs: Any,
                contracting)
       for path, mask in trees.leaves_by_path(masks).items()
       if paths.is_mask(mask)))
+
+
+def on_path(fn: Callable[..., Any], masks: trees.PyTree, params: trees.PyTree,
+            inputs: tuple[Any, ...]) -> trees.PyTree:
+  """`paths.effective_masks`, compiled once for a function and its shapes.
+
+  Args:
+    fn: `fn(weights, *inputs)`. It is kept, and what it closes over, until
+      others have come after it.
+    masks: a tree of bool[...] like the parameters; None for a leaf that is
+      never sparse.
+    params: the parameters, or their shapes.
+    inputs: arrays or shapes.
+
+  Returns:
+    A tree like `masks`.
+  """
+  leaves, tree = jax.tree.flatten((params, inputs))
+  kinds = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+  return _finder(fn, tree, kinds)(masks)
+
+
+@functools.lru_cache(4)
+def _finder(fn, tree, kinds):
+  params, inputs = jax.tree.unflatten(tree, [
+      jax.ShapeDtypeStruct(*kind) for kind in kinds])
+  # LLVM takes most of the time, of a program that runs a few times.
+  options = ({'xla_backend_optimization_level': 0}
+             if jax.default_backend() == 'cpu' else None)
+  return jax.jit(lambda masks: paths.effective_masks(
+      fn, masks, *inputs, params=params), compiler_options=options)
 
 
 def _of_leaf(path, mask, on_path, batch_axes, contracting) -> LeafPaths:

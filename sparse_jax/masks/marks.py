@@ -78,6 +78,11 @@ def newly_active(marks: jax.Array) -> jax.Array:
   return ((marks & _FORWARD) > 0) & ((marks & _BEFORE) == 0)
 
 
+def newly_inactive(marks: jax.Array) -> jax.Array:
+  """bool, same shape: outside A since the last refresh, but not before it."""
+  return ((marks & _FORWARD) == 0) & ((marks & _BEFORE) > 0)
+
+
 def stays_backward(marks: jax.Array) -> jax.Array:
   """bool, same shape: in B now and before the last refresh."""
   return backward_mask(marks) & ((marks & _HELD) > 0)
