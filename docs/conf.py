@@ -57,27 +57,56 @@ def as_rst(app, what, name, obj, options, lines):
   A public name in backticks becomes a link.
   """
   del app, what, name, obj, options
-  for i, line in enumerate(lines):
-    if not line.lstrip().startswith(('>>> ', '... ')):
-      bullet, text = re.fullmatch(r'(\s*(?:[*-] )?)(.*)', line).groups()
-      lines[i] = bullet + ''.join(
-          _code(part) if odd else _escaped(part)
-          for odd, part in _spans(text))
+  text = re.sub(r'(?m)^( +\w[\w, ]*,)\n +(\w[\w, ]*: )', r'\1 \2',
+                '\n'.join(lines))
+  lines[:] = _PARTS.sub(_part, text).split('\n')
 
 
-def _spans(text):
-  return ((i % 2, part) for i, part in enumerate(text.split('`')))
+# Examples and bullets stay; then code; then what RST would take for its own.
+_PARTS = re.compile(r'(?m)^ *(?:>>>|\.\.\.).*$|^ *[*-] |`([^`]+)`|[*|]|_(?!\w)')
 
 
-def _code(text):
-  if text in LINKED:
-    return f':obj:`~sparse_jax.{text}`'
-  return f'``{text}``' if text.strip() == text != '' else text
+def _part(match):
+  code = match[1]
+  if code in LINKED:
+    return f':obj:`~sparse_jax.{code}`'
+  if code:
+    return f'``{code}``'
+  return '\\' + match[0] if match[0] in ('*', '|', '_') else match[0]
 
 
-def _escaped(text):
-  return re.sub(r'([*|]|_(?!\w))', r'\\\1', text)
+# Pages of the repository that the site shows, by the page that shows them.
+SHOWN = {'experiments/README.md': 'records/experiments',
+         'experiments/benchmarks/README.md': 'records/benchmarks',
+         'launch/README.md': 'records/launch',
+         'CHANGELOG.md': 'records/changes'}
+
+
+def show_record(app, docname, source):
+  """Puts a page of the repository in the place of its stub."""
+  for path, page in SHOWN.items():
+    if page == docname:
+      app.env.note_dependency(ROOT / path)
+      folder = (ROOT / path).parent
+
+      source[0] = re.sub(r'\[([^]]*)\]\(([^)\s]+)\)',
+                         lambda match, folder=folder: _link(*match.groups(),
+                                                            folder),
+                         (ROOT / path).read_text())
+
+
+def _link(text, target, folder):
+  """A link of a page of the repository, as the site has it."""
+  if ':' in target or target.startswith('#'):
+    return f'[{text}]({target})'
+  path = (folder / target).resolve().relative_to(ROOT).as_posix()
+  if path in SHOWN:
+    return f'[{text}](/{SHOWN[path]}.md)'
+  if path.endswith(('.png', '.csv')):
+    return f'[{text}](../../{path})'
+  return f'{text} (`{path}`)'
 
 
 def setup(app):
   app.connect('autodoc-process-docstring', as_rst, priority=100)
+  app.connect('source-read', show_record)

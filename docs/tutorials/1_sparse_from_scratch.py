@@ -39,9 +39,9 @@ def loss_of(logits, labels):
 # %%
 # One loop for every method
 # -------------------------
-# ``sparsify`` wraps the optimizer; ``start`` makes the parameters and the state;
-# ``with_method`` wraps the model wherever it computes. The last layer stays
-# dense: at 90% its ten outputs would share 100 weights.
+# ``sparsify`` wraps the optimizer; ``start`` makes the parameters and the
+# state; ``with_method`` wraps the model wherever it computes. The last layer
+# stays dense: at 90% its ten outputs would share 100 weights.
 
 
 def train(method, steps=300, batch=64):

@@ -2,8 +2,8 @@
 Prune a trained model and fine-tune it
 ======================================
 
-Here the network is trained already. ``one_shot`` prunes it layer by layer from a
-few examples, and ``fixed`` trains on what is left with the same zeros.
+Here the network is trained already. ``one_shot`` prunes it layer by layer from
+a few examples, and ``fixed`` trains on what is left with the same zeros.
 """
 
 # %%
