@@ -13,6 +13,8 @@ import optax
 import sparse_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted(str(path.relative_to(ROOT))
+               for path in (ROOT / 'docs').glob('*.md'))
 
 
 def python_blocks(name):
@@ -27,6 +29,18 @@ def run(block):
 
 
 class DocsTest(parameterized.TestCase):
+
+  @parameterized.parameters(*PAGES)
+  def test_snippets_of_a_page_run_in_order(self, page):
+    names = {}
+    for block in python_blocks(page):
+      exec(compile(block, page, 'exec'), names)  # pylint: disable=exec-used
+    for name, value in names.items():
+      if isinstance(value, sparse_jax.SparseMethod):
+        self.assertNotEmpty(value.name, name)
+
+  def test_the_readme_is_short(self):
+    self.assertLessEqual(len((ROOT / 'README.md').read_text().split('\n')), 161)
 
   def test_readme_trains_in_linen_and_nnx(self):
     linen, nnx, *_ = python_blocks('README.md')
