@@ -29,7 +29,8 @@ myst_heading_anchors = 3
 copybutton_prompt_text = r'>>> |\.\.\. '
 copybutton_prompt_is_regexp = True
 
-autodoc_typehints = 'signature'
+autodoc_typehints = 'none'  # Docstrings say them, with shapes.
+autodoc_preserve_defaults = True
 autodoc_member_order = 'bysource'
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 72
@@ -44,6 +45,7 @@ sphinx_gallery_conf = {
     'remove_config_comments': True,
     'show_signature': False,
     'min_reported_time': 0,
+    'write_computation_times': False,
     'within_subsection_order': 'FileNameSortKey',
 }
 

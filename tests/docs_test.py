@@ -43,19 +43,12 @@ class DocsTest(parameterized.TestCase):
     self.assertLessEqual(len((ROOT / 'README.md').read_text().split('\n')), 161)
 
   def test_readme_trains_in_linen_and_nnx(self):
-    linen, nnx, *_ = python_blocks('README.md')
+    linen, nnx = python_blocks('README.md')
     summary = sparse_jax.summarize(
         *(run(linen)[name] for name in ('params', 'opt_state', 'method')))
     self.assertAlmostEqual(summary.sparsity, .9, places=2)
     optimizer = run(nnx)['optimizer']
     self.assertEqual(int(sparse_jax.get_state(optimizer).step), 3)
-
-  def test_readme_trains_packed(self):
-    *_, packed = python_blocks('README.md')
-    names = run(packed)
-    self.assertEqual(int(sparse_jax.get_state(names['opt_state']).step), 3)
-    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    self.assertLess(size(names['params']), .25 * size(names['dense']))
 
   def test_readme_changes_two_lines(self):
     linen, *_ = python_blocks('README.md')
