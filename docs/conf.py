@@ -70,10 +70,12 @@ _PARTS = re.compile(r'(?m)^ *(?:>>>|\.\.\.).*$|^ *[*-] |`([^`]+)`|[*|]|_(?!\w)')
 
 def _part(match):
   code = match[1]
+  # A letter right after needs a blank that is not shown: `Param`s.
+  end = '\\ ' if match.string[match.end():match.end() + 1].isalnum() else ''
   if code in LINKED:
-    return f':obj:`~sparse_jax.{code}`'
+    return f':obj:`~sparse_jax.{code}`{end}'
   if code:
-    return f'``{code}``'
+    return f'``{code}``{end}'
   return '\\' + match[0] if match[0] in ('*', '|', '_') else match[0]
 
 
