@@ -15,7 +15,8 @@ _OLDEST = 2**16 - 1
 class ScaleByAgedAdamState(NamedTuple):
   """State of `scale_by_aged_adam`."""
 
-  count: jax.Array  # int32[], updates so far.
+  # int32[], updates so far.
+  count: jax.Array  # type: ignore[assignment]
   mu: Any  # First and second moments, trees like the parameters.
   nu: Any
   age: Any  # uint16, updates since an entry was new; stays at the largest.

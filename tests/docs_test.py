@@ -13,6 +13,8 @@ import optax
 import sparse_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted(str(path.relative_to(ROOT))
+               for path in (ROOT / 'docs').glob('*.md'))
 
 
 def python_blocks(name):
@@ -28,20 +30,25 @@ def run(block):
 
 class DocsTest(parameterized.TestCase):
 
+  @parameterized.parameters(*PAGES)
+  def test_snippets_of_a_page_run_in_order(self, page):
+    names = {}
+    for block in python_blocks(page):
+      exec(compile(block, page, 'exec'), names)  # pylint: disable=exec-used
+    for name, value in names.items():
+      if isinstance(value, sparse_jax.SparseMethod):
+        self.assertNotEmpty(value.name, name)
+
+  def test_the_readme_is_short(self):
+    self.assertLessEqual(len((ROOT / 'README.md').read_text().split('\n')), 161)
+
   def test_readme_trains_in_linen_and_nnx(self):
-    linen, nnx, *_ = python_blocks('README.md')
+    linen, nnx = python_blocks('README.md')
     summary = sparse_jax.summarize(
         *(run(linen)[name] for name in ('params', 'opt_state', 'method')))
     self.assertAlmostEqual(summary.sparsity, .9, places=2)
     optimizer = run(nnx)['optimizer']
     self.assertEqual(int(sparse_jax.get_state(optimizer).step), 3)
-
-  def test_readme_trains_packed(self):
-    *_, packed = python_blocks('README.md')
-    names = run(packed)
-    self.assertEqual(int(sparse_jax.get_state(names['opt_state']).step), 3)
-    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    self.assertLess(size(names['params']), .25 * size(names['dense']))
 
   def test_readme_changes_two_lines(self):
     linen, *_ = python_blocks('README.md')

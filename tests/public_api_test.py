@@ -97,7 +97,8 @@ class PublicApiTest(parameterized.TestCase):
     exceptions = {
         'masked_weight': 3, 'exploration_loss': 3, 'summarize': 3, 'start': 3,
         'with_method': 3, 'dense_weights': 3, 'contracting_axes': 3,
-        'nnx_start': 3, 'average_params': 3, 'one_shot': 3, 'effective_sparsity': 3,
+        'nnx_start': 3, 'average_params': 3, 'one_shot': 3,
+        'effective_sparsity': 3,
         # Optax's own arguments, in its order.
         'aged_adam': 6, 'aged_adamw': 8}
     for name in NAMES:

@@ -1,7 +1,8 @@
 """Packed weights from and to other forms: masks, and JAX's sparse matrices."""
 
+from typing import TYPE_CHECKING
+
 import jax
-from jax.experimental import sparse as jax_sparse
 import jax.numpy as jnp
 import numpy as np
 
@@ -11,6 +12,9 @@ from sparse_jax.blocks.packing import check_block
 from sparse_jax.blocks.packing import PackedBlocks
 from sparse_jax.blocks.packing import spread
 from sparse_jax.blocks.packing import tile_mask
+
+if TYPE_CHECKING:
+  from jax.experimental import sparse
 
 
 def from_dense(weight: jax.Array | np.ndarray,
@@ -64,7 +68,7 @@ def to_dense(packed: PackedBlocks
           spread(filled.replace(forward=None)))
 
 
-def to_bcoo(packed: PackedBlocks) -> jax_sparse.BCOO:
+def to_bcoo(packed: PackedBlocks) -> 'sparse.BCOO':
   """The weight of A as a BCOO matrix, for inference.
 
   Raises:
@@ -75,6 +79,8 @@ def to_bcoo(packed: PackedBlocks) -> jax_sparse.BCOO:
     >>> jnp.ones(4) @ to_bcoo(packed)
     Array([1., 1., 1., 1.], dtype=float32)
   """
+  from jax.experimental import sparse  # Half of what importing us would cost.
+
   check_block(packed.block, packed.shape, False)
   if len(packed.shape) != 2:
     raise ValueError(f'`packed` (of shape {packed.shape}) must be a matrix.')
@@ -82,13 +88,13 @@ def to_bcoo(packed: PackedBlocks) -> jax_sparse.BCOO:
   rows = kept.rows[:, None, None] * tall + jnp.arange(tall)[None, :, None]
   columns = kept.columns[:, None, None] * wide + jnp.arange(wide)[None, None]
   places = jnp.stack(jnp.broadcast_arrays(rows, columns), -1)
-  matrix = jax_sparse.BCOO((kept.blocks.ravel(), places.reshape(-1, 2)),
-                           shape=packed.shape, unique_indices=True)
+  matrix = sparse.BCOO((kept.blocks.ravel(), places.reshape(-1, 2)),
+                       shape=packed.shape, unique_indices=True)
   return matrix.sort_indices()
 
 
 def to_bcsr(packed: PackedBlocks, *, transpose: bool = False
-            ) -> jax_sparse.BCSR:
+            ) -> 'sparse.BCSR':
   """The weight of A as a BCSR matrix, for inference.
 
   JAX multiplies a BCSR matrix from the left only, so a layer's x @ weight is
@@ -106,8 +112,10 @@ def to_bcsr(packed: PackedBlocks, *, transpose: bool = False
     >>> to_bcsr(packed, transpose=True) @ jnp.ones(4)
     Array([1., 1., 1., 1.], dtype=float32)
   """
+  from jax.experimental import sparse
+
   checks.check_bool('transpose', transpose)
   matrix = to_bcoo(packed)
   if transpose:
     matrix = matrix.T.sort_indices()
-  return jax_sparse.BCSR.from_bcoo(matrix)
+  return sparse.BCSR.from_bcoo(matrix)

@@ -59,7 +59,8 @@ class Moments(NamedTuple):
   """Sums over the inputs of a layer."""
 
   squares: jax.Array  # float32[groups, k] of x^2, or [groups, k, k] of x x^T.
-  count: jax.Array  # float32[]: how many inputs they are sums over.
+  # float32[]: how many inputs they are sums over.
+  count: jax.Array  # type: ignore[assignment]
 
 
 class _Form(NamedTuple):
@@ -193,7 +194,8 @@ def _watch(fn, attach, paths, params, inputs, given) -> jax.Array:
   watched = replacing.replace_products(fn, rule, paths=paths)
   outputs = [out for out in jax.tree.leaves(watched(params, *inputs))
              if jnp.issubdtype(jnp.result_type(out), jnp.floating)]
-  return 0. * sum(jnp.sum(out).astype(jnp.float32) for out in outputs)
+  return jnp.float32(0) * sum(
+      jnp.sum(out).astype(jnp.float32) for out in outputs)
 
 
 def _dot_form(numbers, ndim: int, shape) -> _Form:

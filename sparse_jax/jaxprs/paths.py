@@ -296,7 +296,7 @@ def _pack(flow, form):
 
 
 def _unpack(arrays, form) -> Flow:
-  return Flow(*arrays, form.root, form.statistic)
+  return Flow(*arrays, root=form.root, statistic=form.statistic)
 
 
 _STRUCTURES = {'scan': _run_scan, 'while': _run_while, 'cond': _run_cond}

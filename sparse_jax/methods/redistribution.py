@@ -204,7 +204,8 @@ def _total(leaves, groups) -> jax.Array:
 
 
 def _sum(counts) -> jax.Array:
-  return sum(jnp.sum(count, dtype=jnp.int32) for count in counts.values())
+  return sum((jnp.sum(count, dtype=jnp.int32) for count in counts.values()),
+             jnp.int32(0))
 
 
 def _mean(leaf, groups: jax.Array, active: jax.Array) -> jax.Array:

@@ -156,7 +156,7 @@ def split(params: trees.PyTree, name: str) -> tuple[trees.PyTree, trees.PyTree]:
                      f'{name!r}: use params = method.parametrize(params).')
   own = _entries(params)
   learnt = own.pop(name)
-  return type(params)(own), learnt
+  return type(params)(own), learnt  # type: ignore[call-arg]
 
 
 def join(model: trees.PyTree, learnt: trees.PyTree, name: str) -> trees.PyTree:

@@ -20,7 +20,8 @@ class Leaf(NamedTuple):
   """One sparse leaf: its place, its groups, its sparsity."""
 
   path: trees.Path
-  index: int  # Among the sparse leaves; makes its random numbers its own.
+  # Among the sparse leaves; makes its random numbers its own.
+  index: int  # type: ignore[assignment]
   layout: layouts.Layout
   sparsity: float  # Of the forward set A.
   backward_sparsity: float  # Of the backward set B.

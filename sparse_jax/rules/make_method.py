@@ -251,7 +251,7 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
       return jnp.float32(0)
     return penalty(params, check(params, state))
 
-  total_penalty.is_zero = penalty is None
+  total_penalty.is_zero = penalty is None  # type: ignore[attr-defined]
 
   def update(updates, grads, state, params, **extra_args):
     check(params, state)

@@ -99,7 +99,7 @@ def refresh_window(every: int, begin: int, end: int | None, *,
       due |= step == also_at
     return due
 
-  window.every = every
+  window.every = every  # type: ignore[attr-defined]
   return window
 
 

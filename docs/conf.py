@@ -1,0 +1,116 @@
+"""How the site is built: `sphinx-build -W docs build/docs`, with no network."""
+
+import pathlib
+import re
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import sparse_jax  # noqa: E402
+
+project = 'sparse_jax'
+author = 'the authors of sparse_jax'
+version = release = sparse_jax.__version__
+extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon',
+              'sphinx_copybutton', 'sphinx_design',
+              'sphinx_gallery.gen_gallery']
+exclude_patterns = ['tutorials/*.py', 'tutorials/GALLERY_HEADER.rst']
+
+html_theme = 'furo'
+html_title = 'sparse_jax'
+html_static_path = ['_static']
+html_css_files = ['site.css']
+html_theme_options = {'top_of_page_buttons': []}
+html_show_copyright = False
+
+myst_enable_extensions = ['colon_fence', 'deflist']
+myst_heading_anchors = 3
+copybutton_prompt_text = r'>>> |\.\.\. '
+copybutton_prompt_is_regexp = True
+
+autodoc_typehints = 'none'  # Docstrings say them, with shapes.
+autodoc_preserve_defaults = True
+autodoc_member_order = 'bysource'
+napoleon_use_rtype = False
+python_maximum_signature_line_length = 72
+
+# The tutorials run when the site is built; one that fails stops it.
+sphinx_gallery_conf = {
+    'examples_dirs': 'tutorials',
+    'gallery_dirs': 'built_tutorials',
+    'filename_pattern': r'\.py$',
+    'abort_on_example_error': True,
+    'download_all_examples': False,
+    'remove_config_comments': True,
+    'show_signature': False,
+    'min_reported_time': 0,
+    'write_computation_times': False,
+    'within_subsection_order': 'FileNameSortKey',
+}
+
+LINKED = {name for name in sparse_jax.__all__
+          if callable(getattr(sparse_jax, name))}
+
+
+def as_rst(app, what, name, obj, options, lines):
+  """Docstrings are plain text with `code`: only lists and examples are markup.
+
+  A public name in backticks becomes a link.
+  """
+  del app, what, name, obj, options
+  text = re.sub(r'(?m)^( +\w[\w, ]*,)\n +(\w[\w, ]*: )', r'\1 \2',
+                '\n'.join(lines))
+  lines[:] = _PARTS.sub(_part, text).split('\n')
+
+
+# Examples and bullets stay; then code; then what RST would take for its own.
+_PARTS = re.compile(r'(?m)^ *(?:>>>|\.\.\.).*$|^ *[*-] |`([^`]+)`|[*|]|_(?!\w)')
+
+
+def _part(match):
+  code = match[1]
+  # A letter right after needs a blank that is not shown: `Param`s.
+  end = '\\ ' if match.string[match.end():match.end() + 1].isalnum() else ''
+  if code in LINKED:
+    return f':obj:`~sparse_jax.{code}`{end}'
+  if code:
+    return f'``{code}``{end}'
+  return '\\' + match[0] if match[0] in ('*', '|', '_') else match[0]
+
+
+# Pages of the repository that the site shows, by the page that shows them.
+SHOWN = {'experiments/README.md': 'records/experiments',
+         'experiments/benchmarks/README.md': 'records/benchmarks',
+         'launch/README.md': 'records/launch',
+         'CHANGELOG.md': 'records/changes'}
+
+
+def show_record(app, docname, source):
+  """Puts a page of the repository in the place of its stub."""
+  for path, page in SHOWN.items():
+    if page == docname:
+      app.env.note_dependency(ROOT / path)
+      folder = (ROOT / path).parent
+
+      source[0] = re.sub(r'\[([^]]*)\]\(([^)\s]+)\)',
+                         lambda match, folder=folder: _link(*match.groups(),
+                                                            folder),
+                         (ROOT / path).read_text())
+
+
+def _link(text, target, folder):
+  """A link of a page of the repository, as the site has it."""
+  if ':' in target or target.startswith('#'):
+    return f'[{text}]({target})'
+  path = (folder / target).resolve().relative_to(ROOT).as_posix()
+  if path in SHOWN:
+    return f'[{text}](/{SHOWN[path]}.md)'
+  if path.endswith(('.png', '.csv')):
+    return f'[{text}](../../{path})'
+  return f'{text} (`{path}`)'
+
+
+def setup(app):
+  app.connect('autodoc-process-docstring', as_rst, priority=100)
+  app.connect('source-read', show_record)
