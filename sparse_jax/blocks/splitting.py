@@ -61,7 +61,8 @@ def split_of(plan: tiles.Plan, args: Sequence[jax.Array]) -> Split | None:
   columns = tuple(name for name in plan.columns if name in sizes)
   if plan.width // plan.outputs.size % math.prod(sizes[n] for n in columns):
     columns = ()
-  rows, parts = (), 1
+  rows: tuple[str, ...] = ()
+  parts = 1
   for name in sizes if plan.rows is None else plan.rows:
     if name in sizes and name not in columns and (
         args[0].shape[0] % (parts * sizes[name]) == 0):
@@ -151,7 +152,7 @@ def in_types(fn: Callable[..., jax.Array], plan: tiles.Plan, x: jax.Array,
   mesh, spec = placing.mesh_of(x, packed.blocks), jax.typeof(x).sharding.spec
   lead = spec[:-1] if len(packed.shape) == 2 else (spec[0],) + (None,) * (
       x.ndim - 2)
-  rows, columns = _names(lead), ()
+  rows, columns = _names(lead), ()  # type: tuple[str, ...], tuple[str, ...]
   if packed.balanced:
     held = _names(jax.typeof(packed.blocks).sharding.spec[:1])
     columns = tuple(name for name in held if name not in rows)

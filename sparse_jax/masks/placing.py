@@ -114,7 +114,8 @@ def row_axes(array: jax.Array, without: tuple[str, ...] = ()
   if is_explicit(array):
     entry = jax.typeof(array).sharding.spec[0]
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
-  found, parts = (), 1
+  found: tuple[str, ...] = ()
+  parts = 1
   for name, size in shared_axes(mesh_of(array)).items():
     if name not in without and array.shape[0] % (parts * size) == 0:
       found, parts = (*found, name), parts * size
