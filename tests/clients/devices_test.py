@@ -105,8 +105,6 @@ class ExplicitTest(laws.LoopTest):
   Masks are chosen on automatic axes inside, and laid like their weights.
   """
 
-  refused = {'packed_rigl': 'sharding must be equal to update sharding'}
-
   def train(self, method):
     mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Explicit,))
     tx = laws.prepare(OPTIMIZER, method)
