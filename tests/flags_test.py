@@ -430,7 +430,8 @@ class EffectTest(parameterized.TestCase):
       ('train_steps', 5, 6, {'train_epochs': None}),
   )
   # Watched in whole runs: see experiments_test.
-  ELSEWHERE = {'drop_schedule', 'seed', 'data_dir', 'augment', 'workdir',
+  ELSEWHERE = {'drop_schedule', 'effective_sparsity', 'seed', 'data_dir',
+               'augment', 'workdir',
                'eval_every', 'compare_masks_every',
                'checkpoint_every', 'model_parallel', 'powerprop_alpha',
                'operands', 'storage'}
