@@ -109,7 +109,7 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
                      'srigl, granet: share of the active weights replaced at a '
                      'refresh, in [0, 1].')
   flags.DEFINE_enum('drop_schedule', None, ['cosine', 'learning_rate'],
-                    'set, rigl, itop, snfs, dsr: how that share falls: along a '
+                    'The same methods: how that share falls: along a '
                     'cosine to the last refresh, or with the learning rate. '
                     'Default: cosine.')
   flags.DEFINE_enum('grow_init', None, [
@@ -298,7 +298,8 @@ def has_target(method: str) -> bool:
 
 def periods(values: Mapping[str, Any]) -> int:
   """How many parts of a run train as one run does: rounds and ticket of cs."""
-  return (values['rounds'] or 1) + 1 if values['method'] == 'cs' else 1
+  known = inspect.signature(METHODS[values['method']]).parameters
+  return (values['rounds'] or 1) + 1 if 'rounds' in known else 1
 
 
 def _operands(values) -> sparse_jax.operators.Operands:
