@@ -188,6 +188,9 @@ def counts_of(name, step, size=24):
     return {}
   if name == 'ac_dc' and step // 2 % 2 == 0:
     return {'kernel': (size, size)}
+  if name == 'spartan':  # Pruned by step 3; all get a gradient up to 5.
+    kept = sparse_jax.keep_count(size, .75 * min(step / 3, 1))
+    return {'kernel': (kept, size if step < 5 else kept)}
   forward = sparse_jax.keep_count(size, .75)
   backward = {'dnw': 0., 'top_kast': .5, 'powerprop': .5}.get(name, .75)
   return {'kernel': (forward, sparse_jax.keep_count(size, backward))}

@@ -60,7 +60,7 @@ def soft_top_k(values: Sequence[jax.Array], k: jax.Array, *, beta: jax.Array,
   return _soft(wide, jnp.float32(k), jnp.float32(beta), costs, axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _soft(values, k, beta, costs, axes):
   scaled = [beta / c * value for value, c in zip(values, costs)]
   real = [value > -jnp.inf for value in values]
@@ -71,22 +71,17 @@ def _soft(values, k, beta, costs, axes):
           for z, there in zip(scaled, real)]
 
 
-def _soft_forward(values, k, beta, costs, axes):
-  soft = _soft(values, k, beta, costs, axes)
-  return soft, (soft, beta, jnp.zeros_like(k))
-
-
-def _soft_backward(costs, axes, saved, cotangents):
-  soft, beta, nothing = saved
+@_soft.defjvp
+def _soft_tangents(costs, axes, primals, tangents):
+  """dm = beta s (dv / c - sum(s dv) / sum(c s)): its own transpose."""
+  _, _, beta = primals
+  soft = _soft(*primals, costs, axes)
   steep = [m * (1 - m) for m in soft]
   all_ = _sum([c * s for c, s in zip(costs, steep)], axes)
-  mean = _sum([g * s for g, s in zip(cotangents, steep)], axes)
+  mean = _sum([dv * s for dv, s in zip(tangents[0], steep)], axes)
   mean = mean / jnp.where(all_ > 0, all_, 1)
-  return [beta * s * (g / c - mean) for s, g, c in zip(
-      steep, cotangents, costs)], nothing, jnp.zeros_like(beta)
-
-
-_soft.defvjp(_soft_forward, _soft_backward)
+  return soft, [beta * s * (dv / c - mean) for s, dv, c in zip(
+      steep, tangents[0], costs)]
 
 
 def _offset(scaled, real, k, total, costs, axes):
