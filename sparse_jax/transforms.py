@@ -98,13 +98,16 @@ def sparsify(optimizer: optax.GradientTransformation,
   def update_fn(grads, state, params=None, **extra_args):
     if params is None:
       raise ValueError('`params` (=None) must be given to update().')
-    return sinking.conditions_first(
-        functools.partial(one_update, **extra_args), updates_lib.AGAIN,
-        lambda outs: outs[1].sparse, _before_refresh)(grads, state, params)
+    update = functools.partial(one_update, **extra_args)
+    if method.refreshes:
+      update = sinking.conditions_first(
+          update, updates_lib.AGAIN, lambda outs: outs[1].sparse,
+          _before_refresh)
+    return update(grads, state, params)
 
   def one_update(grads, state, params, **extra_args):
     sparse, slots = state
-    if penalty and not getattr(method.penalty, 'is_zero', False):
+    if penalty and method.penalises:
       grads = _add_penalty(method, grads, params, sparse)
     given, all_grads = params, grads
     params, grads = map(packing.without_growth, (params, grads))
@@ -114,7 +117,7 @@ def sparsify(optimizer: optax.GradientTransformation,
         grads, _fresh_outside(slots, fresh, params, sparse, marks), params,
         **extra_args)
     known = slots_lib.corrected(params, slots)
-    if bound_grown and known and method.resets is None:
+    if bound_grown and known and method.refreshes and method.resets is None:
       first, _ = optimizer.update(
           grads, slots_lib.renewed(params, slots, fresh), params, **extra_args)
       updates = _bounded(updates, first, marks, known)

@@ -162,7 +162,9 @@ def group(methods: Mapping[str, SparseMethod]) -> SparseMethod:
       name, lambda params: params, init, read, penalty, refresh_by(update),
       update, work=work if all(method.work for method in every) else None,
       operators=operators if any(m.operators for m in every) else None,
-      pack=pack if any(method.pack for method in every) else None)
+      pack=pack if any(method.pack for method in every) else None,
+      refreshes=any(method.refreshes for method in every),
+      penalises=any(method.penalises for method in every))
 
 
 def _own_key(data: jax.Array, index: int) -> jax.Array:

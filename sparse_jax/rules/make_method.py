@@ -251,8 +251,6 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
       return jnp.float32(0)
     return penalty(params, check(params, state))
 
-  total_penalty.is_zero = penalty is None  # type: ignore[attr-defined]
-
   def update(updates, grads, state, params, **extra_args):
     check(params, state)
     again = updates_lib.made_again(updates) if zeros else updates
@@ -285,7 +283,8 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
   return SparseMethod(
       name, parametrize or (lambda params: params), init, read_weights,
       total_penalty, refresh_by(update), update, skips, resets, work,
-      pack=None if storage.pack is None else pack, rule=rule)
+      pack=None if storage.pack is None else pack, rule=rule,
+      refreshes=refresh is not None, penalises=penalty is not None)
 
 
 def _grow(rule, updates, params, old, new):
