@@ -422,11 +422,15 @@ class TransformTest(parameterized.TestCase):
     return got, quick_jit(grads)(x, w)
 
   @parameterized.parameters(
-      dict(), dict(activation_scope=8), dict(activation_scope='example'),
+      dict(activation_scope=8), dict(activation_scope='example'),
       dict(activation_scope='example', gradient_scope='unified'),
       dict(pack=False), dict(activation_scope=2, pack=False))
   def test_an_explicit_mesh(self, **options):
     assert_close(*self.explicit_gradients(**options))
+
+  def test_one_pack_of_what_is_split_is_refused(self):
+    with self.assertRaisesRegex(ValueError, r"activation_scope.*'tensor'"):
+      self.explicit_gradients()
 
 
 class ThresholdTest(parameterized.TestCase):

@@ -18,7 +18,8 @@ MOVES = r' (sort|all-gather|all-to-all|collective-permute)(?:-start)?\('
 
 def product(scope='tensor'):
   dot = sparse_products.sparse_dot_general(
-      operands.Operands(backward_activation=SPARSITY), activation_scope=scope)
+      operands.Operands(backward_activation=SPARSITY), activation_scope=scope,
+      pack='split')
   return lambda x, w: dot(x, w, (((1,), (0,)), ((), ())))
 
 

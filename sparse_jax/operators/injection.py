@@ -30,7 +30,7 @@ def with_operators(fn: Callable[..., Any], method: SparseMethod,
                    thresholds: Mapping[trees.Path, Operands] | None = None,
                    due: bool | jax.Array = True,
                    activation_scope: str | int = 'tensor',
-                   gradient_scope: str | int = 'tensor', pack: bool = True,
+                   gradient_scope: str | int = 'tensor', pack: bool | str = True,
                    params_argnum: int = 0) -> Callable[..., Any]:
   """A function like `fn`, whose products have the operands of a method.
 
@@ -111,7 +111,7 @@ def rule_of(method: SparseMethod, params: trees.PyTree, opt_state: Any,
             thresholds: Mapping[trees.Path, Operands] | None = None,
             due: bool | jax.Array = True,
             activation_scope: str | int = 'tensor',
-            gradient_scope: str | int = 'tensor', pack: bool = True,
+            gradient_scope: str | int = 'tensor', pack: bool | str = True,
             params_argnum: int = 0):
   """What takes the place of a product, and for which paths.
 

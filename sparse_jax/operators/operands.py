@@ -50,7 +50,7 @@ class Options(NamedTuple):
   gradient_scope: str | int
   structure: structures.Structure
   batch_axes: tuple[int, ...]
-  pack: bool
+  pack: bool | str
 
 
 class Axes(NamedTuple):
@@ -92,7 +92,8 @@ def checked(operands: Operands, activation_scope, gradient_scope, structure,
   if callable(batch_axes):
     raise ValueError(f'`batch_axes` (={batch_axes!r}) must be a tuple.')
   selection.check_axes('batch_axes', batch_axes)
-  checks.check_bool('pack', pack)
+  if pack != 'split':
+    checks.check_bool('pack', pack)
   return Options(activation_scope, gradient_scope, structure, batch_axes, pack)
 
 

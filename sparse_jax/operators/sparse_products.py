@@ -62,7 +62,7 @@ def sparse_dot_general(operands: Operands, *, weight: str = 'right',
                        activation_scope: str | int = 'tensor',
                        gradient_scope: str | int = 'tensor',
                        structure: structures.Structure = _UNSTRUCTURED,
-                       batch_axes: tuple[int, ...] = (), pack: bool = True,
+                       batch_axes: tuple[int, ...] = (), pack: bool | str = True,
                        thresholds: Operands | None = None,
                        due: bool | jax.Array = True):
   """Makes a `jax.lax.dot_general` whose operands are sparse in each pass.
@@ -90,10 +90,11 @@ def sparse_dot_general(operands: Operands, *, weight: str = 'right',
     structure: what is kept together of the weight.
     batch_axes: axes of the weight that stack layers, each with its own top-k.
     pack: whether x is kept for dW as its kept entries alone. It saves memory
-      and costs time; without it x is kept whole, with zeros. Where axis 0 is
-      split over devices each packs its own examples: the top-k is still that
-      of the scope, but a device has room for a quarter more than its share,
-      and beyond it the last entries are lost to dW.
+      and costs time; without it x is kept whole, with zeros. Of scope
+      'tensor' one pack lies on every device; the other scopes are split like
+      the batch. 'split' splits that of 'tensor', too: the top-k is the same,
+      but a device has room for a quarter more than its share, and beyond it
+      the last entries are lost to dW.
     thresholds: None for an exact top-k each time. Otherwise the smallest
       magnitude that each operand keeps, a float32[] each, and the *gradient*
       with respect to it is the threshold to be stored for the next step: the
@@ -145,7 +146,7 @@ def sparse_conv_general_dilated(operands: Operands, *,
                                 gradient_scope: str | int = 'tensor',
                                 structure: structures.Structure = _UNSTRUCTURED,
                                 batch_axes: tuple[int, ...] = (),
-                                pack: bool = True,
+                                pack: bool | str = True,
                                 thresholds: Operands | None = None,
                                 due: bool | jax.Array = True):
   """Makes a `jax.lax.conv_general_dilated` whose operands are sparse.
@@ -189,7 +190,7 @@ def sparse_einsum(operands: Operands, *, weight: str = 'right',
                   activation_scope: str | int = 'tensor',
                   gradient_scope: str | int = 'tensor',
                   structure: structures.Structure = _UNSTRUCTURED,
-                  batch_axes: tuple[int, ...] = (), pack: bool = True,
+                  batch_axes: tuple[int, ...] = (), pack: bool | str = True,
                   thresholds: Operands | None = None,
                   due: bool | jax.Array = True):
   """Makes a `jax.numpy.einsum` of two operands that are sparse in each pass.
@@ -339,15 +340,17 @@ def _save(rule, x, mask, traced) -> residuals.Packed:
     return residuals.Packed(_where(mask, x), None)
   parts = operands_lib.parts_of(rule.options.activation_scope, x)
   room = 1. if traced.thresholds is None else _SLACK
-  if parts == 1 and rule.axes.examples and placing.is_shared(x):
+  if rule.options.pack == 'split' and parts == 1 and rule.axes.examples and (
+      placing.is_shared(x)):
     sizes = placing.shared_axes(placing.mesh_of(x))
     parts = math.prod(sizes[name] for name in placing.row_axes(x))
     room = _SLACK if parts > 1 else room
   if parts == 1 and placing.is_split(x):
     raise ValueError(
         f'`activation_scope` (={rule.options.activation_scope!r}) packs the '
-        f'whole activation as one, but it is sharded by {jax.typeof(x)}: split '
-        'its axis 0 alone, or pass `pack=False`.')
+        f'whole activation as one, but it is sharded by {jax.typeof(x)}. Give '
+        'as many parts as devices share it, \'example\', `pack=\'split\'` or '
+        '`pack=False`.')
   count = topk.keep_count(x.size // parts, sparsity)
   if room > 1:
     count = min(math.ceil(count * room), x.size // parts)
