@@ -99,7 +99,7 @@ def sparsify(optimizer: optax.GradientTransformation,
     if params is None:
       raise ValueError('`params` (=None) must be given to update().')
     update = functools.partial(one_update, **extra_args)
-    if method.refreshes:
+    if method.grows:
       update = sinking.conditions_first(
           update, updates_lib.AGAIN, lambda outs: outs[1].sparse,
           _before_refresh)
@@ -117,7 +117,7 @@ def sparsify(optimizer: optax.GradientTransformation,
         grads, _fresh_outside(slots, fresh, params, sparse, marks), params,
         **extra_args)
     known = slots_lib.corrected(params, slots)
-    if bound_grown and known and method.refreshes and method.resets is None:
+    if bound_grown and known and method.grows and method.resets is None:
       first, _ = optimizer.update(
           grads, slots_lib.renewed(params, slots, fresh), params, **extra_args)
       updates = _bounded(updates, first, marks, known)

@@ -227,7 +227,7 @@ def spartan(sparsity: float, *, update_end: int, prune_end: int | None = None,
             for path, own in sparse.items()}
 
   return assemble('spartan', where.leaves, start, read=read, refresh=refresh,
-                  moves=True, work=work)
+                  moves=True, work=work, grows=False)
 
 
 def _times(weight: jax.Array, factor: jax.Array) -> jax.Array:

@@ -127,4 +127,4 @@ def iht(sparsity: float, *, prune_begin: int = 0, prune_end: int | None = None,
     return {path: state_lib.Work(own, own, 1.) for path, own in density.items()}
 
   return assemble('iht', where.leaves, start, read=read, refresh=refresh,
-                  moves=True, work=work)
+                  moves=True, work=work, grows=False)

@@ -30,7 +30,8 @@ def with_operators(fn: Callable[..., Any], method: SparseMethod,
                    thresholds: Mapping[trees.Path, Operands] | None = None,
                    due: bool | jax.Array = True,
                    activation_scope: str | int = 'tensor',
-                   gradient_scope: str | int = 'tensor', pack: bool | str = True,
+                   gradient_scope: str | int = 'tensor',
+                   pack: bool | str = True,
                    params_argnum: int = 0) -> Callable[..., Any]:
   """A function like `fn`, whose products have the operands of a method.
 

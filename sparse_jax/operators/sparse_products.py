@@ -62,7 +62,8 @@ def sparse_dot_general(operands: Operands, *, weight: str = 'right',
                        activation_scope: str | int = 'tensor',
                        gradient_scope: str | int = 'tensor',
                        structure: structures.Structure = _UNSTRUCTURED,
-                       batch_axes: tuple[int, ...] = (), pack: bool | str = True,
+                       batch_axes: tuple[int, ...] = (),
+                       pack: bool | str = True,
                        thresholds: Operands | None = None,
                        due: bool | jax.Array = True):
   """Makes a `jax.lax.dot_general` whose operands are sparse in each pass.

@@ -163,7 +163,7 @@ def group(methods: Mapping[str, SparseMethod]) -> SparseMethod:
       update, work=work if all(method.work for method in every) else None,
       operators=operators if any(m.operators for m in every) else None,
       pack=pack if any(method.pack for method in every) else None,
-      refreshes=any(method.refreshes for method in every),
+      grows=any(method.grows for method in every),
       penalises=any(method.penalises for method in every))
 
 

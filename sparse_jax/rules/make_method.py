@@ -206,7 +206,7 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
              zeros=False, penalty=None, skips=None, resets=None,
              parametrize=None, model_of=lambda params: params, work=None,
              moves=False, place=None, storage=storage_lib.MASKED,
-             rule=None) -> SparseMethod:
+             rule=None, grows=True) -> SparseMethod:
   """Makes a method of its parts, where one rule on groups is not enough.
 
   Args:
@@ -217,6 +217,7 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
     refresh: (Seen, SparseState) -> (SparseState with new marks and extra,
       updates, or None if it leaves them); None for masks that stay.
     moves: whether `refresh` gives updates.
+    grows: whether a refresh may let entries enter the backward set.
     extra: {path: Leaf} or params -> the method's own arrays, or None.
     zeros: whether stored weights are 0 outside A, and where they enter it.
     penalty: (params, SparseState) -> float32[], or None for 0.
@@ -284,7 +285,7 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
       name, parametrize or (lambda params: params), init, read_weights,
       total_penalty, refresh_by(update), update, skips, resets, work,
       pack=None if storage.pack is None else pack, rule=rule,
-      refreshes=refresh is not None, penalises=penalty is not None)
+      grows=grows and refresh is not None, penalises=penalty is not None)
 
 
 def _grow(rule, updates, params, old, new):

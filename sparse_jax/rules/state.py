@@ -149,8 +149,9 @@ class SparseMethod(NamedTuple):
   pack: Callable[[trees.PyTree, SparseState], trees.PyTree] | None = None
   # What the method is made of, if `make_method` made it.
   rule: Any = None
-  # False if its sets never change, and if its penalty is always 0.
-  refreshes: bool = True
+  # Whether an entry may enter the backward set after the start.
+  grows: bool = True
+  # Whether its penalty is ever more than 0.
   penalises: bool = True
 
 
