@@ -11,7 +11,10 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
-from experiments import scaling
+from tests import own_flags
+
+with own_flags.OwnFlags():  # Other programs have the same names.
+  from experiments import scaling
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Of the size of those for T5 on C4 in the paper, and others.

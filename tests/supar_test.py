@@ -6,7 +6,10 @@ import tempfile
 from absl.testing import absltest
 import numpy as np
 
-from experiments import supar
+from tests import own_flags
+
+with own_flags.OwnFlags():  # Other programs have the same names.
+  from experiments import supar
 
 SIZE = dict(width=8, depth=1, steps=3)
 
