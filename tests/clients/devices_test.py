@@ -125,6 +125,7 @@ class ExplicitTest(laws.LoopTest):
 class PmapTest(laws.LoopTest):
 
   title = 'jax.pmap with replicate and pmean'
+  traced = 2  # As without the library: pmap lays its own outputs otherwise.
   recipe = """
   ```python
   state = jax_utils.replicate(sparse_jax.start(tx, method, params))

@@ -136,6 +136,7 @@ class LoopTest(parameterized.TestCase):
   refused = {}  # {method: what the error says}.
   still = {}  # {method: why nothing is learnt}.
   moves = True  # Whether masks are to have moved.
+  traced = 1  # How often the update is traced.
   # Paths that SWAT's operators must reach; None: all sparse ones.
   reached = None
 
@@ -149,14 +150,16 @@ class LoopTest(parameterized.TestCase):
       with self.assertRaisesRegex(Exception, self.refused[name]):
         self.train(method)
       return
+    counted, traces = count_updates(method)
     with seen_products() as seen:
-      run = self.train(method)
+      run = self.train(counted)
     self.assertTrue(np.all(np.isfinite(run.losses)), run.losses)
     if name in self.still:
       self.assertEqual(run.losses[-1], run.losses[0])
     else:
       self.assertLess(run.losses[-1], run.losses[0])
-    self.assertEqual(run.programs, 1)
+    self.assertLen(traces, self.traced)
+    self.assertLessEqual(run.programs, 1)
     state = sparse_jax.get_state(run.opt_state)
     self.assertEqual(state.step, run.updates)
     self.check_counts(name, method, run, state)
@@ -258,6 +261,21 @@ def seen_products():
 
   with mock.patch.object(injection, 'rule_of', noting):
     yield seen
+
+
+def count_updates(method):
+  """The method, and a list that gets an entry when its update is traced.
+
+  A jitted step may say that it has 0 programs: XLA forgets some in a process
+  that has compiled thousands.
+  """
+  traces = []
+
+  def update(*args, **kwargs):
+    traces.append(None)
+    return method.update(*args, **kwargs)
+
+  return method._replace(update=update), traces
 
 
 def options(method):

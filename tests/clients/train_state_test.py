@@ -31,6 +31,7 @@ class TrainState(train_state.TrainState):
 
 class TrainStateTest(laws.LoopTest):
 
+  traced = 2  # Once to know its shape, by MultiSteps' condition.
   title = 'Flax TrainState: BatchNorm, dropout, MultiSteps'
   recipe = """
   `MultiSteps` goes outside of `sparsify`, clipping inside; collections that are
