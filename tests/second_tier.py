@@ -1,0 +1,121 @@
+"""What `pytest` by itself leaves out: long products of tables, and hosts.
+
+Each law stands in the first tier at least once. An entry of `SECOND` is a
+pattern of tests, a pattern of their rows that stay in the first tier, and what
+holds the same law there. `pytest --tier=all` runs everything, as does
+`pytest FILE` of a file; `.ci/run` runs one tier after the other.
+"""
+
+import re
+
+NOTHING = '(?!)'
+METHOD = r"'(rigl|top_kast|str_)'"
+
+SECOND = (
+    # Every method, under every optimizer, dtype, structure and mesh.
+    ('methods_test.*_no_argument_is_accepted', r"'(static|dnw)'",
+     'two methods; others have tests of their own arguments'),
+    ('methods_test.*hold_in_both_frameworks', NOTHING,
+     'counts in LawTest, linen and NNX in clients/'),
+    ('methods_test.*_is_the_inner_optimizer', 'plain_sgd', 'one optimizer'),
+    ('methods_test.*_counts_are_exact_after_every', r"'(rigl|top_kast|gmp)'",
+     'three methods, each allocation'),
+    ('methods_test.*_counts_of_all_leaves', r"'snip_global'", 'one method'),
+    ('methods_test.*(_eager_update|_is_what_the_update|_depends_on_key)',
+     METHOD, 'three methods'),
+    ('optimizers_test.*_keep_their_laws_under', r"'(adamw|adafactor|lion)'",
+     'three kinds of state'),
+    ('optimizers_test.*(_around|_inside)',
+     r"'(chain_clip_by_global_norm|ema|schedule_free)'", 'three wrappers'),
+    ('precision_test.*HalfTest.*(dtypes|counts|ranking|zero|identical)',
+     NOTHING, 'MixedTest; the same laws in float32 in methods_test'),
+    ('precision_test.*(several_dtypes|whatever_the_weights)', NOTHING,
+     'MixedTest with one leaf; NaN and inf in topk_test'),
+    ('precision_test.*(16_bit_gradients|64_bit_mode)', METHOD,
+     'three methods'),
+    ('bound_grown_test.*_outsteps', r"'adam'", 'one optimizer'),
+    ('aged_adam_test.*_while_nothing', r"'(rigl|static)'", 'two methods'),
+    ('checkpoint_law_test.*moved_after_the_restore', NOTHING,
+     'experiments_test: every_part_of_the_state_continues'),
+    ('checkpoint_law_test', r"'(rigl|set_|dense)'|compiles_nothing",
+     'three methods'),
+    ('storage_test.*test_every_method', r"'(rigl|top_kast)'", 'two methods'),
+    ('storage_test.*(every_optimizer|other_kernels)', NOTHING,
+     'Adam in test_every_method; kernels in products_test, loop_test'),
+    ('sharding_test.*ShardedWeightsTest', r"'(rigl|top_kast)'",
+     'two methods'),
+    ('sharding_test.*DataParallelTest', NOTHING, 'ShardedWeightsTest'),
+    ('packed_devices_test.*_is_the_masked_one', r"rigl.*fsdp.*auto",
+     'one method, one mesh'),
+    ('packed_devices_test.*(sums_rows|over_devices)', NOTHING,
+     'collectives_are_those_of_dense'),
+    ('residuals_devices_test.*_nothing_moves', r"Auto.*8", 'one scope'),
+    ('operators_test.*_an_explicit_mesh', r'scope=8\)', 'one scope'),
+    ('topk_test.*_never_gathered', r"Auto.*\('x', 'y'\)", 'two layouts'),
+    ('kernels_test.*(_finds_no_race|named_kernels)', NOTHING,
+     'the same products in interpret mode'),
+    ('residuals_test.*an_unrolled_network', NOTHING, 'a scanned network'),
+    ('one_shot_test.*OneShotTest.*test_structures', 'sparsegpt.*(Block|NM)',
+     'two structures'),
+    ('one_shot_test.*(_scanned_layers_are|_mixed_precision|_published_order'
+     '|_n_of_m_along)', NOTHING, 'LayersTest, test_structures'),
+    ('effective_sparsity_test.*ExactTest', '[0-2]$', 'three graphs of each'),
+    ('official_options_test', '0$', 'one row of each'),
+    ('injection_test.*(by_hand|has_its_own)', '0$', 'one row'),
+    ('loop_test.*_in_any_use', "0$", 'one use'),
+    ('storage_test.*(_restored_from|_side_by_side|_accumulated_outside)', '0$',
+     'one method'),
+    ('(granet_test|redistribution_test|fan_in_test|spartan_test)'
+     '.*(_move_no_budget|_momentum_gains|_stack_has|_one_factor)', NOTHING,
+     'the trajectories of the same files'),
+    ('scaling_test.*_depend_on_neither', '75', 'two widths'),
+    # Loops in the manner of others. All laws in two of them.
+    ('clients/(?!train_state|nnx_split).*_every_law_holds_with', NOTHING,
+     'TrainStateTest (linen) and ObjectsTest (NNX)'),
+    ('clients/.*_every_law_holds_with', r"'(rigl|str_|packed_rigl)'",
+     'three methods'),
+    ('clients/nnx_modules_test', 'dropout_draws|StacksTest', 'getters_test'),
+    ('clients/anybody_test.*AxesTest', NOTHING,
+     'contracting_axes in selection_test'),
+    # Programs: every method, network, fault and number of hosts.
+    ('experiments_test.*leaves_results_metrics', r"'rigl'",
+     'one method'),
+    ('experiments_test.*DevicesTest', 'eight_devices', 'eight devices'),
+    ('experiments_test.*ContinueTest.*killed_and_then', NOTHING,
+     'every_part_of_the_state_continues'),
+    ('language_train_test', 'goes_on_bit_for_bit', 'a run that is stopped'),
+    ('language_models_test.*SparseTest', NOTHING, 'injection_test, flags_test'),
+    ('slurm_test', NOTHING, 'the golden scripts of launch_backends_test'),
+    ('survival_test.*(HostsTest|KillTest)', NOTHING, 'FaultTest'),
+    ('faults_test.*HostsTest', NOTHING, 'flags of one host'),
+    ('faults_test.*(is_full_while_saving|second_start)', NOTHING,
+     'checkpointing_test, locks of cells in launch_run_test'),
+    ('checkpointing_test.*(kill_while|two_processes)', NOTHING,
+     'truncated and damaged files'),
+    ('image_data_test.*two_processes', NOTHING, 'one process'),
+    ('flags_test.*_trains_under_structure', r"'(rigl|top_kast)'",
+     'two methods'),
+    ('flags_test.*(own_order|builds_imagenet|made_at_its_width)', NOTHING,
+     'order in allocation_test, recipes in launch_tables_test'),
+    ('image_models_test.*ModelsTest', r"'(mlp|resnet20|mobilenet_v1)'",
+     'three networks'),
+    ('image_models_test.*(_is_near_the_published_width|lowers_the_loss)',
+     NOTHING, 'widths of smaller networks; whole runs'),
+    ('filter_pruning_test.*(StudyTest|fits)', NOTHING,
+     'computes_what_the_larger_does'),
+    ('prune_test.*StudyTest', NOTHING, 'one_shot_test'),
+    ('accelerator_study_test.*_a_run_leaves', NOTHING, 'accelerator_test'),
+    # Documentation.
+    ('docs_test.*snippets_of_a_page', 'quick_start', 'the README, a page'),
+)
+
+
+def is_long(item) -> bool:
+  """Whether pytest's item is of the second tier."""
+  rows = next((rows for tests, rows, _ in SECOND
+               if re.search(tests, item.nodeid)), None)
+  if rows is None:
+    return False
+  # What absl says of a row: its name is but a number.
+  parameters = getattr(item.obj, '__x_params_repr__', '')
+  return not (re.search(rows, parameters) or re.search(rows, item.nodeid))
