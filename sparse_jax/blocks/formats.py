@@ -85,8 +85,9 @@ def to_bcoo(packed: PackedBlocks) -> 'sparse.BCOO':
   if len(packed.shape) != 2:
     raise ValueError(f'`packed` (of shape {packed.shape}) must be a matrix.')
   kept, (tall, wide) = packed.read(), packed.block
-  rows = kept.rows[:, None, None] * tall + jnp.arange(tall)[None, :, None]
-  columns = kept.columns[:, None, None] * wide + jnp.arange(wide)[None, None]
+  corners = jnp.asarray(kept.rows) * tall, jnp.asarray(kept.columns) * wide
+  rows = corners[0][:, None, None] + jnp.arange(tall)[None, :, None]
+  columns = corners[1][:, None, None] + jnp.arange(wide)[None, None]
   places = jnp.stack(jnp.broadcast_arrays(rows, columns), -1)
   matrix = sparse.BCOO((kept.blocks.ravel(), places.reshape(-1, 2)),
                        shape=packed.shape, unique_indices=True)

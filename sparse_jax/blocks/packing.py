@@ -78,7 +78,8 @@ class PackedBlocks:
   @property
   def ids(self) -> jax.Array:
     """int32[n], the tiles counted row by row."""
-    return self.rows * self.grid[1] + self.columns  # type: ignore[return-value]
+    rows: Any = self.rows
+    return rows * self.grid[1] + self.columns
 
   @property
   def dtype(self) -> jnp.dtype:

@@ -83,7 +83,7 @@ class Cycles(NamedTuple):
     return (self.dense + self.dense_stalls) / max(
         self.sparse + self.sparse_stalls, 1)
 
-  def __add__(self, other: 'Cycles') -> 'Cycles':
+  def __add__(self, other):
     return Cycles(*(a + b for a, b in zip(self, other, strict=True)))
 
 

@@ -234,7 +234,7 @@ def training_cost(flops: FlopCount,
   if not flops.total:
     raise ValueError('`flops` (=0) has no products to train.')
   paths = dict.fromkeys(path for p in flops.products for path in p.leaves)
-  tables = [_training(flops, densities) for densities in ({}, work)]
+  tables = _training(flops, {}), _training(flops, work)
   return TrainingCost(flops.convention, tuple(
       LayerCost(path, *(table.get(path, Passes(0, 0, 0)) for table in tables))
       for path in (*paths, None)))
@@ -342,7 +342,7 @@ def _checked(path, work) -> Work:
 
 
 def _training(flops: FlopCount, work) -> dict[trees.Path | None, Passes]:
-  sums = {}
+  sums: dict[trees.Path | None, Passes] = {}
   for product in flops.products:
     for path, share in _shares(product).items():
       passes = _passes(flops, product, work.get(path, _DENSE))

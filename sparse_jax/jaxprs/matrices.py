@@ -100,7 +100,7 @@ def find_layers(fn: Callable[..., Any], params: trees.PyTree, *inputs: Any,
   closed, origins, _ = products.trace(fn, (params, *inputs), 0)
   groups = [[p for p in group if p.path in paths]
             for group in _groups(closed, origins)]
-  uses = {}
+  uses: dict[trees.Path, list] = {}
   for product in [p for group in groups for p in group]:
     uses.setdefault(product.path, []).append(product)
   leaves = trees.leaves_by_path(params)

@@ -187,7 +187,8 @@ class _Program:
 
   def lean(self, mark: str) -> bool:
     """Makes conditions make what is marked; whether it can and does."""
-    makers, found = {}, False
+    makers: dict[Any, Any] = {}
+    found = False
     for place, step in enumerate(self._steps):
       if step.eqn.primitive.name == 'cond':
         roots = [var for var in step.reads

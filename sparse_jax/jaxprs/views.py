@@ -102,7 +102,7 @@ def find_uses(fn: Callable[..., Any], *args: Any, params_argnum: int = 0
   given = [view_of(trees.path_name(path), leaf.shape)
            if i == params_argnum else None for i, arg in enumerate(args)
            for path, leaf in jax.tree.leaves_with_path(arg)]
-  uses = []
+  uses: list[Use] = []
   _walk(closed, given, uses)
   return uses
 
@@ -134,7 +134,7 @@ def contracting_axes(fn: Callable[..., Any], params: trees.PyTree,
     ...                  jnp.ones((1, 8)))
     {'heads': (2,)}
   """
-  found = {}
+  found: dict[trees.Path, tuple[int, ...]] = {}
   for use in find_uses(fn, params, *inputs):
     known = found.setdefault(use.path, use.contracting)
     if known != use.contracting:

@@ -172,7 +172,7 @@ def _solve(shapes: Shapes, sparsity: float, raw) -> dict[trees.Path, float]:
   checks.check_sparsity('sparsity', sparsity)
   sizes = {path: math.prod(shape) for path, shape in shapes.items()}
   budget = sum(topk.keep_count(n, sparsity) for n in sizes.values())
-  dense = set()
+  dense: set[str] = set()
   while len(dense) < len(sizes):
     rest = [path for path in sizes if path not in dense]
     room = budget - sum(sizes[path] for path in dense)

@@ -181,8 +181,9 @@ def activation_penalty(activations: trees.PyTree, *,
   """
   checks.check_callable('measure', measure)
   leaves = trees.leaves_by_path(activations)
-  weights = weight
-  if not isinstance(weight, Mapping):
+  if isinstance(weight, Mapping):
+    weights = weight
+  else:
     weights = dict.fromkeys(leaves, checks.check_non_negative('weight', weight))
   total = jnp.float32(0)
   for path, value in weights.items():

@@ -251,7 +251,7 @@ def _of_run(thresholds: Operands, product) -> Operands:
   """Those of the run of a scan that is being replaced."""
   if product.times == 1:
     return thresholds
-  return Operands(*(t[product.run] for t in thresholds))
+  return Operands(*(jnp.asarray(t)[product.run] for t in thresholds))
 
 
 def _check_thresholds(thresholds, wanted, found) -> None:

@@ -29,7 +29,7 @@ class Leaf(NamedTuple):
   guessed: bool = False
 
   @property
-  def count(self) -> int:
+  def count(self) -> int:  # type: ignore[override]
     """Groups of A in each competition."""
     return self.layout.keep_count(self.sparsity)
 

@@ -82,7 +82,7 @@ def packed(method: state_lib.SparseMethod) -> state_lib.SparseMethod:
     summed over its uses (and under `optax.MultiSteps` over its batches), where
     the masked method takes the magnitude of the summed gradient.
   """
-  rule = getattr(method, 'rule', None)
+  rule: Any = getattr(method, 'rule', None)
   why = 'it is not made of one rule on groups' if rule is None else (
       rule.unpackable)
   if not why and not isinstance(rule.sites.structure, structures.Block):

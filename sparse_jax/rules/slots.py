@@ -74,7 +74,8 @@ def _counts(params, slots) -> dict[str, list[tuple[str, trees.Path]]]:
   leaves = trees.leaves_by_path(params)
   named = [(trees.path_name(path), leaf)
            for path, leaf in jax.tree.leaves_with_path(slots)]
-  names, found = {name for name, _ in named}, {}
+  names = {name for name, _ in named}
+  found: dict[str, list[tuple[str, trees.Path]]] = {}
   for name, slot in named:
     owner = _owner(name, slot, leaves)
     if owner is None:
