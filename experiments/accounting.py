@@ -66,11 +66,10 @@ def forecast(loss: Callable[..., Any], state: Any, one: Any, two: Any,
   Args:
     loss: `(weights, *inputs) -> loss` of a batch.
     state: shapes of the state of a run, with `params` and `opt_state`.
-    one: inputs of a batch of one example, or their shapes.
-    two: those of a batch of two: what grows with the batch is the difference.
+    one, two: inputs of a batch of one and of two examples, or their shapes:
+      what grows with the batch is the difference.
     method: what it is trained with.
-    batch_size: examples of a step.
-    steps: length of the run.
+    batch_size, steps: examples of a step, and length of the run.
 
   Returns:
     `parameters`; `training_flops`, multiply-adds of the whole run if nothing
@@ -100,13 +99,9 @@ def held(weights: Any, params: Any, opt_state: Any, optimizer: Any
 
   Args:
     weights: shapes of the model's dense weights.
-    params: as the optimizer holds them.
-    opt_state: likewise; a packed method's reservoir is in host memory.
+    params, opt_state: as training holds them; a packed method's reservoir is
+      in host memory.
     optimizer: the Optax optimizer inside `sparsify`.
-
-  Returns:
-    `params_bytes`, `slots_bytes` (masks and positions included),
-    `host_bytes`; `dense_params_bytes`, `dense_slots_bytes`.
   """
   packed = sparse_jax.get_state(opt_state).packed.values()
   host = _size([place.reservoir for place in packed])

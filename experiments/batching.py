@@ -13,17 +13,7 @@ from typing import Any
 
 def process_rows(
     batch_size: int, process_index: int, process_count: int) -> slice:
-  """Returns the slice of each batch that belongs to one process.
-
-  Args:
-    batch_size: examples in a batch, over all processes.
-    process_index: which process, in [0, process_count).
-    process_count: how many processes there are.
-
-  Raises:
-    ValueError: if `batch_size` is no positive multiple of `process_count`, or
-      `process_index` is out of its range.
-  """
+  """The slice of each batch that belongs to one process."""
   if not 0 <= process_index < process_count:
     raise ValueError(
         f'process_index must be in [0, process_count={process_count}); got '
@@ -43,16 +33,6 @@ def prefetch(iterator: Iterator[Any], size: int = 2) -> Iterator[Any]:
   the iterator is raised where its item would have come. The thread ends, and
   the iterator is closed, when the result is exhausted, closed with `close()`,
   or no longer referred to, and at exit.
-
-  Args:
-    iterator: what to run; not to be used by anyone else from then on.
-    size: items to keep ready, at least 1.
-
-  Returns:
-    A generator of the same items in the same order.
-
-  Raises:
-    ValueError: if `size` is below 1.
   """
   if size < 1:
     raise ValueError(f'size must be at least 1; got {size}')

@@ -61,10 +61,8 @@ class PreemptionGuard:
 
   Once jax.distributed is initialized JAX watches for SIGTERM itself, to agree
   among processes on the step to stop at; the guard then stays out of the way,
-  and `Checkpoints.reached_preemption` gives JAX's answer.
-
-  Attributes:
-    requested: whether a SIGTERM came while the guard was in force.
+  and `Checkpoints.reached_preemption` gives JAX's answer. `requested` says
+  whether a SIGTERM came while the guard was in force.
   """
 
   def __init__(self):
@@ -85,11 +83,7 @@ class PreemptionGuard:
 
 
 def abstract(state: Any) -> Any:
-  """A tree of arrays, or of their shapes with shardings, as the latter.
-
-  Raises:
-    ValueError: if a leaf is anything else, or has no sharding.
-  """
+  """A tree of arrays with shardings, or of their shapes, as the latter."""
   return jax.tree_util.tree_map_with_path(_abstract_leaf, state)
 
 
@@ -106,9 +100,6 @@ def open(directory: str | os.PathLike, *, save_every: int,
     free: names in `config` that may differ from the stored ones. The stored
       file always stays as the run's first process wrote it.
     guard: asked by `reached_preemption`.
-
-  Returns:
-    The checkpoints, to be used as a context manager or closed by the caller.
 
   Raises:
     ValueError: if the stored config differs, naming each flag and both values;
@@ -134,12 +125,7 @@ def check(directory: str | os.PathLike, *, config: Mapping[str, Any],
 
 
 class Checkpoints:
-  """The checkpoints of one run; made by `open`.
-
-  Attributes:
-    directory: where they are.
-    config: the flags with which the run began.
-  """
+  """The checkpoints of one run, as a context manager; made by `open`."""
 
   def __init__(self, directory, config: Mapping[str, Any], save_every: int,
                keep: int, guard: PreemptionGuard | None):
@@ -165,12 +151,12 @@ class Checkpoints:
     self.close()
 
   def restore_latest(self, target: Any) -> tuple[Any, int] | None:
-    """Reads the newest checkpoint that can be read.
+    """Reads the newest checkpoint that can be read, and its step; None of none.
 
     One that cannot be is passed over with a logged warning and stays on disk.
     Every leaf is compared with the checksum taken when it was saved. The state
     is bit for bit the one saved, on the shardings of the target (a state, or
-    `abstract` of one). Returns it and its step, or None without a checkpoint.
+    `abstract` of one).
 
     Raises:
       ValueError: if a checkpoint that can be read has other leaves, shapes or
@@ -194,11 +180,11 @@ class Checkpoints:
     return None
 
   def save(self, step: int, state: Any, force: bool = False) -> bool:
-    """Saves the state in the background, if it is time.
+    """Saves the state in the background, if it is time; whether a save began.
 
-    It is if `step` is a multiple of `save_every`, or by `force`, unless that
-    step is the newest checkpoint already. The values are copied out before this
-    returns: the arrays may be donated. Returns whether a save was begun.
+    It is time if `step` is a multiple of `save_every`, or by `force`, unless it
+    is the newest checkpoint already. The values are copied out before this
+    returns: the arrays may be donated.
 
     Raises:
       OSError: if this write or the one before failed, naming the directory.

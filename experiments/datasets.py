@@ -23,8 +23,8 @@ FILE_FORMAT = 'array_record'
 class LocalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """What the builders share: a subclass says how its files are read.
 
-  A subclass whose files the user must provide says in
-  MANUAL_DOWNLOAD_INSTRUCTIONS what they are.
+  One whose files the user must provide says in MANUAL_DOWNLOAD_INSTRUCTIONS
+  what they are.
   """
 
   VERSION = tfds.core.Version('1.0.0')
@@ -62,15 +62,8 @@ def default_data_dir() -> pathlib.Path:
 
 
 def find(name: str, data_dir: str | os.PathLike) -> pathlib.Path | None:
-  """Finds a prepared data set, ours or one that TFDS made.
-
-  Args:
-    name: the name of the set.
-    data_dir: the folder of all sets, as TFDS understands it.
-
-  Returns:
-    The folder `<data_dir>/<name>/<version>` of the highest version that is
-    stored as array_record, or None.
+  """The folder `<data_dir>/<name>/<version>` of the highest version of a set,
+  ours or one that TFDS made, that is stored as array_record; or None.
   """
   found = [path for path, formats in stored_formats(name, data_dir).items()
            if FILE_FORMAT in formats]
@@ -99,12 +92,6 @@ def cache_dir() -> pathlib.Path:
 def cached(prepare_in: Callable[[pathlib.Path], pathlib.Path]) -> pathlib.Path:
   """Makes an embedded set in the cache folder, unless it is there.
 
-  Args:
-    prepare_in: makes it in a folder.
-
-  Returns:
-    Its own folder.
-
   Raises:
     ValueError: if the cache folder cannot be used, naming it.
   """
@@ -123,14 +110,11 @@ def cached(prepare_in: Callable[[pathlib.Path], pathlib.Path]) -> pathlib.Path:
 @contextlib.contextmanager
 def reading(what: str | os.PathLike, *clear: type[Exception]
             ) -> Iterator[None]:
-  """Says what cannot be read, in one line, whatever its reader may raise.
+  """Says what cannot be read, in one ValueError, whatever its reader may raise.
 
   Args:
     what: a file or folder.
     *clear: kinds of errors that say so by themselves.
-
-  Raises:
-    ValueError: in place of other errors.
   """
   try:
     yield
@@ -154,9 +138,6 @@ def require(
     data_dir: the folder of all sets; None is TFDS's default folder.
     advice: ends an error's message: the command that prepares the set, to
       which `--data_dir` is added.
-
-  Returns:
-    What `find` returns, never None.
 
   Raises:
     ValueError: if `data_dir` is ''.
@@ -186,16 +167,15 @@ def prepare(
 
   Args:
     builder_class: the builder, whose `name` is the name of the set.
-    source: the folder with the files as published; not used by a builder that
-      has no MANUAL_DOWNLOAD_INSTRUCTIONS.
+    source: the folder with the files as published, of a builder that has
+      MANUAL_DOWNLOAD_INSTRUCTIONS.
     data_dir: the folder of all sets; made if absent.
 
   Returns:
     The folder of the set, `<data_dir>/<name>/<version>`.
 
   Raises:
-    ValueError: if `source` is missing, or a file is corrupt.
-    FileNotFoundError: if `source` or one of its files does not exist.
+    ValueError, FileNotFoundError: if a file is corrupt, or not there.
   """
   name = builder_class.name
   data_dir = pathlib.Path(data_dir).expanduser()

@@ -48,12 +48,8 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
 def join(values: Mapping[str, Any], refused: str | None = None) -> None:
   """Joins the other processes, if the flags ask for it; before all else.
 
-  Args:
-    values: flags by name.
-    refused: why this process cannot start, for the others.
-
-  Raises:
-    ValueError: naming the flag and its value, or the process that cannot start.
+  `refused` says, to the others, why this process cannot start. A ValueError
+  names the flag and its value, or the process that cannot start.
   """
   names = ('coordinator', 'num_processes', 'process_id')
   given = [name for name in names if values[name] is not None]
@@ -74,11 +70,8 @@ def join(values: Mapping[str, Any], refused: str | None = None) -> None:
 def leave_together(arguments: Sequence[str], reason: str) -> None:
   """Tells the other processes that this one is refused its command line.
 
-  Without it they would wait for it, five minutes.
-
-  Args:
-    arguments: the command line, of which only the flags above are read.
-    reason: what is wrong.
+  Without it they would wait for it, five minutes. Of the arguments only the
+  flags above are read.
   """
   own = flags.FlagValues()
   define_flags(own)
@@ -111,11 +104,7 @@ def _check_address(address: str) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-  """What each process gives, in their order.
-
-  Args:
-    value: what JSON can hold.
-  """
+  """What each process gives, in their order; of values that JSON can hold."""
   if jax.process_count() == 1:
     return [value]
   text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -149,12 +138,7 @@ def agree(call: Callable[[], Any]) -> Any:
 
 
 def check_equal(values: Mapping[str, Any], free: Sequence[str] = ()) -> None:
-  """Raises ValueError in every process if flags differ between any two.
-
-  Args:
-    values: flags by name.
-    free: those that may differ.
-  """
+  """Raises ValueError in every process if flags differ between any two."""
   first, *others = gather(dict(values))
   for index, other in enumerate(others, 1):
     for name in sorted(first.keys() | other.keys()):

@@ -27,14 +27,10 @@ This is all that a program needs to read a sparse one back:
 """
 
 from collections.abc import Mapping
-import importlib
-import os
-import sys
 from typing import Any
 
 from absl import app
 from absl import flags
-from absl import logging
 import jax
 import numpy as np
 
@@ -45,8 +41,6 @@ from experiments import programs
 from experiments import results
 from experiments import training
 
-# Whose runs can be read; result.json names one, and no other is imported.
-PROGRAMS = ('experiments.image.train', 'experiments.language.train')
 FORMS = ('sparse', 'packed', 'dense')
 _FORM = flags.DEFINE_enum('form', 'sparse', FORMS, 'How weights with a mask '
                           'are written.')
@@ -54,19 +48,13 @@ _FORM = flags.DEFINE_enum('form', 'sparse', FORMS, 'How weights with a mask '
 
 def arrays(weights: Any, masks: Mapping[str, np.ndarray], form: str,
            block: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
-  """The arrays of a file.
+  """The arrays of a file, by name.
 
   Args:
     weights: the tree that the forward pass reads.
     masks: bool of a weight's shape by its path, of those that have one.
     form: one of FORMS.
     block: rows and columns of a block, for the packed form.
-
-  Returns:
-    Arrays by name.
-
-  Raises:
-    ValueError: naming the argument that does not fit.
 
   Example:
     >>> weights = {'kernel': np.array([[0., 2.], [0., 3.]])}
@@ -104,29 +92,14 @@ def _packed(path, weight, mask, block):
 
 
 def from_run(workdir: str, form: str) -> dict[str, np.ndarray]:
-  """The arrays of a finished run.
-
-  Raises:
-    ValueError, FileNotFoundError: naming what is missing or does not fit.
-  """
-  path = os.path.join(workdir, results.NAME)
-  result = results.read(workdir)
-  if result is None:
-    raise FileNotFoundError(f'{path}: there is no finished run.')
-  values, program = result['flags'], result.get('program')
-  if program not in PROGRAMS:
-    raise ValueError(f'{path}: `program` (={program!r}) must be one of '
-                     f'{", ".join(PROGRAMS)}.')
-  try:
-    run = importlib.import_module(program).BINARY.prepare(values, workdir)
-  except KeyError as error:
-    raise ValueError(f'{path} is damaged, it has no flag {error}.') from error
+  """The arrays of a finished run; an error names what does not fit."""
+  _, run = results.reopen(workdir)
   state = training.last_state(run)
   weights = sparse_jax.dense_weights(run.task.method, state.params,
                                      state.opt_state)
   masks = sparse_jax.get_state(state.opt_state).forward_masks
-  block = (tuple(map(int, values['block_shape']))
-           if values['structure'] == 'block' else None)
+  block = (tuple(map(int, run.values['block_shape']))
+           if run.values['structure'] == 'block' else None)
   return arrays(jax.device_get(weights), _present(masks), form, block)
 
 
@@ -140,15 +113,11 @@ def _present(masks) -> dict[str, np.ndarray]:
 def main(argv):
   if len(argv) != 3:
     raise app.UsageError('give the folder of a run and the file to write')
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # Orbax logs every file at INFO.
-  try:
+  programs.begin(argv[:1])
+  with programs.errors_in_a_line():
     found = from_run(argv[1], _FORM.value)
     with files.replacing(argv[2]) as file:
       np.savez(file, **found)
-  except (ValueError, OSError) as error:
-    logging.error('%s', error)
-    sys.exit(programs.BAD)
   print(f'{argv[2]}: {len(found)} arrays, '
         f'{sum(array.nbytes for array in found.values()):,} bytes')
 

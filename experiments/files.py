@@ -16,16 +16,10 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-  """A file to write to, which takes the place of `path` in the end.
+  """A file to write bytes to, which takes the place of `path` in the end.
 
-  A link at `path` is replaced, not followed. If the block raises, an old file
-  stays and nothing else is left.
-
-  Args:
-    path: of the file; its folder is made if absent.
-
-  Yields:
-    A file open for writing bytes.
+  A link at `path` is replaced, not followed; its folder is made if absent. If
+  the block raises, an old file stays and nothing else is left.
 
   Example:
     >>> import tempfile
@@ -56,11 +50,7 @@ def temporary_name(name: str) -> str:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes a file in UTF-8, as `replacing` does.
-
-  Raises:
-    OSError: naming the file.
-  """
+  """Writes a file in UTF-8, as `replacing` does; an OSError names it."""
   with naming(path), replacing(path) as file:
     file.write(text.encode())
 
@@ -77,12 +67,7 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-  """Reads a JSON object.
-
-  Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if it holds anything else, naming it.
-  """
+  """Reads a JSON object; a ValueError names a file that holds anything else."""
   try:
     value = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
   except ValueError as error:  # A UnicodeDecodeError is one as well.

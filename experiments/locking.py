@@ -29,10 +29,7 @@ class Held(Exception):
 
 @contextlib.contextmanager
 def hold(folder: str) -> Iterator[None]:
-  """Holds a folder for the length of the block.
-
-  Args:
-    folder: made if absent.
+  """Holds a folder, made if absent, for the length of the block.
 
   Raises:
     Held: if another process holds it, naming the folder and the process.
@@ -50,12 +47,7 @@ def hold(folder: str) -> Iterator[None]:
 
 
 def acquire(path: str) -> int:
-  """The open file of a lock, which holds until every copy of it is closed.
-
-  Raises:
-    Held: if another process holds it, naming that.
-    OSError: as of `hold`.
-  """
+  """The open file of a lock, which holds until every copy is closed."""
   os.makedirs(os.path.dirname(path), exist_ok=True)
   handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
   try:

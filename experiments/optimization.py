@@ -40,11 +40,7 @@ def define_flags(*, optimizer: str = 'nesterov', learning_rate: float = .1,
 
 
 def schedule(values: Mapping[str, Any], train_steps: int) -> optax.Schedule:
-  """Learning rate as a function of the step.
-
-  Raises:
-    ValueError: naming the flag and its value.
-  """
+  """Learning rate by the step; a ValueError names a flag and its value."""
   _check_schedule(values)
   periods = values.get('lr_periods') or sparsity.periods(values)
   length = -(-train_steps // periods)
@@ -72,11 +68,7 @@ def _period(values, train_steps) -> optax.Schedule:
 
 def make(values: Mapping[str, Any], train_steps: int
          ) -> optax.GradientTransformation:
-  """The optimizer that the flags ask for, without any sparsity.
-
-  Raises:
-    ValueError: naming the flag and its value.
-  """
+  """The optimizer of the flags, without any sparsity; raises as `schedule`."""
   _check_number('weight_decay', values, zero=True)
   if values['clip_norm'] is not None:
     _check_number('clip_norm', values)

@@ -7,7 +7,6 @@ import functools
 import types
 from typing import NoReturn
 
-from absl import app
 from absl import flags
 
 from experiments import datasets
@@ -18,11 +17,7 @@ def run(module: types.ModuleType, dataset: str, source: str | None,
         data_dir: str | None) -> str:
   """Prepares one set and returns a sentence on what was done.
 
-  Args:
-    module: with `BUILDERS`, `builder_class` and `prepare`.
-    dataset: a key of BUILDERS.
-    source: folder with the published files.
-    data_dir: folder of all prepared sets; None for TFDS's.
+  `module` has `BUILDERS`, `builder_class` and `prepare`.
   """
   data_dir = data_dir or datasets.default_data_dir()
   found = datasets.find(module.builder_class(dataset).name, data_dir)
@@ -43,8 +38,7 @@ def start(module: types.ModuleType, embedded: str) -> NoReturn:
 
 
 def _main(module, argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  programs.begin(argv)
   given = (flags.FLAGS[name].value for name in ('dataset', 'source',
                                                 'data_dir'))
   try:

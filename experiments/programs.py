@@ -23,6 +23,8 @@ from absl import app
 from absl import flags
 from absl import logging
 
+from experiments import locking
+
 BAD = 2  # The status for what somebody must mend.
 _OURS = ('experiments', 'launch', 'sparse_jax')
 _TITLES = {'experiments.training': 'The run',
@@ -42,6 +44,28 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
   raises a UsageError, or if a package is missing.
   """
   app.run(functools.partial(_call, main), flags_parser=_parse)
+
+
+def begin(argv: Sequence[str]) -> None:
+  """Refuses what is no flag; Orbax would log every file, so only warnings."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)
+
+
+@contextlib.contextmanager
+def errors_in_a_line() -> Iterator[None]:
+  """Leaves, with one line for what somebody must mend."""
+  try:
+    yield
+  except locking.Held as error:
+    logging.error('%s', error)
+    sys.exit(locking.EXIT_CODE)
+  except (ValueError, OSError, FloatingPointError) as error:
+    logging.error('%s', error)
+    logging.debug('It came from here:', exc_info=True)
+    sys.exit(BAD)
 
 
 @contextlib.contextmanager

@@ -25,18 +25,14 @@ import argparse
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
-import importlib
-import json
 import math
 import os
 import re
-import sys
 from typing import Any
 from typing import NamedTuple
 
 from absl import app
 from absl import flags
-from absl import logging
 import jax
 
 import sparse_jax
@@ -46,13 +42,14 @@ from sparse_jax.jaxprs import products
 from sparse_jax.masks import selection
 from sparse_jax.methods import one_shot
 from experiments import devices
+from experiments import files
+from experiments import programs
 from experiments import pruning
 from experiments import reporting
+from experiments import results
+from experiments import sparsity as sparsity_flags
 from experiments import tasks
 from experiments import training
-
-PROGRAMS = ('experiments.image.train', 'experiments.language.train')
-
 
 # Not in one shot: in rounds from early values, and sparse from early on.
 IN_TRAINING = ('iterative', 'gmp', 'rigl')
@@ -73,25 +70,12 @@ class Settings(NamedTuple):
 
 
 def open_run(workdir: str) -> tuple[training.Binary, training.Run]:
-  """The binary of a finished dense run, and the run.
-
-  Raises:
-    ValueError, FileNotFoundError: naming what is missing or does not fit.
-  """
-  path = os.path.join(workdir, 'result.json')
-  if not os.path.exists(path):
-    raise FileNotFoundError(f'`run` (={workdir!r}) is no finished run: there '
-                            f'is no {path}.')
-  with open(path) as file:
-    result = json.load(file)
-  if result.get('program') not in PROGRAMS:
-    raise ValueError(f'`run` (={workdir!r}) is of {result.get("program")!r}, '
-                     f'not of {" or ".join(PROGRAMS)}.')
-  if result['flags']['method'] != 'dense':
+  """The binary of a finished dense run, and the run; errors name what lacks."""
+  binary, run = results.reopen(workdir)
+  if run.values['method'] != 'dense':
     raise ValueError(f'`run` (={workdir!r}) is not dense, but trained by '
-                     f'--method={result["flags"]["method"]}.')
-  binary = importlib.import_module(result['program']).BINARY
-  return binary, binary.prepare(result['flags'], workdir)
+                     f'--method={run.values["method"]}.')
+  return binary, run
 
 
 def study(workdir: str, settings: Settings) -> list[dict[str, Any]]:
@@ -100,10 +84,7 @@ def study(workdir: str, settings: Settings) -> list[dict[str, Any]]:
   Returns:
     The rows of one_shot.json, the dense network first: `by`, `sparsity`,
     `effective_sparsity`, `steps` of training, and the test metric as `pruned`
-    and `fine_tuned`.
-
-  Raises:
-    ValueError, FileNotFoundError: naming the argument, before anything runs.
+    and `fine_tuned`. A bad argument is named before anything runs.
   """
   check(settings)
   binary, run = open_run(workdir)
@@ -144,12 +125,7 @@ def check(settings: Settings) -> None:
   for sparsity in settings.sparsity:
     if not 0 < sparsity < 1:
       raise ValueError(f'`sparsity` (={sparsity!r}) must be in (0, 1).')
-  for rule in settings.dense_layers:
-    try:
-      re.compile(rule)
-    except re.error as error:
-      raise ValueError(f'`dense_layers` (={rule!r}) must be a regular '
-                       f'expression: {error}.') from None
+  sparsity_flags.check_patterns('dense_layers', settings.dense_layers)
   if settings.calibration_batches < 1 or settings.fine_tune_steps < 0:
     raise ValueError(
         f'`calibration_batches` (={settings.calibration_batches!r}) must be at '
@@ -289,8 +265,7 @@ def write(rows, binary, run, settings) -> None:
   reporting.write_json(f'{path}.json', {
       'rows': rows, 'metric': binary.metric(run.values),
       'settings': settings._asdict()})
-  with open(f'{path}.md', 'w') as file:
-    file.write(table(rows))
+  files.write_text(f'{path}.md', table(rows))
   print(table(rows))
 
 
@@ -329,13 +304,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(args):
-  logging.set_verbosity(logging.WARNING)  # Orbax logs every file at INFO.
   values = vars(args)
-  try:
+  programs.begin(())
+  with programs.errors_in_a_line():
     study(values.pop('run'), Settings(**values))
-  except (ValueError, OSError) as error:
-    logging.error('%s', error)
-    sys.exit(2)
 
 
 if __name__ == '__main__':

@@ -33,11 +33,9 @@ def fine_tune(run: training.Run, state: tasks.TrainState, masks, *,
     run: the dense run.
     state: where it begins.
     masks: bool masks of the leaves that have zeros.
-    begin: after how many of the run's batches.
-    steps: how many.
+    begin, steps: after how many of the run's batches, and how many.
     learning_rate: of the run's optimizer.
-    teacher: parameters of the dense network.
-    distill: its share of the loss.
+    teacher, distill: parameters of the dense network; its share of the loss.
   """
   task = with_masks(run.task, optimization.make(
       {**run.values, 'warmup_share': 0., 'lr_schedule': 'constant',

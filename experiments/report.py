@@ -27,6 +27,7 @@ from experiments import accounting
 from experiments import devices
 from experiments import files
 from experiments import optimization
+from experiments import pictures
 from experiments import plots
 from experiments import reporting
 from experiments import results
@@ -39,9 +40,8 @@ _MOST_LAYERS, _MOST_UNITS, _MOST_SQUARES = 12, 24, 320
 def followed(run) -> tuple[Any, Any]:
   """The model of a run as a function, and its inputs, as shapes.
 
-  Returns:
-    `fn(weights, inputs)`, whose result is the prediction alone, and `inputs`.
-    The function is one value for the whole run, so that it is compiled once.
+  The result of `fn(weights, inputs)` is the prediction alone. The function is
+  one value for the whole run, so that it is compiled once.
   """
   shapes = run.init.out_info
   blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype),
@@ -91,8 +91,7 @@ def report(binary, run, state: tasks.TrainState, model,
   """Draws the pictures, then writes result.json, which ends the run.
 
   Args:
-    binary: what was trained, a `training.Binary`.
-    run: the `training.Run`.
+    binary, run: the `training.Binary` and the `training.Run`.
     state: its last state.
     model: of `followed`, or None to leave out what is on a path.
     measured: the results of the last evaluation.
@@ -224,24 +223,25 @@ def draw(binary, result: Mapping[str, Any], rows, seen: Mapping[str, Any],
          image_shape: Sequence[int], workdir: str) -> None:
   """The run by step, its layers, their masks, the first one; and the page."""
   at = lambda name: os.path.join(workdir, f'{name}.png')
-  plots.training_curves(rows, at('training'), title(binary, result),
-                        binary.metric(result['flags']))
+  pictures.training_curves(rows, at('training'), title(result),
+                           binary.metric(result['flags']))
   layers = [{'layer': layer['path'], **layer} for layer in result['layers'][:-1]
             if layer['sparse']]
-  plots.layer_density(layers or [{'layer': 'all', 'forward_density': 1.}],
-                      at('layers'))
+  pictures.layer_density(layers or [{'layer': 'all', 'forward_density': 1.}],
+                         at('layers'))
   if seen['masks']:
-    plots.masks(seen['masks'], at('masks'))
+    pictures.masks(seen['masks'], at('masks'))
   kernel = seen.get('first')
   if kernel is not None and (kernel.ndim == 4 or kernel.ndim == 2 and
                              len(kernel) == math.prod(image_shape)):
-    plots.receptive_fields(*fields(kernel, image_shape), at('first_layer'))
+    pictures.receptive_fields(*fields(kernel, image_shape), at('first_layer'))
   files.write_text(os.path.join(workdir, 'report.html'),
                    page(binary, result, workdir))
 
 
-def title(binary, result: Mapping[str, Any]) -> str:
-  return (f'{binary.title(result)}, {result["flags"]["method"]} at '
+def title(result: Mapping[str, Any]) -> str:
+  values = result['flags']
+  return (f'{values["dataset"]}, {values["model"]}, {values["method"]} at '
           f'{result["sparsity"]:.0%} sparsity')
 
 
@@ -298,7 +298,7 @@ def page(binary, result: Mapping[str, Any], workdir: str) -> str:
     warning = ('<p class="bad">Collapsed, with one row or column left or none: '
                f'{html.escape(", ".join(result["collapsed"]))}.</p>')
   return _PAGE.substitute(
-      title=html.escape(title(binary, result)),
+      title=html.escape(title(result)),
       subtitle=html.escape(f'{result["steps"]:,} steps, '
                            f'{result["parameters"]:,} parameters'),
       figures=''.join(f'<div><dt>{html.escape(name)}</dt><dd>{value}</dd></div>'

@@ -13,6 +13,8 @@ checkpoint N therefore starts at step N + 1 and drops the rows from there on:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import csv
+import io
 import json
 import math
 import os
@@ -29,18 +31,14 @@ from experiments import files
 
 
 class JsonlWriter:
-  """Appends scalars to a file, one JSON object a line.
+  """Appends scalars to a file, one JSON object a line, from `start_step` on.
 
   A line holds the step, the time in seconds since 1970, and the scalars;
-  an infinite or undefined one as null, which is what JSON has for it.
+  an infinite or undefined one as null, which is what JSON has for it. Lines of
+  `start_step` and later are dropped first, and a last one that was cut short.
 
   Law: a run killed at any moment and resumed at `start_step` leaves the lines
   of an unbroken run, the times aside.
-
-  Args:
-    path: the file; made if absent.
-    start_step: the first step that will be written. Lines of this step and
-      later are dropped, and so is a last line that was cut short.
   """
 
   def __init__(self, path: str | os.PathLike, start_step: int = 0):
@@ -64,10 +62,8 @@ class JsonlWriter:
 class TensorBoardWriter:
   """Writes TensorBoard event files, without TensorFlow.
 
-  Args:
-    logdir: the folder; a resumed run adds a file to it.
-    start_step: the first step that will be written. TensorBoard is told to
-      forget what earlier files say of this step and later.
+  A resumed run adds a file to the folder, and TensorBoard is told to forget
+  what earlier files say of `start_step` and later.
   """
 
   def __init__(self, logdir: str | os.PathLike, start_step: int = 0):
@@ -119,16 +115,10 @@ class Writers:
 
 
 def open_writers(workdir: str | os.PathLike, start_step: int = 0) -> Writers:
-  """Opens `metrics.jsonl` in a folder and, if it can, TensorBoard files.
+  """Opens `metrics.jsonl` in a folder and, if installed, TensorBoard files.
 
-  Args:
-    workdir: the folder; made if absent. TensorBoard files go to `tensorboard`
-      in it, or nowhere if that package is not installed.
-    start_step: the first step that will be written.
-
-  Returns:
-    The writers; none at all, which is no error to write to, in every process
-    but the first.
+  They lie in `tensorboard` in it. In every process but the first there are no
+  writers at all, which is no error to write to.
   """
   if jax.process_index() != 0:
     return Writers(())
@@ -229,23 +219,27 @@ class Progress:
 def write_json(path: str | os.PathLike, value: Any):
   """Writes a JSON file, whole or not at all.
 
-  Args:
-    path: the file; an old one is replaced, and kept if this fails.
-    value: dicts, lists, strings and numbers, NumPy's and JAX's included; an
-      infinite or undefined number becomes null.
+  Numbers may be NumPy's and JAX's; infinite or undefined ones become null.
   """
   text = json.dumps(_as_json(value), indent=2, allow_nan=False) + '\n'
   files.write_text(path, text)
+
+
+def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]):
+  """Writes rows of the same names as a CSV file, whole or not at all."""
+  text = io.StringIO()
+  writer = csv.DictWriter(text, rows[0], lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  files.write_text(path, text.getvalue())
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
   """Reads the rows of a JSON lines file.
 
   Law: the rows are those that JsonlWriter was given, with step and time, an
-  infinite number having become nan. A last line cut short is left out.
-
-  Raises:
-    ValueError: if any other line is not a JSON object, naming it.
+  infinite number having become nan. A last line cut short is left out; any
+  other that is no JSON object is a ValueError that names it.
   """
   rows = _parse_lines(pathlib.Path(path))
   return [{name: math.nan if value is None else value
@@ -261,11 +255,7 @@ def markdown_table(
     rows: a dict for each row; a value that is absent or None is left blank.
     columns: which to show, in order; None is all, in order of appearance.
     formats: for a column, a format specification such as '.2f', or a function
-      that gives the text.
-
-  Returns:
-    The lines, ended by a newline, in equal width. Columns of numbers are
-    aligned to the right.
+      that gives the text. Columns of numbers are aligned to the right.
 
   Raises:
     ValueError: if `formats` has a column that is not shown.

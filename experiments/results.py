@@ -2,20 +2,19 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import importlib
 import os
 from typing import Any
 
 from experiments import files
 
 NAME = 'result.json'
+# Whose runs can be opened again; result.json names one, no other is imported.
+PROGRAMS = ('experiments.image.train', 'experiments.language.train')
 
 
 def read(workdir: str) -> dict[str, Any] | None:
-  """What result.json holds; None if there is none.
-
-  Raises:
-    ValueError: if it is damaged, naming it.
-  """
+  """What result.json holds; None without one. A damaged one is named."""
   path = os.path.join(workdir, NAME)
   try:
     result = files.read_json(path)
@@ -26,21 +25,32 @@ def read(workdir: str) -> dict[str, Any] | None:
   return result
 
 
+def reopen(workdir: str) -> tuple[Any, Any]:
+  """The `training.Binary` of a finished run, and its `training.Run`.
+
+  A ValueError or FileNotFoundError names what is missing or does not fit.
+  """
+  path, result = os.path.join(workdir, NAME), read(workdir)
+  if result is None:
+    raise FileNotFoundError(f'{path}: there is no finished run.')
+  if result.get('program') not in PROGRAMS:
+    raise ValueError(f'{path}: `program` (={result.get("program")!r}) must be '
+                     f'one of {", ".join(PROGRAMS)}.')
+  binary = importlib.import_module(result['program']).BINARY
+  try:
+    return binary, binary.prepare(result['flags'], workdir)
+  except KeyError as error:
+    raise ValueError(f'{path} is damaged, it has no flag {error}.') from error
+
+
 def finished(workdir: str, values: Mapping[str, Any], free: Sequence[str]
              ) -> dict[str, Any] | None:
   """What a finished run of these flags has left; None if there is none.
 
-  The one place that says whether a run may stand for another: every flag
-  must be equal, but for those that a continuation may change.
-
-  Args:
-    workdir: of the run.
-    values: flags by name.
-    free: those that may differ. `workdir` always may.
-
-  Returns:
-    What result.json holds. None also where it is damaged: the run is then
-    made again from its checkpoints.
+  The one place that says whether a run may stand for another: every flag must
+  be equal, but for `workdir` and those that a continuation may change (`free`).
+  None also where result.json is damaged: the run is then made again from its
+  checkpoints.
   """
   try:
     result = read(workdir)

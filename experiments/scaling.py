@@ -18,7 +18,6 @@ models, 2023, https://arxiv.org/abs/2309.08520, equation 1 and section 3.1.
 from collections.abc import Sequence
 import csv
 import glob
-import io
 import os
 from typing import NamedTuple
 
@@ -66,7 +65,7 @@ class Law(NamedTuple):
 def fit(sparsity: Sequence[float], nonzeros: Sequence[float],
         data: Sequence[float], loss: Sequence[float], *, starts: int = 25,
         delta: float = 1e-3, seed: int = 0) -> tuple[Law, float]:
-  """The law of least error, and that error.
+  """The law of least error, and the mean of Huber's loss.
 
   Args:
     sparsity: of the sparse weights, in [0, 1).
@@ -74,9 +73,6 @@ def fit(sparsity: Sequence[float], nonzeros: Sequence[float],
     starts: how many random starts; the best end counts.
     delta: residuals of the logarithm above it count linearly.
     seed: of the starts.
-
-  Returns:
-    The law, and the mean of Huber's loss.
 
   Raises:
     ValueError: if there are fewer runs than constants, or a number is out of
@@ -117,10 +113,8 @@ def fit(sparsity: Sequence[float], nonzeros: Sequence[float],
 def _error(values, logs, delta):
   """Huber's loss over delta**2, and its gradient.
 
-  Args:
-    values: log a, log c, log e, log g, b, d, f.
-    logs: of density, nonzeros, data and loss.
-    delta: where it turns linear.
+  `values` are log a, log c, log e, log g, b, d, f; `logs` those of density,
+  nonzeros, data and loss; `delta` is where it turns linear.
   """
   density, size, amount, target = logs
   a, c, e, g, b, d, f = values
@@ -140,11 +134,7 @@ def _error(values, logs, delta):
 
 
 def read(path: str) -> list[dict[str, float]]:
-  """Rows with COLUMNS, of a CSV file or of every run below a folder.
-
-  Raises:
-    ValueError: naming the file and what it lacks.
-  """
+  """Rows with COLUMNS, of a CSV file or of every run below a folder."""
   if os.path.isdir(path):
     folders = sorted(glob.glob(os.path.join(path, '**', results.NAME),
                                recursive=True))
@@ -177,18 +167,13 @@ def _of_run(folder) -> dict[str, float]:
 def write(rows: Sequence[dict[str, float]], law: Law, error: float,
           workdir: str) -> str:
   """The tables and the picture; returns the table of constants."""
-  os.makedirs(workdir, exist_ok=True)
   table = reporting.markdown_table(
       [law._asdict() | {'huber': error, 'runs': len(rows)}],
       formats={name: '.4g' for name in (*Law._fields, 'huber')})
   shown = [row | {'fit': float(law(row['sparsity'], row['nonzeros'],
                                    row['data']))}
            for row in sorted(rows, key=lambda row: tuple(row.values()))]
-  text = io.StringIO()
-  writer = csv.DictWriter(text, shown[0], lineterminator='\n')
-  writer.writeheader()
-  writer.writerows(shown)
-  files.write_text(os.path.join(workdir, 'runs.csv'), text.getvalue())
+  reporting.write_csv(os.path.join(workdir, 'runs.csv'), shown)
   files.write_text(os.path.join(workdir, 'table.md'), table)
   plots.lines(
       [{'row': f'{row["sparsity"]:.1%}', 'x': row['fit'], 'ours': row['loss']}
@@ -202,14 +187,12 @@ def write(rows: Sequence[dict[str, float]], law: Law, error: float,
 
 
 def main(argv):
-  del argv
-  try:
+  programs.begin(argv)
+  with programs.errors_in_a_line():
     rows = read(_RUNS.value)
     law, error = fit(*([row[name] for row in rows] for name in COLUMNS),
                      starts=_STARTS.value, delta=_DELTA.value,
                      seed=_SEED.value)
-  except (OSError, ValueError) as problem:
-    programs.stop(str(problem))
   print(write(rows, law, error, _WORKDIR.value), end='')
 
 

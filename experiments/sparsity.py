@@ -440,14 +440,19 @@ def _of_pair(flag, values, make) -> sparse_jax.masks.structures.Structure:
   return structure
 
 
+def check_patterns(flag: str, patterns: Sequence[str]) -> None:
+  """Raises ValueError unless all are regular expressions, naming the flag."""
+  for pattern in patterns:
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(f'`{flag}` (={",".join(patterns)!r}) has {pattern!r}, '
+                       f'no regular expression: {error}.') from None
+
+
 def _layer_rules(values, also_sparse) -> list[tuple[str, bool]] | None:
   layers = values['dense_layers']
-  for layer in layers:
-    try:
-      re.compile(layer)
-    except re.error as error:
-      raise ValueError(f'`dense_layers` (={",".join(layers)!r}) has {layer!r}, '
-                       f'no regular expression: {error}.') from None
+  check_patterns('dense_layers', layers)
   rules = [(layer, False) for layer in layers]
   return rules + [(pattern, True) for pattern in also_sparse] or None
 

@@ -163,15 +163,12 @@ def summary(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
 
 def write(rows: Sequence[Mapping[str, float]], workdir: str) -> str:
   """Tables and pictures; returns the table of best rates."""
-  os.makedirs(workdir, exist_ok=True)
   best = summary(rows)
   table = reporting.markdown_table(best, formats={
       'sparsity': 'g', 'best rate': '.2e', 'over the first': '.2f',
       'loss': '.4f', 'loss at the first best': '.4f'})
   files.write_text(os.path.join(workdir, 'table.md'), table)
-  files.write_text(os.path.join(workdir, 'table.csv'), ''.join(
-      f'{",".join(f"{value}" for value in line)}\n' for line in (
-          rows[0].keys(), *(row.values() for row in rows))))
+  reporting.write_csv(os.path.join(workdir, 'table.csv'), rows)
   plots.lines(
       [{'row': row['kind'], 'x': row['sparsity'],
         'ours': math.log2(row['over the first'])} for row in best],
@@ -190,7 +187,7 @@ def write(rows: Sequence[Mapping[str, float]], workdir: str) -> str:
 
 
 def main(argv):
-  del argv
+  programs.begin(argv)
   first, last = (int(power) for power in _RATES.value)
   rates = [2.**power for power in range(first, last + 1)]
   rows = study([float(s) for s in _SPARSITIES.value], rates, _SEEDS.value,

@@ -20,7 +20,6 @@ from typing import Any
 from typing import NamedTuple
 from typing import NoReturn
 
-from absl import app
 from absl import flags
 from absl import logging
 import jax
@@ -61,12 +60,8 @@ def define_flags(*, batch_size: int, examples: str, target: float = .9,
                  train_steps: int | None = None, **optimizer) -> None:
   """Defines the flags below; the arguments are the binary's own defaults.
 
-  Args:
-    batch_size: of that flag.
-    examples: what a batch is made of.
-    target: default of --sparsity.
-    train_steps: of that flag.
-    **optimizer: as of `optimization.define_flags`.
+  `examples` is what a batch is made of, `target` the default of --sparsity;
+  others are those of `optimization.define_flags`.
   """
   flags.DEFINE_integer('batch_size', batch_size,
                        f'{examples} per step, over all devices.')
@@ -122,8 +117,6 @@ class Binary(NamedTuple):
 
   name: str  # Of its module.
   prepare: Callable[[Mapping[str, Any], str], Run]
-  default_workdir: Callable[[Mapping[str, Any]], str]
-  title: Callable[[Mapping[str, Any]], str]  # (result) -> of the pictures.
   headline: Callable[[Mapping[str, Any]], str]  # (result) -> of the last line.
   # (values) -> the result that pictures show, by its name in `plots`.
   metric: Callable[[Mapping[str, Any]], str]
@@ -213,11 +206,6 @@ def describe(task: Task, values: Mapping[str, Any], train_steps: int
              ) -> dict[str, Any]:
   """Size, length and cost of a run, from shapes alone.
 
-  Args:
-    task: of the run.
-    values: flag values by name.
-    train_steps: length of the run.
-
   Returns:
     `train_steps`, `batch_size`, `learning_rate` (the highest), and what
     `accounting.forecast` says.
@@ -251,7 +239,7 @@ def train(binary: Binary, values: Mapping[str, Any]) -> dict[str, Any]:
       data that is not there. Nothing has then been written.
     locking.Held: if another process is at this run.
   """
-  workdir = values['workdir'] or binary.default_workdir(values)
+  workdir = values['workdir'] or workdir_name(values)
   devices.check_equal(values, free=('data_dir',))
   result = devices.gather(devices.agree(
       lambda: results.finished(workdir, values, FREE)))[0]
@@ -342,13 +330,6 @@ def check_workdir(workdir: str) -> None:
                      else f'`workdir` (={workdir!r}) is a file.')
 
 
-def check_steps(steps: int) -> int:
-  """Returns the length of the run, or raises ValueError."""
-  if steps < 1:
-    raise ValueError(f'`train_steps` (={steps}) must be at least 1.')
-  return steps
-
-
 def open_checkpoints(run: Run, guard) -> checkpointing.Checkpoints:
   """The checkpoints of a run, by default one with each evaluation."""
   with _naming_workdir(run.workdir):
@@ -386,11 +367,7 @@ def _say_if_rounded(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def last_state(run: Run) -> TrainState:
-  """The newest checkpoint's state.
-
-  Raises:
-    ValueError: if there is none.
-  """
+  """The newest checkpoint's state; a ValueError if there is none."""
   with open_checkpoints(run, None) as checkpoints, _naming_workdir(run.workdir):
     restored = checkpoints.restore_latest(run.init.out_info)
   if restored is None:
@@ -511,10 +488,7 @@ def workdir_name(values: Mapping[str, Any]) -> str:
 
 
 def run_config(module: str) -> dict[str, Any]:
-  """The flags that make a run what it is, wherever the binary is used.
-
-  Args:
-    module: `__name__` of the binary.
+  """The flags that make a run what it is, wherever the binary `module` is used.
   """
   own = flags.FLAGS.flags_by_module_dict()
   main_module = sys.argv[0] if module == '__main__' else module
@@ -524,27 +498,16 @@ def run_config(module: str) -> dict[str, Any]:
 
 def main(binary: Binary, values: Callable[[], Mapping[str, Any]], argv) -> None:
   """What a program does; its statuses are those of `programs`."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {argv[1:]}')
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # Orbax logs every file at INFO.
+  programs.begin(argv)
   programs.say_it_once()
-  try:
-    devices.join(flags.FLAGS.flag_values_dict())
-    train(binary, values())
-  except locking.Held as error:
-    logging.error('%s', error)
-    sys.exit(locking.EXIT_CODE)
-  except (jax.errors.JaxRuntimeError, ValueError, OSError,
-          FloatingPointError) as error:
-    broken = isinstance(error, jax.errors.JaxRuntimeError)
-    if jax.process_count() > 1 and (broken or isinstance(error, TimeoutError)):
-      _leave_the_lost(error)
-    if broken:
+  with programs.errors_in_a_line():
+    try:
+      devices.join(flags.FLAGS.flag_values_dict())
+      train(binary, values())
+    except (jax.errors.JaxRuntimeError, TimeoutError) as error:
+      if jax.process_count() > 1:
+        _leave_the_lost(error)
       raise
-    logging.error('%s', error)
-    logging.debug('It came from here:', exc_info=True)
-    sys.exit(programs.BAD)
 
 
 def _leave_the_lost(error: Exception) -> NoReturn:

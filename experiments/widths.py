@@ -6,14 +6,16 @@ from collections.abc import Callable
 _TOLERANCE = 2.0 ** -10
 
 
-def matching(count: Callable[[float], int], parameters: int, name: str
-             ) -> float:
+def matching(count: Callable[[float], int], parameters: int) -> float:
   """The width at which a network comes closest to a number of parameters.
 
+  The published widths match sizes in bytes, in which a sparse network also
+  pays one bit of mask for every entry, zero or not. To come near them, ask for
+  nonzero + total / 32.
+
   Args:
-    count: width -> parameters, which never falls.
+    count: width -> parameters, which never falls: `kernel_count` of a model.
     parameters: number wanted.
-    name: of the network, for the error.
 
   Returns:
     The width, positive.
@@ -22,14 +24,21 @@ def matching(count: Callable[[float], int], parameters: int, name: str
     ValueError: if even the narrowest network has more.
 
   Example:
-    >>> round(matching(lambda width: round(width**2 * 1000), 250, 'x'), 2)
+    >>> round(matching(lambda width: round(width**2 * 1000), 250), 2)
     0.5
+
+  Reference:
+    Evci et al., Rigging the lottery, 2020, https://arxiv.org/abs/1911.11134,
+    the small-dense baseline. ResNet-50 against the Erdos-Renyi-kernel network
+    at densities 0.2, 0.1, 0.05 and 0.035 is published with widths 0.465, 0.34,
+    0.26 and 0.231; with the bits of the mask this finds 0.459, 0.337, 0.257
+    and 0.228, without them 0.425, 0.289, 0.193 and 0.156.
   """
   low, high = 2.0 ** -20, 1.0
   low_count, high_count = count(low), count(high)
   if parameters < low_count:
     raise ValueError(f'`parameters` (={parameters!r}) must be at least '
-                     f'{low_count} for {name!r}.')
+                     f'{low_count}.')
   while high_count < parameters:
     low, low_count = high, high_count
     high, high_count = 2 * high, count(2 * high)

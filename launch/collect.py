@@ -12,17 +12,12 @@ Tables of which nothing is published have a line a row and a column a column.
 
 from collections.abc import Mapping
 from collections.abc import Sequence
-import csv
-import io
 import os
 import statistics
-import sys
 from typing import Any
 from typing import NamedTuple
 
-from absl import app
 from absl import flags
-from absl import logging
 
 from experiments import files
 from experiments import plots
@@ -72,11 +67,7 @@ class Found(NamedTuple):
 
 def results(table: table_lib.Table, sweep_dir: str,
             seeds: Sequence[int] | None = None) -> dict[str, list[Found]]:
-  """The finished cells of the table's runs, by name without the seed.
-
-  Raises:
-    ValueError: if a result is damaged, naming its file.
-  """
+  """The finished cells of the table's runs, by name without the seed."""
   seeds = table.seeds if seeds is None else seeds
   return {name: [found for seed in seeds if (found := _read(os.path.join(
       backends.workdir(sweep_dir, f'{name}_seed{seed}'), 'result.json')))]
@@ -98,8 +89,7 @@ def measure(table: table_lib.Table, found: Mapping[str, Sequence[Found]]
             ) -> list[Measured]:
   """What the finished cells say of each point.
 
-  Raises:
-    ValueError: if a result lacks what the table needs, naming its file.
+  A ValueError names the file of a result that lacks what the table needs.
   """
   names = {table_lib.key_of(of): name for name, of in
            table_lib.run_names(table.points).items()}
@@ -266,12 +256,8 @@ def write(table: table_lib.Table, found: Mapping[str, Sequence[Found]],
   kept = set(map(id, table_lib.chosen(table.points, chosen)))
   measured = [each for each in measure(table, found) if id(each.point) in kept]
   text = markdown(table, measured, other_flags(table, found))
-  lines = io.StringIO()
-  writer = csv.DictWriter(lines, list(rows(measured)[0]), lineterminator='\n')
-  writer.writeheader()
-  writer.writerows(rows(measured))
-  for name, content in (('table.md', text), ('table.csv', lines.getvalue())):
-    files.write_text(os.path.join(folder, name), content)
+  files.write_text(os.path.join(folder, 'table.md'), text)
+  reporting.write_csv(os.path.join(folder, 'table.csv'), rows(measured))
   for figure in filter(None, (table.figure, *table.also)):
     placed = measure(table._replace(figure=figure), found)
     plots.lines(
@@ -284,11 +270,7 @@ def write(table: table_lib.Table, found: Mapping[str, Sequence[Found]],
 
 
 def collect(values: Mapping[str, Any], table: table_lib.Table) -> str:
-  """What the program does with its flags; returns the Markdown.
-
-  Raises:
-    ValueError: if there is no sweep, or a result lacks a number.
-  """
+  """What the program does with its flags; returns the Markdown."""
   sweep_dir = run_lib.sweep_dir_of(values)
   if not os.path.isdir(sweep_dir):
     raise ValueError(f'`sweep_dir` (={sweep_dir!r}) must be a folder in which '
@@ -299,15 +281,11 @@ def collect(values: Mapping[str, Any], table: table_lib.Table) -> str:
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  programs.begin(argv)
   values = flags.FLAGS.flag_values_dict()
-  try:
+  with programs.errors_in_a_line():
     run_lib.check_table(values)
     print(collect(values, tables.get(values['table'], values['scale'])))
-  except (ValueError, OSError) as error:
-    logging.error('%s', error)
-    sys.exit(programs.BAD)
 
 
 def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:

@@ -49,9 +49,6 @@ def figures(module: Any, values: Mapping[str, Any], topology: str
     at once), `state_gib`, `ordinary_ms`, `refresh_ms`, `unknown` (what has no
     estimate), `collectives` (MiB of each kind in an ordinary step),
     `seconds` of compiling.
-
-  Raises:
-    ValueError: for flags that make no run on these chips.
   """
   mesh = _mesh(topology, values['model_parallel'])
   task, steps = module.without_data(values)

@@ -30,9 +30,8 @@ def ask(binary: str, commands: Sequence[Sequence[str]], figures: bool,
         topology: str | None = None) -> list[dict[str, Any]]:
   """The answers of a process as above; `topology` is its `compile`.
 
-  Raises:
-    ValueError: if there is no such binary, it cannot be asked, or it does not
-      take a command line; naming that.
+  A ValueError names the binary that cannot be asked, or the command line that
+  it does not take.
   """
   if _absent(binary):
     raise ValueError(f'`binary` (={binary!r}) must be a module; there is none.')

@@ -73,9 +73,6 @@ def run(jobs: Sequence[Job], *, workers: int, retries: int,
     environment: variables for the processes of a worker.
     stream: for the lines of progress; standard output if None.
     wait: seconds between two looks at the processes.
-
-  Returns:
-    What became of the cells.
   """
   pool = _Pool(workers, retries, environment, stream or sys.stdout)
   pool.queue.extend(jobs)

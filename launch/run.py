@@ -31,9 +31,7 @@ import sys
 from typing import Any
 from typing import NamedTuple
 
-from absl import app
 from absl import flags
-from absl import logging
 
 from experiments import files
 from experiments import programs
@@ -117,11 +115,7 @@ class Cell(NamedTuple):
 
 def cells(runs: Sequence[table_lib.Run], sweep_dir: str, figures: bool,
           topology: str | None = None) -> list[Cell]:
-  """Asks the binary about its runs.
-
-  Raises:
-    ValueError: if it does not take one of them.
-  """
+  """Asks the binary about its runs; a ValueError if it does not take one."""
   if not runs:
     return []
   answers = describe.ask(runs[0].binary, [
@@ -341,11 +335,7 @@ def _cost(figures, devices) -> dict[str, Any]:
 
 
 def run(values: Mapping[str, Any], table: table_lib.Table) -> int:
-  """What the program does with its flags; returns the status.
-
-  Raises:
-    ValueError: naming a flag, or the command that its binary does not take.
-  """
+  """What the program does with its flags; returns the status."""
   check(values)
   sweep_dir = sweep_dir_of(values)
   found = cells(runs_of(values, table), sweep_dir, values['dry_run'],
@@ -357,15 +347,11 @@ def run(values: Mapping[str, Any], table: table_lib.Table) -> int:
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  programs.begin(argv)
   values = flags.FLAGS.flag_values_dict()
-  try:
+  with programs.errors_in_a_line():
     check_table(values)
     sys.exit(run(values, tables.get(values['table'], values['scale'])))
-  except (ValueError, OSError) as error:
-    logging.error('%s', error)
-    sys.exit(programs.BAD)
 
 
 if __name__ == '__main__':

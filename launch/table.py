@@ -119,10 +119,7 @@ class Run(NamedTuple):
 
 
 def argument(name: str, value: Any) -> str:
-  """A flag as it is typed.
-
-  Raises:
-    ValueError: if the value is of a kind that no flag has.
+  """A flag as it is typed; a ValueError for a kind that no flag has.
 
   Example:
     >>> argument('skip_step', False), argument('lr_drops', [.3, .9])
@@ -139,10 +136,9 @@ def argument(name: str, value: Any) -> str:
 
 
 def chosen(points: Iterable[Point], rows: Sequence[str]) -> list[Point]:
-  """The points whose row matches one of the expressions; all if there are none.
+  """The points whose row matches one of the expressions; all without any.
 
-  Raises:
-    ValueError: if one is no regular expression, or no row matches.
+  A ValueError if one is no regular expression, or no row matches.
   """
   given = f'`rows` (={",".join(rows)!r})'
   try:
@@ -165,11 +161,7 @@ def runs(table: Table, seeds: Iterable[int] | None = None) -> list[Run]:
 
 
 def run_names(points: Sequence[Point]) -> dict[str, Mapping[str, Any]]:
-  """The flags of each run by its name, that of its first point.
-
-  Raises:
-    ValueError: if two runs would share a name.
-  """
+  """The flags of each run by its name, that of its first point."""
   found, keys = {}, set()
   for point in points:
     if point.flags is None or key_of(point.flags) in keys:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import widths
 from experiments.language import adaptive
 from experiments.language import models
 import sparse_jax
@@ -501,8 +502,7 @@ class CreateTest(parameterized.TestCase):
   def test_matching_width_finds_a_count_again(self, width):
     count = lambda width: models.kernel_count(
         models.create('tiny', width=width, vocab_size=70))
-    found = models.matching_width('tiny', vocab_size=70,
-                                  parameters=count(width))
+    found = widths.matching(count, count(width))
     self.assertEqual(count(found), count(width))
 
   @parameterized.parameters(
@@ -514,8 +514,6 @@ class CreateTest(parameterized.TestCase):
       (lambda: models.create('tiny', vocab_size=9, width=0.), '`width` .=0.0.'),
       (lambda: models.create('tiny', vocab_size=9, width=float('inf')),
        '`width` .=inf.'),
-      (lambda: models.matching_width('tiny', vocab_size=9, parameters=1),
-       '`parameters` .=1. must be at least'),
       (lambda: models.init_memory(create(), 0), '`batch_size` .=0.'),
       (lambda: models.init_memory(create(), 1, -1), '`length` .=-1.'))
   def test_a_bad_argument_is_named_with_its_value(self, call, message):

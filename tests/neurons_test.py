@@ -6,7 +6,7 @@ import tempfile
 from absl.testing import absltest
 import numpy as np
 
-from experiments import plots
+from experiments import pictures
 from tests import own_flags
 
 with own_flags.OwnFlags():  # The image binary has the same names.
@@ -51,7 +51,7 @@ class LookTest(absltest.TestCase):
   def test_picture_is_written(self):
     folder = self.enterContext(tempfile.TemporaryDirectory())
     path = os.path.join(folder, 'neuron.png')
-    plots.neuron(neurons.look(_weights(), {0: 'a', 1: '$'}, 0, 1, 2), path)
+    pictures.neuron(neurons.look(_weights(), {0: 'a', 1: '$'}, 0, 1, 2), path)
     self.assertGreater(os.path.getsize(path), 1000)
 
 

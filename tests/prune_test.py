@@ -142,12 +142,12 @@ class StudyTest(parameterized.TestCase):
 
   def test_folders_that_are_no_dense_run(self):
     with tempfile.TemporaryDirectory() as folder:
-      with self.assertRaisesRegex(FileNotFoundError, '`run`'):
+      with self.assertRaisesRegex(FileNotFoundError, 'no finished run'):
         prune.open_run(folder)
       for result, message in (
-          ({'program': 'os'}, '`run`.*\'os\''),
-          ({'program': prune.PROGRAMS[0], 'flags': {'method': 'rigl'}},
-           '`run`.*rigl')):
+          ({'program': 'os', 'flags': {}}, '`program`.*\'os\''),
+          ({'program': 'experiments.image.train', 'flags': train.run_config(
+              ) | {'method': 'rigl', 'sparsity': .5}}, '`run`.*rigl')):
         with open(os.path.join(folder, 'result.json'), 'w') as file:
           json.dump(result, file)
         with self.assertRaisesRegex(ValueError, message):

@@ -1,4 +1,4 @@
-"""Laws of experiments/reporting.py and that experiments/plots.py draws."""
+"""Laws of experiments/reporting.py; that plots.py and pictures.py draw."""
 
 import contextlib
 import io
@@ -13,6 +13,7 @@ from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
+from experiments import pictures
 from experiments import plots
 from experiments import reporting
 import jax
@@ -302,7 +303,7 @@ class PlotsTest(ReportingTestCase):
       rows += [{'step': 20, 'churn_min': 0., 'churn_mean': .1, 'churn_max': .2,
                 'sparsity': .5, 'effective_sparsity': .9}]
     path = self.directory / 'curves.png'
-    plots.training_curves(rows, path, 'A run')
+    pictures.training_curves(rows, path, 'A run')
     self.assert_png(path)
 
   def draw(self, rows, **options):
@@ -344,7 +345,7 @@ class PlotsTest(ReportingTestCase):
     rows += [{'row': 'rigl', 'x': x, 'ours': 70.} for x in (20., 10.)]
     with mock.patch.object(plots, '_name_across') as named:
       self.draw(rows, scale=scale, published=False)
-    self.assertEqual(named.call_args.args[1], {'dense': (77., plots._BLUE)})
+    self.assertEqual(named.call_args.args[1], {'dense': (77., plots.BLUE)})
 
   def test_names_across_are_kept_apart(self):
     axes = mock.Mock(**{'get_ylim.return_value': (0., 100.)})
@@ -355,35 +356,35 @@ class PlotsTest(ReportingTestCase):
 
   def test_layer_density(self):
     path = self.directory / 'density.png'
-    plots.layer_density([{'layer': 'conv', 'forward_density': 0.1,
-                          'effective_density': .05, 'collapsed': True,
-                          'backward_density': 0.2}], path)
+    pictures.layer_density([{'layer': 'conv', 'forward_density': 0.1,
+                             'effective_density': .05, 'collapsed': True,
+                             'backward_density': 0.2}], path)
     self.assert_png(path)
 
   def test_masks(self):
     path = self.directory / 'masks.png'
     kept = np.eye(4, dtype=np.float32)
-    plots.masks({f'layer {i}': (kept, kept * i / 4) for i in range(5)}, path)
+    pictures.masks({f'layer {i}': (kept, kept * i / 4) for i in range(5)}, path)
     self.assert_png(path)
 
   @parameterized.parameters((30, True), (3, False))
   def test_receptive_fields(self, units, read):
     path = self.directory / 'fields.png'
     fields = np.random.default_rng(0).normal(size=(units, 4, 4))
-    plots.receptive_fields(fields, abs(fields[0]) if read else None, path)
+    pictures.receptive_fields(fields, abs(fields[0]) if read else None, path)
     self.assert_png(path)
 
   @parameterized.named_parameters(
-      ('curves', lambda path: plots.training_curves([], path, '')),
+      ('curves', lambda path: pictures.training_curves([], path, '')),
       ('lines', lambda path: plots.lines([], path, '', xlabel='', ylabel='')),
-      ('density', lambda path: plots.layer_density([], path)))
+      ('density', lambda path: pictures.layer_density([], path)))
   def test_refuses_no_rows(self, draw):
     with self.assertRaisesRegex(ValueError, r'rows \(=\[\]\)'):
       draw(self.directory / 'nothing.png')
 
   def test_running_mean_is_narrower_at_its_ends(self):
     values = np.arange(200.)
-    means = plots._running_mean(values)
+    means = pictures._running_mean(values)
     self.assertAlmostEqual(means[0], values[:3].mean())
     self.assertAlmostEqual(means[100], values[98:103].mean())
 
@@ -391,7 +392,7 @@ class PlotsTest(ReportingTestCase):
 class ImportTest(absltest.TestCase):
 
   def test_importing_is_cheap(self):
-    code = ('import sys; from experiments import checkpointing, plots, '
+    code = ('import sys; from experiments import checkpointing, pictures, '
             'reporting; print({"orbax", "matplotlib", "tensorboard", "tqdm", '
             '"tensorflow", "PIL"} & set(sys.modules))')
     output = subprocess.run([sys.executable, '-c', code], cwd=_ROOT, check=True,

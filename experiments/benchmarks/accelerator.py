@@ -23,13 +23,10 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 import functools
 import os
-import sys
 from typing import Any
 from typing import NamedTuple
 
-from absl import app
 from absl import flags
-from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +34,7 @@ import optax
 
 import sparse_jax
 from experiments import accounting
+from experiments import programs
 from experiments import reporting
 from experiments.image import input_pipeline
 from experiments.image import models
@@ -91,11 +89,7 @@ class State(NamedTuple):
 
 
 def machines(values: Mapping[str, Any]) -> dict[str, sparse_jax.cost.Machine]:
-  """The array of the flags, or DNNsim's and three that reach further.
-
-  Raises:
-    ValueError: naming the flag and its value.
-  """
+  """The array of the flags, or DNNsim's and three that reach further."""
   given = {name: values[name] for name in ARRAY if values[name] is not None}
   fields = [given] if given else [
       {'rows': rows, **reach} for rows in (16, 1)
@@ -236,9 +230,7 @@ def study_all(values: Mapping[str, Any], show: Callable[[str], None]
               ) -> list[dict[str, Any]]:
   """Every sparsity and array of the flags; shows the tables.
 
-  Raises:
-    ValueError: naming the flag and its value; FileNotFoundError likewise for
-      data that is not there.
+  A bad flag, or data that is not there, is named before anything runs.
   """
   check(values)
   data = input_pipeline.load(values['dataset'], 'train', values['data_dir'])
@@ -294,22 +286,14 @@ def _check_one(values) -> None:
 
 
 def without_data(values: Mapping[str, Any]) -> Study:
-  """What a run of these flags trains.
-
-  Raises:
-    ValueError: naming the flag and its value.
-  """
+  """What a run of these flags trains; a ValueError names a flag."""
   check(values)
   _check_one(values)
   return make_study(values, values['sparsity'])
 
 
 def describe(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Size, length and cost of the training, as `training.describe`.
-
-  Raises:
-    ValueError: naming the flag and its value. No data need be there.
-  """
+  """Size, length and cost of the training, as `training.describe`."""
   study = without_data(values)
   state = jax.eval_shape(functools.partial(first_state, study, 0))
   shape = jax.ShapeDtypeStruct
@@ -344,14 +328,10 @@ def run(values: Mapping[str, Any], show: Callable[[str], None]) -> None:
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {argv[1:]}')
-  try:
+  programs.begin(argv)
+  with programs.errors_in_a_line():
     run(run_config(), functools.partial(print, flush=True))
-  except (ValueError, OSError) as error:
-    logging.error('%s', error)
-    sys.exit(2)
 
 
 if __name__ == '__main__':
-  app.run(main)
+  programs.run(main)

@@ -217,7 +217,10 @@ def transformer() -> list[dict]:
 
   runs, stored = {}, {}
   for name, method in methods.items():
-    runs[name], stored[name] = runner(model.apply, tx, method, params, x)
+    runs[name], state = timing.trainer(
+        lambda weights: jnp.mean(model.apply({'params': weights}, x)**2),
+        method, tx, params)
+    stored[name] = held(state)
   times = medians(runs, _ROUNDS.value)
   bytes_ = 'bytes of weights, gradients, slots'
   return [{'step': name, 'milliseconds': f'{1e3 * times[name]:.1f}',
@@ -225,36 +228,13 @@ def transformer() -> list[dict]:
            bytes_: f'{stored[name] / stored["dense"]:.3f}'} for name in runs]
 
 
-def runner(fn, optimizer, method, params, x):
-  """A function that does one step, and the bytes that it holds.
-
-  Bytes are those of parameters, gradients, the optimizer's slots, marks and
-  positions on the device.
-  """
-  tx = sparse_jax.sparsify(optimizer, method)
-  params = jax.tree.map(jnp.copy, params)  # A step takes its own.
-  state = list(sparse_jax.start(tx, method, params))
+def held(state) -> int:
+  """Bytes on the device: parameters, gradients, slots, marks, positions."""
   size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-  packed = sparse_jax.get_state(state[1]).packed.values()
-  stored = 2 * size(state[0]) + size(state[1]) - size(
+  params, opt_state = state
+  packed = sparse_jax.get_state(opt_state).packed.values()
+  return 2 * size(params) + size(opt_state) - size(
       [place.reservoir for place in packed])
-
-  def step(params, opt_state):
-    def loss(params):
-      apply = sparse_jax.with_method(fn, method, opt_state)
-      return jnp.mean(apply({'params': params}, x)**2)
-
-    grads = jax.grad(loss)(params)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
-
-  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state).compile()
-
-  def run():
-    state[:] = compiled(*state)
-    return state
-
-  return run, stored
 
 
 def main(_):

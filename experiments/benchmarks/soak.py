@@ -142,15 +142,9 @@ def live(values: Mapping[str, Any], settings: Mapping[str, Any],
          chance: random.Random, startup: float) -> tuple[Kill | None, float]:
   """One life up to its kill, at a random moment of one of three phases.
 
-  Args:
-    values: flag values of the run.
-    settings: of JAX.
-    chance: where random numbers come from.
-    startup: seconds from the start of a life to its first save, about.
-
-  Returns:
-    The kill, None if the run came to its own end before; and `startup` as
-    this life has shown it.
+  `startup` are the seconds from the start of a life to its first save, about.
+  Returns the kill, None if the run came to its own end before; and `startup` as
+  this life has shown it.
   """
   how = 'terminate' if chance.random() < _TERM_SHARE else 'kill'
   aim = chance.choice(('starting', 'saving', 'training'))

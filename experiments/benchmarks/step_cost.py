@@ -100,42 +100,19 @@ def transformer_xl():
   return params, loss, inputs.size
 
 
-def runner(method: sparse_jax.SparseMethod, params, loss):
-  """A function that does one step and keeps its own state between calls."""
-  tx = sparse_jax.sparsify(optax.adam(1e-3), method)
-  params = jax.tree.map(jnp.copy, params)  # A step takes its own.
-
-  def loss_fn(params, opt_state):
-    return sparse_jax.with_method(loss, method, opt_state)(params)
-
-  def step(params, opt_state):
-    grads = jax.grad(loss_fn)(params, opt_state)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
-
-  state = list(sparse_jax.start(tx, method, params))
-  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state).compile()
-
-  def run():
-    state[:] = compiled(*state)
-    return jax.block_until_ready(state)
-
-  return run
-
-
 def main(_):
   timing.keep_freed_memory()
   chosen = {name: method for name, method in methods().items()
             if name == 'dense' or not _METHODS.value or name in _METHODS.value}
   params, loss, examples = {'mlp': mlp, 'transformer_xl': transformer_xl}[
       _NETWORK.value]()
-  runs = {name: runner(method, params, loss)
+  runs = {name: timing.trainer(loss, method, optax.adam(1e-3), params)[0]
           for name, method in chosen.items()}
   times = {name: [] for name in runs}
   for _ in range(_ROUNDS.value):
     for name, run in runs.items():
       begin = time.perf_counter()
-      run()
+      jax.block_until_ready(run())
       times[name].append(time.perf_counter() - begin)
   rows = []
   dense = statistics.median(times['dense'])

@@ -10,8 +10,13 @@ import ctypes
 import statistics
 import sys
 import time
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
+
+import sparse_jax
 
 
 def keep_freed_memory() -> None:
@@ -55,3 +60,31 @@ def interleaved_medians(contenders: Mapping[str, Callable[[], object]], *,
       jax.block_until_ready(result)
       times[name].append((clock() - begin) / repeats)
   return {name: statistics.median(ts) for name, ts in times.items()}
+
+
+def trainer(loss: Callable[[Any], jax.Array], method: sparse_jax.SparseMethod,
+            optimizer: optax.GradientTransformation, params: Any
+            ) -> tuple[Callable[[], Any], list[Any]]:
+  """A function that does one step of training, and the state it keeps.
+
+  Args:
+    loss: of the weights that the method reads.
+    method: what is trained with.
+    optimizer: likewise.
+    params: the model's, which are copied, since a step takes its own.
+  """
+  tx = sparse_jax.sparsify(optimizer, method)
+  state = list(sparse_jax.start(tx, method, jax.tree.map(jnp.copy, params)))
+
+  def step(params, opt_state):
+    grads = jax.grad(sparse_jax.with_method(loss, method, opt_state))(params)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state).compile()
+
+  def run():
+    state[:] = compiled(*state)
+    return state
+
+  return run, state

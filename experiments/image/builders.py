@@ -223,17 +223,11 @@ def builder_class(name: str) -> type[datasets.LocalBuilder]:
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:
-  """Reads one gzipped idx file of unsigned bytes.
+  """Reads a gzipped idx file of bytes, in the rank and shape that it states.
 
-  Args:
-    path: the file. Its first four bytes are 0, 0, 8 and the rank; the
-      dimensions follow, four bytes each with the highest first; then the data.
-
-  Returns:
-    uint8[...], of the rank and the shape that the file states.
-
-  Raises:
-    ValueError: if the file is truncated, or of another format.
+  Its first four bytes are 0, 0, 8 and the rank; the dimensions follow, four
+  bytes each with the highest first; then the data. A file that is truncated or
+  of another format is a ValueError.
   """
   try:
     content = gzip.decompress(path.read_bytes())

@@ -26,18 +26,14 @@ Reference:
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-import contextlib
 import functools
 import math
 import os
 import re
-import sys
 from typing import Any
 from typing import NamedTuple
 
-from absl import app
 from absl import flags
-from absl import logging
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -46,10 +42,11 @@ import sparse_jax
 from sparse_jax.methods import filters
 from experiments import devices
 from experiments import files
-from experiments import locking
 from experiments import plots
 from experiments import programs
+from experiments import pruning
 from experiments import reporting
+from experiments import sparsity
 from experiments import tasks
 from experiments import training
 from experiments.image import input_pipeline
@@ -173,10 +170,7 @@ def study(values: Mapping[str, Any], settings: Settings
   Returns:
     The rows of pruning.json, the dense network first: `filter_sparsity`,
     `parameters`, `flops` (multiply-adds of a forward pass of one image), and
-    accuracies on the test split.
-
-  Raises:
-    ValueError, FileNotFoundError: naming a flag, before anything trains.
+    accuracies on the test split. A bad flag is named before anything trains.
   """
   check(values, settings)
   train.train(values)
@@ -202,12 +196,7 @@ def check(values: Mapping[str, Any], settings: Settings) -> None:
   for share in settings.shares:
     if not 0 < share < 1:
       raise ValueError(f'`filter_sparsities` (={share!r}) must be in (0, 1).')
-  for rule in settings.untouched:
-    try:
-      re.compile(rule)
-    except re.error as error:
-      raise ValueError(f'`untouched` (={rule!r}) must be a regular expression: '
-                       f'{error}.') from None
+  sparsity.check_patterns('untouched', settings.untouched)
   for flag, value in (('fine_tune_epochs', settings.epochs),
                       ('fine_tune_learning_rate', settings.learning_rate)):
     if not 0 < value < math.inf:
@@ -252,9 +241,7 @@ def smaller_run(run: training.Run, steps: int, changes: Mapping[str, Any]
   whole, rows = devices.replicated(run.mesh), devices.split(run.mesh)
   return run._replace(
       values=values, train_steps=steps, task=task,
-      step_fn=jax.jit(functools.partial(tasks.train_step, task),
-                      donate_argnums=0, in_shardings=(whole, rows),
-                      out_shardings=whole),
+      step_fn=training.step_fn(task, whole, rows),
       eval_fn=jax.jit(functools.partial(tasks.eval_step, task),
                       in_shardings=(whole, whole, rows), out_shardings=whole))
 
@@ -276,12 +263,8 @@ def start(run: training.Run, variables: Mapping[str, Any], step: int
 def accuracy_after(run: training.Run, state: tasks.TrainState) -> float:
   """Trains to the end of the run; the accuracy on the test split."""
   begin = int(state.step)
-  with (contextlib.closing(run.train_batches(begin)) as batches,
-        reporting.Progress(run.train_steps, 0, run.values['log_every'],
-                           run.values['batch_size']) as progress):
-    for step in range(1, run.train_steps + 1):
-      state = run.step_fn(state, devices.put_batch(next(batches), run.mesh))
-      progress.update(step)
+  state = pruning.train_on(run, run.step_fn, state, begin,
+                           begin + run.train_steps)
   return training.evaluate(run, state)['test_accuracy']
 
 
@@ -360,11 +343,7 @@ def _path(path) -> str:
 
 
 def settings() -> Settings:
-  """Those of the flags.
-
-  Raises:
-    ValueError: naming the flag and its value.
-  """
+  """Those of the flags; a ValueError names the flag and its value."""
   given = f'`filter_sparsities` (={",".join(_SHARES.value)!r})'
   try:
     shares = [float(share) for share in _SHARES.value]
@@ -377,23 +356,14 @@ def settings() -> Settings:
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {argv[1:]}')
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)
+  programs.begin(argv)
   values = train.run_config()
   for flag, value in (('method', 'dense'), ('sparsity', 0.)):
     if not flags.FLAGS[flag].present:
       values[flag] = value
-  try:
+  with programs.errors_in_a_line():
     values['workdir'] = values['workdir'] or training.workdir_name(values)
     study(values, settings())
-  except locking.Held as error:
-    logging.error('%s', error)
-    sys.exit(locking.EXIT_CODE)
-  except (ValueError, OSError, FloatingPointError) as error:
-    logging.error('%s', error)
-    sys.exit(programs.BAD)
 
 
 if __name__ == '__main__':

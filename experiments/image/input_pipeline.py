@@ -98,12 +98,12 @@ def load(
       or, for 'digits', a cache folder in which the set is made at first use.
 
   Returns:
-    The split, in memory unless it is of imagenet2012. The order is that of the
-    files, and always the same.
+    The split, in memory unless it is of imagenet2012, always in the order of
+    the files.
 
   Raises:
-    ValueError: if `name` or `split` is unknown, or `data_dir` is ''.
-    FileNotFoundError: if the set is not prepared in `data_dir`.
+    ValueError, FileNotFoundError: naming the argument that does not fit, or
+      what is not there.
   """
   _check_name(name)
   import tensorflow_datasets as tfds
@@ -139,16 +139,11 @@ def train_batches(
     seed: at least 0.
     step: the first batch to give, counted from the start of training.
     augment: whether to apply the augmentation of the data set.
-    process_index: which part of each batch to give, in [0, process_count).
-    process_count: into how many parts a batch is cut.
+    process_index, process_count: which part of each batch to give.
 
   Returns:
     An iterator of {'image': uint8[b, H, W, C], 'label': int32[b]}, b =
     batch_size / process_count.
-
-  Raises:
-    ValueError: if `batch_size` exceeds the split or is no multiple of
-      `process_count`, or an argument is out of its range.
   """
   rows = batching.process_rows(batch_size, process_index, process_count)
   if batch_size > split.num_examples:
@@ -172,8 +167,6 @@ def eval_batches(
   Law: over all batches and processes the examples of weight 1 are the split,
   each once.
 
-  Args and Raises: those of `train_batches`.
-
   Returns:
     An iterator of what `train_batches` gives, and 'weight': float32[b].
   """
@@ -182,12 +175,7 @@ def eval_batches(
 
 
 def normalise(images: jax.Array, name: str) -> jax.Array:
-  """Gives pixels about zero mean and unit variance over the training set.
-
-  Args:
-    images: uint8[..., C].
-    name: a key of DATASETS.
-  """
+  """Pixels uint8[..., C] about zero mean and unit variance of the data set."""
   _check_name(name)
   channel = (1,) * (images.ndim - 1) + (-1,)
   mean = jnp.asarray(DATASETS[name].mean, jnp.float32).reshape(channel)

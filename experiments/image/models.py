@@ -28,8 +28,6 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments import widths
-
 _HE_FAN_IN = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
 _HE_FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 _LECUN = nn.initializers.lecun_normal()
@@ -168,65 +166,34 @@ class StridedCNN(Network):
     return self.head(_flatten(x))
 
 
-class BasicBlock(nn.Module):
-  """Two 3x3 convolutions and a shortcut, the ReLU after the sum.
+class ResidualBlock(nn.Module):
+  """Convolutions with batch norm and a shortcut, the ReLU after the sum.
 
-  Attributes:
-    features: channels of both convolutions.
-    stride: of the first convolution and of the projection.
-    projection: whether the shortcut is a 1x1 convolution with batch norm
-      (option B of He et al.) and not the identity.
-    dtype: type the layers compute in.
+  Two of 3x3, or a bottleneck: 1x1, 3x3 and 1x1, as in ResNet v1.5. The first
+  of 3x3 has the stride. A bottleneck's last batch norm starts with a scale of
+  zero, which makes a block without projection the identity on its input. The
+  projection is a 1x1 convolution with batch norm (option B of He et al.).
   """
 
-  features: int
+  features: Sequence[int]  # Channels of each convolution.
   stride: int
-  projection: bool
-  dtype: jax.typing.DTypeLike
-
-  @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    conv = functools.partial(_conv, self.features, dtype=self.dtype)
-    norm = functools.partial(_norm, train, dtype=self.dtype)
-    y = conv(3, stride=self.stride, name='conv_1')(x)
-    y = nn.relu(norm(name='norm_1')(y))
-    y = norm(name='norm_2')(conv(3, name='conv_2')(y))
-    if self.projection:
-      x = conv(1, stride=self.stride, name='projection')(x)
-      x = norm(name='projection_norm')(x)
-    return nn.relu(x + y)
-
-
-class BottleneckBlock(nn.Module):
-  """A 1x1, a 3x3 and a 1x1 convolution with a shortcut, as in ResNet v1.5.
-
-  The stride is on the 3x3 convolution. The last batch norm's scale starts at
-  zero, which makes a block without projection the identity on its input.
-
-  Attributes:
-    features: channels of the first two convolutions.
-    out_features: channels of the last convolution and of the projection.
-    stride, projection, dtype: as of `BasicBlock`.
-  """
-
-  features: int
-  out_features: int
-  stride: int
-  projection: bool
+  projection: bool  # Of the shortcut; otherwise it is the input itself.
   dtype: jax.typing.DTypeLike
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     conv = functools.partial(_conv, dtype=self.dtype)
     norm = functools.partial(_norm, train, dtype=self.dtype)
-    y = conv(self.features, 1, name='conv_1')(x)
-    y = nn.relu(norm(name='norm_1')(y))
-    y = conv(self.features, 3, stride=self.stride, name='conv_2')(y)
-    y = nn.relu(norm(name='norm_2')(y))
-    y = conv(self.out_features, 1, name='conv_3')(y)
-    y = norm(scale_init=nn.initializers.zeros, name='norm_3')(y)
+    bottleneck, y = len(self.features) == 3, x
+    for i, features in enumerate(self.features, 1):
+      size = 1 if bottleneck and i != 2 else 3
+      stride = self.stride if i == 1 + bottleneck else 1
+      scale = nn.initializers.zeros if i == 3 else nn.initializers.ones
+      y = conv(features, size, stride=stride, name=f'conv_{i}')(y)
+      y = norm(scale_init=scale, name=f'norm_{i}')(y)
+      y = nn.relu(y) if i < len(self.features) else y
     if self.projection:
-      x = conv(self.out_features, 1, stride=self.stride, name='projection')(x)
+      x = conv(self.features[-1], 1, stride=self.stride, name='projection')(x)
       x = norm(name='projection_norm')(x)
     return nn.relu(x + y)
 
@@ -234,11 +201,8 @@ class BottleneckBlock(nn.Module):
 class WideBlock(nn.Module):
   """Two 3x3 convolutions, each after batch norm and ReLU, and a shortcut.
 
-  Attributes:
-    features, stride, dtype: as of `BasicBlock`.
-    projection: whether the shortcut is a 1x1 convolution, without batch norm,
-      of the activated input; otherwise it is the input itself.
-    dropout: rate of the dropout before the second convolution, in [0, 1).
+  The shortcut is the input, or a projection: a 1x1 convolution, without batch
+  norm, of the activated input. Dropout comes before the second convolution.
   """
 
   features: int
@@ -261,16 +225,10 @@ class WideBlock(nn.Module):
 
 
 class DenseLayer(nn.Module):
-  """A 1x1 and a 3x3 convolution whose output is appended to the input.
+  """A 1x1 and a 3x3 convolution whose output is appended to the input."""
 
-  Attributes:
-    bottleneck: channels of the 1x1 convolution.
-    growth: channels of the 3x3 convolution, those appended.
-    dtype: type the layers compute in.
-  """
-
-  bottleneck: int
-  growth: int
+  bottleneck: int  # Channels of the 1x1 convolution.
+  growth: int  # Channels of the 3x3 convolution, those appended.
   dtype: jax.typing.DTypeLike
 
   @nn.compact
@@ -292,42 +250,32 @@ class ResNet(Network):
   the shape have a 1x1 projection with batch norm (option B), as is common in
   the sparse-training literature: 2,752 parameters more in ResNet-20.
 
-  Attributes:
-    blocks: how many each stage has.
-    features: channels of each stage, of the 3x3 convolutions.
-    bottleneck: whether blocks are of three convolutions, with four times the
-      channels at their ends. Then the head is normal with deviation 0.01.
-    imagenet: whether the stem is that of ImageNet.
-
   Reference:
     He et al., Deep residual learning for image recognition, 2015,
     https://arxiv.org/abs/1512.03385, table 1 and section 4.2. In bottleneck
     blocks the place of the stride is that of the later "v1.5" codes; the zeros
-    of their last norm and the head's deviation are from Goyal et al., Accurate,
-    large minibatch SGD, 2017, https://arxiv.org/abs/1706.02677, section 5.1.
-    Convolutions have no bias, where SWAT's code gives them one.
+    of their last norm and the head's deviation of 0.01 are from Goyal et al.,
+    Accurate, large minibatch SGD, 2017, https://arxiv.org/abs/1706.02677,
+    section 5.1. Convolutions have no bias, where SWAT's code gives them one.
   """
 
-  blocks: Sequence[int] = (2, 2, 2, 2)
-  features: Sequence[int] = (64, 128, 256, 512)
-  bottleneck: bool = False
-  imagenet: bool = False
+  blocks: Sequence[int] = (2, 2, 2, 2)  # How many each stage has.
+  features: Sequence[int] = (64, 128, 256, 512)  # Of the 3x3 convolutions.
+  bottleneck: bool = False  # Three convolutions, four times wider at the end.
+  imagenet: bool = False  # Whether the stem is that of ImageNet.
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
     x = self.stem(images, self.features[0], train, imagenet=self.imagenet)
     for i, (blocks, features) in enumerate(zip(self.blocks, self.features)):
       for j in range(blocks):
-        changes = i > 0 and j == 0
-        place = dict(stride=2 if changes else 1, dtype=self.dtype,
-                     name=f'stage_{i + 1}_block_{j + 1}')
-        if self.bottleneck:
-          block = BottleneckBlock(self.channels(features),
-                                  self.channels(4 * features),
-                                  projection=j == 0, **place)
-        else:
-          block = BasicBlock(self.channels(features), projection=changes,
-                             **place)
+        shrinks = i > 0 and j == 0
+        widths = (1, 1, 4) if self.bottleneck else (1, 1)
+        block = ResidualBlock(
+            [self.channels(wide * features) for wide in widths],
+            stride=2 if shrinks else 1,
+            projection=j == 0 if self.bottleneck else shrinks,
+            dtype=self.dtype, name=f'stage_{i + 1}_block_{j + 1}')
         x = block(x, train=train)
     return self.head(x.mean(axis=(1, 2)),
                      _SMALL_NORMAL if self.bottleneck else _LECUN)
@@ -336,18 +284,13 @@ class ResNet(Network):
 class WideResNet(Network):
   """A wide residual network, pre-activation: three stages after a 3x3 stem.
 
-  Attributes:
-    blocks: of each stage; the paper's depth is six times as many and 4.
-    widening: the paper's k. `width` multiplies on top of it, stem included.
-    dropout: rate between the convolutions of a block, in [0, 1).
-
   Reference:
     Zagoruyko and Komodakis, Wide residual networks, 2016,
     https://arxiv.org/abs/1605.07146, table 1; dropout as in section 2.4.
   """
 
-  blocks: int = 4
-  widening: int = 10
+  blocks: int = 4  # Of each stage; the depth is six times as many and 4.
+  widening: int = 10  # `width` multiplies on top of it, stem included.
   dropout: float = 0.0
 
   @nn.compact
@@ -370,13 +313,8 @@ class WideResNet(Network):
 class VGG16(Network):
   """VGG-16 with batch norm and the 4096-4096 classifier.
 
-  Thirteen 3x3 convolutions, each with batch norm and ReLU, a 2x2 max pooling
-  after each of five stages, then two Dense of 4096 with ReLU and dropout. A
-  32x32 image leaves 512 features to the classifier, a 224x224 image 25,088.
+  A 32x32 image leaves 512 features to the classifier, a 224x224 image 25,088.
   Kernels of Dense are normal with standard deviation 0.01.
-
-  Attributes:
-    classifier_dropout: rate of the dropout after each hidden Dense, in [0, 1).
 
   Reference:
     Simonyan and Zisserman, Very deep convolutional networks, 2014,
@@ -408,15 +346,10 @@ class VGG16(Network):
 class DenseNet121(Network):
   """DenseNet-121: growth 32, compression 0.5.
 
-  Stages of 6, 12, 24 and 16 layers, each layer appending 32 channels through a
-  bottleneck of 128. Between stages a 1x1 convolution halves the channels,
-  rounding down, and average pooling halves the sides. `width` multiplies the 64
-  of the stem, the 32 and the 128; other counts follow from these. Kernels of
-  convolutions are He normal over fan-in.
-
-  Attributes:
-    imagenet: whether the stem is that of ImageNet; the other, of 3x3, has no
-      batch norm of its own.
+  `width` multiplies the 64 channels of the stem, the 32 that a layer appends
+  and the 128 of its bottleneck; other counts follow from these. Kernels of
+  convolutions are He normal over fan-in. The stem has batch norm of its own for
+  ImageNet alone.
 
   Reference:
     Huang et al., Densely connected convolutional networks, 2016,
@@ -501,7 +434,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 def create(name: str, *, num_classes: int, width: float = 1.0,
            dtype: jax.typing.DTypeLike = jnp.float32, dropout: float = 0.0
            ) -> nn.Module:
-  """Builds the network of a name.
+  """Builds the network of a name in MODELS.
 
   Args:
     name: a key of MODELS.
@@ -512,12 +445,8 @@ def create(name: str, *, num_classes: int, width: float = 1.0,
       network it must be 0. The dropout of VGG-16's classifier is part of that
       network and stays at 0.5.
 
-  Returns:
-    A module without variables.
-
   Raises:
-    ValueError: if `name` is unknown, `num_classes` or `width` is not positive,
-      or `dropout` is outside [0, 1) or nonzero for a network without it.
+    ValueError: naming the argument that is out of range.
 
   Example:
     >>> create('wrn_22_2', num_classes=10, dropout=0.3).widening
@@ -542,53 +471,11 @@ def create(name: str, *, num_classes: int, width: float = 1.0,
 def kernel_count(model: nn.Module, image_shape: Sequence[int]) -> int:
   """Counts the entries of a network's kernels, without making any array.
 
-  Kernels are those of convolutions and Dense layers, the stem and the head
-  among them; biases and batch-norm parameters are left out.
-
   Example:
     >>> kernel_count(create('mlp', num_classes=10), (28, 28, 1))
     266200
   """
   images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  init = functools.partial(model.init, train=False)
-  params = jax.eval_shape(init, jax.random.key(0), images)['params']
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  return sum(leaf.size for path, leaf in leaves if path[-1].key == 'kernel')
-
-
-def matching_width(name: str, *, num_classes: int, image_shape: Sequence[int],
-                   parameters: int) -> float:
-  """Finds the width at which a dense network is as large as a sparse one.
-
-  The published widths match sizes in bytes, in which a sparse network also
-  pays one bit of mask for every entry, zero or not. To come near them, pass
-  nonzero + total / 32.
-
-  Law: given the count of the network of width 1, the width returned has that
-  very count.
-
-  Args:
-    name: a key of MODELS.
-    num_classes: number of logits, at least 1.
-    image_shape: (H, W, C) of one image.
-    parameters: number of kernel entries wanted.
-
-  Returns:
-    The width, positive, for `create`; see `widths.matching`.
-
-  Raises:
-    ValueError: if `name` is unknown, `num_classes` is not positive, or even
-      one channel per layer makes more than `parameters` entries.
-
-  Reference:
-    Evci et al., Rigging the lottery, 2020, https://arxiv.org/abs/1911.11134,
-    the small-dense baseline. ResNet-50 against the Erdos-Renyi-kernel network
-    at densities 0.2, 0.1, 0.05 and 0.035 is published with widths 0.465, 0.34,
-    0.26 and 0.231; with the bits of the mask this finds 0.459, 0.337, 0.257
-    and 0.228, without them 0.425, 0.289, 0.193 and 0.156.
-  """
-  def count(width):
-    return kernel_count(
-        create(name, num_classes=num_classes, width=width), image_shape)
-
-  return widths.matching(count, parameters, name)
+  params = jax.eval_shape(functools.partial(model.init, train=False),
+                          jax.random.key(0), images)['params']
+  return sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1)

@@ -25,8 +25,9 @@ splits the parameters too. Killed and started again with the same flags, a run
 continues bit for bit; stopped by SIGTERM it saves first and exits with status
 75. Bad flags are status 2 and leave nothing behind.
 
-Leaves in --workdir: metrics.jsonl, tensorboard/, checkpoints/, training.png,
-layers.png, and result.json once the run is complete. Started again then, it
+Leaves in --workdir: metrics.jsonl, tensorboard/, checkpoints/, and once the run
+is complete training.png, layers.png, masks.png and first_layer.png (where there
+are any), report.html, which shows them, and result.json. Started again then, it
 only prints its report.
 """
 
@@ -142,18 +143,7 @@ class Classification(NamedTuple):
 
 
 def train(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Runs from the last checkpoint, or the start, to the end.
-
-  Args:
-    values: flag values by name.
-
-  Returns:
-    What result.json holds.
-
-  Raises:
-    ValueError: naming the flag and its value; FileNotFoundError likewise for
-      data that is not there. Nothing has then been written.
-  """
+  """`training.train` of this program."""
   return training.train(BINARY, values)
 
 
@@ -171,11 +161,7 @@ def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
 
 
 def without_data(values: Mapping[str, Any]) -> tuple[tasks.Task, int]:
-  """The task and its length by the data set's published size.
-
-  Raises:
-    ValueError: naming the flag and its value.
-  """
+  """The task and its length by the data set's published size."""
   training.check_values(values, LIMITS)
   steps = run_length(values, input_pipeline.DATASETS[
       values['dataset']].num_train)
@@ -183,11 +169,7 @@ def without_data(values: Mapping[str, Any]) -> tuple[tasks.Task, int]:
 
 
 def describe(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Size, length and cost of the run of these flags, as `training.describe`.
-
-  Raises:
-    ValueError: naming the flag and its value. No data need be there.
-  """
+  """What `training.describe` says of these flags; no data need be there."""
   task, steps = without_data(values)
   return training.describe(task, values, steps)
 
@@ -208,7 +190,9 @@ def run_length(values: Mapping[str, Any], num_examples: int) -> int:
       raise ValueError(f'`train_epochs` (={epochs}) must be finite and above '
                        '0.')
     steps = math.ceil(epochs * (num_examples // batch_size))
-  return training.check_steps(steps)
+  if steps < 1:
+    raise ValueError(f'`train_steps` (={steps}) must be at least 1.')
+  return steps
 
 
 def make_problem(values: Mapping[str, Any]) -> Classification:
@@ -272,9 +256,7 @@ def run_config() -> dict[str, Any]:
 
 
 BINARY = training.Binary(
-    'experiments.image.train', prepare, training.workdir_name,
-    title=lambda result: f'{result["flags"]["dataset"]}, '
-                         f'{result["flags"]["model"]}',
+    'experiments.image.train', prepare,
     headline=lambda result: f'test accuracy {result["test_accuracy"]:.2%}',
     metric=lambda values: 'accuracy')
 

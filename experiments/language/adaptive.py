@@ -52,22 +52,14 @@ class Cluster(nn.Module):
   Parameters: 'embedding' float32[rows, features], normal with deviation 0.02;
   'bias' float32[rows], zeros; if projected, 'kernel' float32[features,
   d_model], normal with deviation 0.01; if projected and not tied,
-  'out/kernel' float32[d_model, features], alike.
-
-  Attributes:
-    rows: number of vectors.
-    features: length of a vector.
-    d_model: width of the model; equal to `features` if not projected.
-    projected: whether vectors are projected to `d_model`.
-    tied: whether the output is projected by the transposed input projection.
-    dtype: type of the computation; logits are float32.
+  'out/kernel' float32[d_model, features], alike. Logits are float32.
   """
 
-  rows: int
-  features: int
-  d_model: int
-  projected: bool
-  tied: bool
+  rows: int  # Number of vectors.
+  features: int  # Length of a vector.
+  d_model: int  # Width of the model; `features` if not projected.
+  projected: bool  # Whether vectors are projected to `d_model`.
+  tied: bool  # The output is projected by the transposed input projection.
   dtype: jax.typing.DTypeLike
 
   def setup(self):
@@ -121,25 +113,13 @@ class AdaptiveEmbedding(nn.Module):
 
   Laws: the probabilities sum to 1, and the loss of a target is minus its log
   probability.
-
-  Attributes:
-    vocab_size: number of tokens.
-    d_model: width of the model.
-    d_embed: length of the head's vectors.
-    cutoffs: first tokens of the tails, rising; empty for a plain softmax.
-    div_val: factor by which each tail's vectors are shorter.
-    dtype: type of the computation; parameters are float32.
-
-  Raises:
-    ValueError: on a call, if `cutoffs` do not rise from 1 to below
-      `vocab_size`.
   """
 
   vocab_size: int
-  d_model: int
-  d_embed: int
-  cutoffs: Sequence[int] = ()
-  div_val: int = 4
+  d_model: int  # Width of the model.
+  d_embed: int  # Length of the head's vectors.
+  cutoffs: Sequence[int] = ()  # First tokens of the tails, rising.
+  div_val: int = 4  # By which each tail's vectors are shorter.
   dtype: jax.typing.DTypeLike = jnp.float32
 
   def setup(self):
@@ -172,12 +152,7 @@ class AdaptiveEmbedding(nn.Module):
     return x * jnp.asarray(self.d_model ** 0.5, x.dtype)
 
   def losses(self, hidden: jax.Array, targets: jax.Array) -> jax.Array:
-    """Losses float32[...] in nats of targets int32[...].
-
-    Args:
-      hidden: dtype[..., d_model], the last states.
-      targets: the tokens that follow.
-    """
+    """Losses float32[...] in nats of the tokens that follow, int32[...]."""
     classes, within = targets, 0.
     for i, (tail, inside, index) in enumerate(self._tails(targets)):
       classes = jnp.where(inside, self.cutoffs[0] + i, classes)

@@ -67,20 +67,13 @@ def load(
     level: 'byte' or 'word'; None is the corpus's own.
     data_dir: the folder of all prepared sets. None is TFDS's default folder
       or, for 'stdlib', a cache folder in which the set is made at first use.
-      Not used by 'text'.
     text_file: for 'text' alone: a file, of which the first 90 % of the bytes
       are for training and 5 % each for the others; or a folder with train.txt,
       valid.txt and test.txt.
 
-  Returns:
-    The split, in the order of the text.
-
   Raises:
-    ValueError: if `dataset`, `split` or `level` is unknown, `data_dir` is '',
-      `text_file` is given where it is not used or missing where it is, or
-      there is no text in the split.
-    FileNotFoundError: if the set is not prepared in `data_dir`, or `text_file`
-      does not exist.
+    ValueError, FileNotFoundError: naming the argument that does not fit, or
+      what is not there.
   """
   _check_choice('dataset', dataset, DATASETS)
   _check_choice('split', split, SPLITS)
@@ -110,21 +103,16 @@ def train_batches(
   Law: the batches of all processes, concatenated, are those of one process.
 
   Args:
-    tokens: integer[n], the text.
+    tokens: integer[n], the text, longer than a batch.
     batch_size: rows in a batch, over all processes.
     length: tokens of a row in a batch.
     step: the first batch to give, counted from the start of training.
-    process_index: which rows to give, in [0, process_count).
-    process_count: into how many parts a batch is cut.
+    process_index, process_count: which part of the rows to give.
 
   Returns:
     An iterator of {'inputs': int32[b, length], 'targets': int32[b, length],
     'begins': bool[b]}, b = batch_size / process_count. Where `begins` is true
     the segment does not continue the one before: memory must be forgotten.
-
-  Raises:
-    ValueError: if the text is shorter than one batch, `batch_size` is no
-      multiple of `process_count`, or an argument is out of its range.
   """
   rows = batching.process_rows(batch_size, process_index, process_count)
   _check_length(length)
@@ -146,19 +134,14 @@ def eval_batches(
   by side. The first token of a row is the last target of the row above it, so
   that only the first token of the text is never a target. Rows that end early
   are filled up with token 0 and weight 0. Every process gives the same number
-  of batches.
+  of batches. A row begins without context, so fewer rows are closer to reading
+  the text as a whole.
 
   Law: over all batches and processes the targets of weight 1 are tokens[1:],
   each once; the weights sum to n - 1.
 
-  Args: those of `train_batches`. A row begins without context, so fewer rows
-    are closer to reading the text as a whole.
-
   Returns:
     An iterator of what `train_batches` gives, and 'weight': float32[b, length].
-
-  Raises:
-    ValueError: as `train_batches`, but that two tokens are enough.
   """
   rows = batching.process_rows(batch_size, process_index, process_count)
   _check_length(length)

@@ -29,7 +29,6 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax import operators
-from experiments import widths
 from experiments.language import adaptive
 
 _INIT = nn.initializers.normal(0.02)
@@ -87,12 +86,9 @@ def relative_shift(scores: jax.Array) -> jax.Array:
       keys - 1 to 0.
 
   Returns:
-    An array y of the same shape. The keys end with the queries themselves, so
-    query i is at key keys - queries + i, and y[i, j] = scores[i, queries - 1 -
-    i + j] for all keys j up to there. Later keys hold entries of no meaning.
-
-  Reference:
-    Dai et al., 2019, appendix B.
+    y of the same shape: query i is at key keys - queries + i, and y[i, j] =
+    scores[i, queries - 1 - i + j] for all keys j up to there. Later keys hold
+    entries of no meaning (Dai et al., 2019, appendix B).
 
   Example:
     >>> relative_shift(jnp.array([[2, 1, 0], [2, 1, 0]]))[1]
@@ -113,23 +109,17 @@ def sinusoids(distances: jax.Array, features: int) -> jax.Array:
 
 def attention_mask(valid: jax.Array, memory_length: int, length: int, *,
                    same_length: bool = False) -> jax.Array:
-  """Which keys each query may attend to.
+  """Which keys each query may attend to: bool[b, 1, length, keys].
 
   The keys are the memory and then the segment. A query sees the filled places
   of the memory and the segment up to itself; with `same_length` it sees at most
-  `memory_length` places before itself, as many as any other.
+  `memory_length` places before itself, as many as any other (as Dai et al.'s
+  TensorFlow code; their PyTorch code sees one place less).
 
   Args:
     valid: int32[b], filled places of the memory.
-    memory_length: places of the memory.
-    length: of the segment.
+    memory_length, length: places of the memory and of the segment.
     same_length: whether each query has the same reach.
-
-  Returns:
-    bool[b, 1, length, memory_length + length].
-
-  Reference:
-    Dai et al.'s TensorFlow code. Their PyTorch code sees one place less.
   """
   query = jnp.arange(length)[:, None] + memory_length
   key = jnp.arange(memory_length + length)[None]
@@ -152,13 +142,8 @@ class RelativeAttention(nn.Module):
   the square root of a head's width, with r the sinusoids. Each layer has a u
   ('content_bias') and a v ('position_bias') of its own; in the paper layers
   share them, in its authors' large models they do not. Kernels 'query', 'key',
-  'value', 'position' and 'out' have shape (d_model, d_model) and no bias.
-
-  Attributes:
-    num_heads: heads, which divide the width of the model.
-    attention_dropout: rate of the dropout of attention weights, in [0, 1).
-    dtype: type of the computation; the softmax is in float32.
-    activation_sparsity: of queries, keys, values, results; see TransformerXL.
+  'value', 'position' and 'out' have shape (d_model, d_model) and no bias. The
+  softmax is in float32. Attributes: those of TransformerXL.
   """
 
   num_heads: int
@@ -177,9 +162,6 @@ class RelativeAttention(nn.Module):
       positions: [keys, d_model], sinusoids of the distances keys - 1 to 0.
       mask: bool[b, 1, t, keys], which keys are seen.
       train: whether to drop attention weights.
-
-    Returns:
-      dtype[b, t, d_model].
     """
     def project(name, x):
       y = nn.Dense(x.shape[-1], use_bias=False, kernel_init=_INIT,
@@ -219,17 +201,9 @@ class Layer(nn.Module):
   """Attention, then two Dense with a ReLU between them, each with a shortcut.
 
   Layer normalisation (epsilon 1e-5) follows each sum; with `pre_norm` it comes
-  before attention, memory included, and before the Dense.
-
-  Attributes:
-    d_ff: features between the two Dense.
-    num_heads: heads of attention.
-    dropout: rate of the dropout of what is added to the shortcuts and between
-      the Dense, in [0, 1).
-    attention_dropout: rate of the dropout of attention weights, in [0, 1).
-    pre_norm: whether to normalise before and not after.
-    dtype: type of the computation.
-    activation_sparsity: see TransformerXL.
+  before attention, memory included, and before the Dense. Dropout is of what is
+  added to the shortcuts and between the Dense. Attributes: those of
+  TransformerXL.
   """
 
   d_ff: int
@@ -273,56 +247,38 @@ class TransformerXL(nn.Module):
   A segment attends to itself and to the memory that it is handed, whose length
   is free: the same parameters serve any, as training and evaluation use. No
   gradient flows into or out of a memory. Dropout is applied, with one rate, to
-  embeddings, sinusoids, the last states, and inside layers.
+  embeddings, sinusoids, the last states, and inside layers. A call raises a
+  ValueError if shapes do not fit or `cutoffs` are out of order.
 
   Laws: without dropout two segments of length t, the second with the memory of
   the first, have the losses of one of length 2t, where the memory holds t
   places, or, with `same_length`, however many it holds. Losses and the result
   of `logits` do not depend on places that are not filled.
-
-  Attributes:
-    vocab_size: number of tokens; tokens are in [0, vocab_size).
-    num_layers: number of layers.
-    d_model: width, an even multiple of `num_heads`.
-    d_ff: features inside the feed-forward part of a layer.
-    d_embed: length of the vectors of tokens (of frequent ones, with cutoffs).
-    num_heads: heads of attention.
-    memory_length: places of the memory that `init_memory` makes.
-    cutoffs: first tokens of the softmax's tails; see adaptive.py.
-    div_val: factor by which the vectors of each tail are shorter.
-    dropout, attention_dropout: rates, in [0, 1).
-    pre_norm: whether layers normalise what they read and not what they return;
-      the last states are normalised then too. The paper does not.
-    same_length: whether each token sees just as many places before it as the
-      memory has, for evaluation with a long memory.
-    max_distance: distances above it count as it, or None for no limit; for
-      memories longer than those of training.
-    remat: whether layers are computed again for the gradient, not stored.
-    dtype: type of the computation; parameters are float32 in any case.
-    activation_sparsity: fraction in [0, 1) of each vector of queries, keys,
-      values, hidden units and what a layer adds that `abs_top_k` sets to 0.
-
-  Raises:
-    ValueError: on a call, if the shape of an argument does not fit, `d_model`
-      is no even multiple of `num_heads`, or `cutoffs` are out of order.
   """
 
   vocab_size: int
   num_layers: int
-  d_model: int
-  d_ff: int
-  d_embed: int
+  d_model: int  # An even multiple of `num_heads`.
+  d_ff: int  # Features inside the feed-forward part of a layer.
+  d_embed: int  # Length of the vectors of tokens (of frequent ones).
   num_heads: int
-  memory_length: int
-  cutoffs: Sequence[int] = ()
-  div_val: int = 4
+  memory_length: int  # Places of the memory that `init_memory` makes.
+  cutoffs: Sequence[int] = ()  # First tokens of the tails; see adaptive.py.
+  div_val: int = 4  # By which the vectors of each tail are shorter.
   dropout: float = 0.0
   attention_dropout: float = 0.0
+  # Whether layers normalise what they read and not what they return; the last
+  # states are normalised then too. The paper does not.
   pre_norm: bool = False
+  # Whether each token sees just as many places before it as the memory has,
+  # for evaluation with a long memory.
   same_length: bool = False
+  # Distances above it count as it; for memories longer than those of training.
   max_distance: int | None = None
-  remat: bool = False
-  dtype: jax.typing.DTypeLike = jnp.float32
+  remat: bool = False  # Layers are computed again for the gradient.
+  dtype: jax.typing.DTypeLike = jnp.float32  # Of the computation.
+  # Fraction of each vector of queries, keys, values, hidden units and what a
+  # layer adds that `abs_top_k` sets to 0.
   activation_sparsity: float = 0.
 
   def setup(self):
@@ -348,7 +304,7 @@ class TransformerXL(nn.Module):
     """Losses of the tokens that follow.
 
     Args:
-      tokens: int32[b, t].
+      tokens: int32[b, t], in [0, vocab_size).
       targets: int32[b, t], the tokens that follow them.
       memory: of the segments before; see `init_memory`.
       train: whether to apply dropout, which takes an rng named 'dropout'.
@@ -364,10 +320,8 @@ class TransformerXL(nn.Module):
 
   def logits(self, tokens: jax.Array,
              memory: Memory) -> tuple[jax.Array, Memory]:
-    """Log probabilities of every next token, without dropout.
-
-    Returns:
-      float32[b, t, vocab_size], and the memory for the next segment.
+    """Log probabilities float32[b, t, vocab_size] of every next token,
+    without dropout, and the memory for the next segment.
     """
     hidden, memory = self._read(tokens, memory, train=False)
     return self.vocabulary.log_probabilities(hidden), memory
@@ -417,15 +371,7 @@ def _remember(memory: Memory, inputs: jax.Array) -> Memory:
 
 def init_memory(model: TransformerXL, batch_size: int,
                 length: int | None = None) -> Memory:
-  """An empty memory.
-
-  Args:
-    model: the network.
-    batch_size: number of streams.
-    length: its places; None for the model's `memory_length`.
-
-  Raises:
-    ValueError: if `batch_size` is not positive or `length` is negative.
+  """An empty memory, of the model's `memory_length` or another.
 
   Example:
     >>> init_memory(create('tiny', vocab_size=256), 3).values.shape
@@ -440,11 +386,7 @@ def init_memory(model: TransformerXL, batch_size: int,
 
 
 def reset_memory(memory: Memory, where: jax.Array) -> Memory:
-  """Empties the memory of the streams that begin anew.
-
-  Args:
-    memory: of b streams.
-    where: bool[b], which ones.
+  """Empties the memory of the streams that begin anew, `where` bool[b].
 
   Example:
     >>> memory = Memory(jnp.ones((1, 2, 3, 4)), jnp.array([3, 2]))
@@ -463,16 +405,14 @@ def create(name: str, *, vocab_size: int, dropout: float = 0.0,
 
   Args:
     name: a key of MODELS.
-    vocab_size: number of tokens, at least 1.
+    vocab_size: number of tokens; of the preset's cutoffs those below it count.
     dropout: rate of all dropout, of attention weights too, in [0, 1).
     dtype: type of the computation; parameters are float32 in any case.
     width: multiplier of d_model, d_ff and d_embed, positive; the products are
       rounded to multiples of twice the number of heads, at least one.
 
   Returns:
-    A module without variables. Its `clone` takes the other attributes, such
-    as `remat=True` or `same_length=True`. Of the preset's cutoffs it has those
-    below `vocab_size`.
+    A module without variables, whose `clone` takes the other attributes.
 
   Raises:
     ValueError: naming the argument that is out of range.
@@ -510,9 +450,6 @@ def _scaled(width: float, size: int, multiple: int) -> int:
 def kernel_count(model: TransformerXL) -> int:
   """Counts the entries of kernels and embeddings, without making any array.
 
-  These are the leaves that may be sparse by default, those of two axes; biases
-  and the scales of normalisation are left out.
-
   Example:
     >>> kernel_count(create('tiny', vocab_size=256))
     458752
@@ -522,29 +459,3 @@ def kernel_count(model: TransformerXL) -> int:
   params = jax.eval_shape(functools.partial(model.init, train=False),
                           jax.random.key(0), tokens, tokens, memory)['params']
   return sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1)
-
-
-def matching_width(name: str, *, vocab_size: int, parameters: int) -> float:
-  """Finds the width at which a dense network is as large as a sparse one.
-
-  Args:
-    name: a key of MODELS.
-    vocab_size: number of tokens, at least 1.
-    parameters: number of entries wanted, as `kernel_count` counts.
-
-  Returns:
-    The width, positive, for `create`; see `widths.matching`.
-
-  Raises:
-    ValueError: as by `create`, or if even the narrowest network has more than
-      `parameters` entries.
-
-  Example:
-    >>> width = matching_width('tiny', vocab_size=256, parameters=100_000)
-    >>> create('tiny', vocab_size=256, width=width).d_model
-    56
-  """
-  def count(width):
-    return kernel_count(create(name, vocab_size=vocab_size, width=width))
-
-  return widths.matching(count, parameters, name)

@@ -14,19 +14,17 @@ writes.
 """
 
 from collections.abc import Mapping
-import json
 import os
 from typing import Any
 from typing import NamedTuple
 
-from absl import app
 from absl import flags
-from absl import logging
 import numpy as np
 
 import sparse_jax
-from experiments import plots
+from experiments import pictures
 from experiments import programs
+from experiments import results
 from experiments import training
 from experiments.language import train
 
@@ -59,10 +57,6 @@ def look(weights: Mapping[str, Any], names: Mapping[int, str], layer: int,
     names: of the tokens that are looked at: those that the text has.
     layer, number: which unit; None for the one that passes on most.
     count: tokens of each kind.
-
-  Raises:
-    ValueError: naming the argument that is out of range, or for a model whose
-      vectors of tokens are not as wide as its layers.
   """
   if f'layer_{layer}' not in weights:
     raise ValueError(f'`layer` (={layer}) is none of the model\'s.')
@@ -105,27 +99,24 @@ def describe(neuron: Neuron) -> str:
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
-  logging.set_verbosity(logging.WARNING)
+  programs.begin(argv)
+  with programs.errors_in_a_line():
+    study(flags.FLAGS.workdir or '')
+
+
+def study(folder: str) -> None:
+  """What the flags ask of the run in a folder."""
   given = flags.FLAGS
-  folder = given.workdir or ''
-  path = os.path.join(folder, 'result.json')
-  if not os.path.exists(path):
-    raise app.UsageError(f'--workdir (={folder!r}) must be a finished run: '
-                         f'there is no {path}')
-  with open(path) as file:
-    values = json.load(file)['flags']
-  run = train.prepare(values, folder)
+  _, run = results.reopen(folder)
   state = training.last_state(run)
   weights = sparse_jax.dense_weights(run.task.method, state.params,
                                      state.opt_state)
-  text = train.load(values, 'train')
+  text = train.load(run.values, 'train')
   tokens, counts = np.unique(text.tokens, return_counts=True)
   names = {int(token): repr(text.vocabulary.decode([int(token)]))[1:-1]
            for token in tokens[counts >= _RARE * counts.sum()]}
   neuron = look(weights, names, given.layer, given.neuron, given.tokens)
-  plots.neuron(neuron, os.path.join(
+  pictures.neuron(neuron, os.path.join(
       folder, f'neuron_{neuron.layer}_{neuron.number}.png'))
   print(describe(neuron))
 

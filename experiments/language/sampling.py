@@ -11,7 +11,7 @@ from experiments.language import models
 def generate(model: models.TransformerXL, weights: Any, prompt: jax.Array, *,
              count: int, memory_length: int, temperature: float,
              key: jax.Array) -> jax.Array:
-  """Draws one token after another.
+  """Draws one token after another, int32[count].
 
   Args:
     model: the network.
@@ -21,12 +21,6 @@ def generate(model: models.TransformerXL, weights: Any, prompt: jax.Array, *,
     memory_length: how many tokens the network remembers.
     temperature: divides the log-probabilities; 0 takes the likeliest token.
     key: a typed key.
-
-  Returns:
-    int32[count].
-
-  Raises:
-    ValueError: if `prompt` is empty, or `count` or `temperature` is negative.
   """
   _check(prompt, count, temperature)
 

@@ -82,8 +82,10 @@ flags.DEFINE_float('sample_temperature', 1., '0 for the likeliest token.')
 NOT_OF_THE_RUN = ('sample', 'prompt', 'sample_temperature')
 FREE = training.FREE  # Flags that a continued run may change.
 # The smallest and largest values of flags that no other file checks.
-LIMITS = {'width': (0, 1e6), 'dropout': (0, 1), 'abs_top_k': (0, 1)}
 LENGTHS = ('segment_length', 'memory_length', 'eval_memory_length')
+LIMITS = {'width': (0, 1e6), 'dropout': (0, 1), 'abs_top_k': (0, 1),
+          'train_steps': (1, math.inf), **dict.fromkeys(LENGTHS, (0, math.inf)),
+          'segment_length': (1, math.inf)}
 
 
 class Prediction(NamedTuple):
@@ -161,18 +163,7 @@ class Prediction(NamedTuple):
 
 
 def train(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Runs from the last checkpoint, or the start, to the end.
-
-  Args:
-    values: flag values by name.
-
-  Returns:
-    What result.json holds.
-
-  Raises:
-    ValueError: naming the flag and its value; FileNotFoundError likewise for
-      data that is not there. Nothing has then been written.
-  """
+  """`training.train` of this program."""
   return training.train(BINARY, values)
 
 
@@ -194,11 +185,7 @@ def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
 
 
 def without_data(values: Mapping[str, Any]) -> tuple[tasks.Task, int]:
-  """The task and its length by the corpus's published number of words.
-
-  Raises:
-    ValueError: naming the flag and its value.
-  """
+  """The task and its length by the corpus's published number of words."""
   check_values(values)
   words = input_pipeline.DATASETS[values['dataset']].vocabulary_size
   if level(values) == 'word' and words <= 256:
@@ -209,11 +196,7 @@ def without_data(values: Mapping[str, Any]) -> tuple[tasks.Task, int]:
 
 
 def describe(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Size, length and cost of the run of these flags, as `training.describe`.
-
-  Raises:
-    ValueError: naming the flag and its value. No data need be there.
-  """
+  """What `training.describe` says of these flags; no data need be there."""
   task, steps = without_data(values)
   return training.describe(task, values, steps)
 
@@ -234,12 +217,6 @@ def check_length(problem: Prediction, tokens, test_tokens) -> None:
 def check_values(values: Mapping[str, Any]) -> None:
   """Raises ValueError for a flag out of range that no other file checks."""
   training.check_values(values, LIMITS)
-  training.check_steps(values['train_steps'])
-  for flag in LENGTHS:
-    least = 1 if flag == 'segment_length' else 0
-    if values[flag] is not None and values[flag] < least:
-      raise ValueError(f'`{flag}` (={values[flag]!r}) must be at least '
-                       f'{least}.')
   if values['eval_batch_size'] is not None:
     devices.check_batch_size(values['eval_batch_size'],
                              values['model_parallel'], 'eval_batch_size')
@@ -333,20 +310,13 @@ def run_config() -> dict[str, Any]:
 
 
 BINARY = training.Binary(
-    'experiments.language.train', prepare, training.workdir_name,
-    title=lambda result: f'{result["flags"]["dataset"]}, '
-                         f'{result["flags"]["model"]}',
-    headline=headline, metric=metric)
+    'experiments.language.train', prepare, headline=headline, metric=metric)
 
 
 def sample(values: Mapping[str, Any], count: int, prompt: str,
            temperature: float) -> str:
-  """What the network of a run writes after a prompt, the prompt included.
-
-  Raises:
-    ValueError: naming the flag and its value.
-  """
-  run = prepare(values, values['workdir'] or BINARY.default_workdir(values))
+  """What the network of a run writes after a prompt, the prompt included."""
+  run = prepare(values, values['workdir'] or training.workdir_name(values))
   state, problem = training.last_state(run), run.task.problem
   vocabulary = load(values, 'train').vocabulary
   first = jnp.asarray(vocabulary.encode(prompt), jnp.int32)

@@ -31,11 +31,7 @@ class Bytes:
     return np.frombuffer(_as_bytes(text), np.uint8)
 
   def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-    """Returns the text of integer[n]; bytes that are no UTF-8 become U+FFFD.
-
-    Raises:
-      ValueError: if a token is outside [0, 256).
-    """
+    """The text of integer[n]; bytes that are no UTF-8 become U+FFFD."""
     return _in_range(tokens, 256).astype(np.uint8).tobytes().decode(
         'utf-8', 'replace')
 
@@ -53,7 +49,7 @@ class Words:
   """
 
   def __init__(self, words: Sequence[str]):
-    """Makes the vocabulary of these words, which must differ."""
+    """The words, which must differ."""
     self.words = tuple(words)
     self._tokens = {word: token for token, word in enumerate(self.words)}
     if len(self._tokens) != len(self.words):
@@ -65,22 +61,14 @@ class Words:
     return len(self.words)
 
   def encode(self, text: str | bytes) -> np.ndarray:
-    """Returns the words of a text, <unk> for those it does not know: int32[n].
-
-    Raises:
-      ValueError: if a word is unknown and there is no <unk>.
-    """
+    """The words of a text, int32[n]; <unk> for those it does not know."""
     pieces = [np.zeros(0, np.int32)]
     for words in _cut(_as_bytes(text)):
       pieces.append(np.fromiter(self._look_up(words), np.int32, len(words)))
     return np.concatenate(pieces)
 
   def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-    """Returns the words of integer[n] with blanks between, <eos> as newline.
-
-    Raises:
-      ValueError: if a token is outside [0, len(self)).
-    """
+    """The words of integer[n] with blanks between, <eos> as newline."""
     words = [self.words[token] for token in _in_range(tokens, len(self))]
     return ' '.join('\n' if word == EOS else word for word in words)
 
@@ -123,8 +111,6 @@ def from_counts(counts: dict[str, int]) -> Words:
 
 def write_counts(counts: dict[str, int], path: pathlib.Path) -> None:
   """Writes one `count<tab>word` a line, the most frequent first, in one step.
-
-  The bytes depend on the counts alone.
   """
   lines = (f'{counts[word]}\t{word}\n' for word in _sorted(counts))
   files.write_text(path, ''.join(lines))

@@ -20,8 +20,8 @@ _SMALL = 'small_dense'
 # columns, with the sparsity beside the accuracy.
 _OWN, _REACHED = 'own', 'sparsity'
 _WITHOUT_TARGET = ('dense', 'ste', 'sr_ste', 'str', 'dst', 'cs')
-# Widths at which experiments.image.models.matching_width finds that share of
-# the kernels' entries.
+# Widths at which experiments.widths.matching finds that share of the kernels'
+# entries.
 NARROW = {
     ('mlp', 'fashion_mnist', 1.): {
         80: .21838, 90: .11163, 95: .055024, 98: .021668},

@@ -9,8 +9,8 @@ from launch.table import Table
 from launch.tables import recipes
 
 _BINARY = 'experiments.language.train'
-# Widths at which experiments.language.models.matching_width finds 20% and 10%
-# of the matrices' entries, by scale and sparsity.
+# Widths at which experiments.widths.matching finds 20% and 10% of the matrices'
+# entries, by scale and sparsity.
 _NARROW = {'paper': {80: .4529, 90: .3279}, 'small': {80: .40625, 90: .28125}}
 # Bits per character in Top-KAST's table 5, by row and sparsity.
 _PUBLISHED = {
