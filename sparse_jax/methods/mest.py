@@ -44,6 +44,8 @@ def mest(sparsity: float, *, variant: str = 'em',
       `static`.
     variant: 'em' or 'ems'.
     mutation: values of delta, in turn, each in [0, 1]: shares of all entries.
+      By 'em', 1 - sparsity and more replaces all but one of the active ones,
+      as the default does at 98%.
     mutation_ends: from which steps on the next value holds, one less than
       there are values. None: even parts of `update_end`, or without one the
       first value for ever.
