@@ -47,6 +47,9 @@ METRICS = {
         lambda result: 100 * result['cost']['training_multiplier'], 1),
     'sparsity': Metric('sparsity (%)', lambda result: 100 * result['sparsity'],
                        1),
+    'effective_sparsity': Metric(
+        'weights that are zero or on no path (%)',
+        lambda result: 100 * result['effective_sparsity'], 1),
     'training_reduction': Metric('training FLOPs saved (%)',
                                  _reduction('training_multiplier'), 1),
     'inference_reduction': Metric('inference FLOPs saved (%)',

@@ -159,6 +159,21 @@ class CollectTest(parameterized.TestCase):
     for name in ('figure.png', 'figure_flops.png'):
       self.assertGreater(os.path.getsize(os.path.join(self.sweep, name)), 5000)
 
+  def test_effective_sparsity_stands_beside_the_accuracy(self):
+    table = comparisons.compare('name', 'Title', {'model': 'mlp'}, {
+        'dense': {'method': 'dense'}, 'SET': {'method': 'set'}}, (98,),
+                                seeds=(0, 1), effective=True)
+    for seed, effective in ((0, .99), (1, .995)):
+      result = _result(.8) | {'sparsity': .98, 'effective_sparsity': effective}
+      self.leave(f'set_98_seed{seed}', result)
+    text = self.collect(table).partition('\n\n')[2]
+    self.assertIn('| SET   |     |          | 80.00 ± 0.00 | 99.2 ± 0.4     |',
+                  text)
+    self.leave('set_98_seed2', result | {'effective_sparsity': None})
+    with self.assertRaisesRegex(ValueError, 'has no effective_sparsity for '
+                                'SET, 98%, effective'):
+      self.collect(table, seeds=['2'])
+
   def test_rows_are_those_asked_for(self):
     self.leave('rigl_80_seed0', _result(.74, method='rigl'))
     text = self.collect(rows=['^RigL$', 'nothing'])

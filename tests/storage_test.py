@@ -26,6 +26,7 @@ METHODS = {
                               structure=BLOCK),
     'set_': sparse_jax.set_(.5, **EVERY),
     'rigl': sparse_jax.rigl(.5, **EVERY),
+    'mest': sparse_jax.mest(.5, mutation=(.25,), **EVERY),
     'rigl_skip_step': sparse_jax.rigl(.5, skip_step=True, **EVERY),
     'top_kast': sparse_jax.top_kast(.75, backward_sparsity=.5, **EVERY),
     'top_kast_random': sparse_jax.top_kast(
