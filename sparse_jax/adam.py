@@ -104,7 +104,9 @@ def scale_by_aged_adam(
       share = jnp.where(anew, jnp.minimum(years / warmup_steps, 1.), 1.)
       return update * share.astype(update.dtype)
 
-    updates = jax.tree.map(rescale, mu, nu, age)
+    # As Optax takes its powers, of a number by an integer.
+    with jax.numpy_dtype_promotion('standard'):
+      updates = jax.tree.map(rescale, mu, nu, age)
     mu = optax.tree.cast(mu, mu_dtype)
     nu = optax.tree.cast_like(nu, state.nu)
     return updates, ScaleByAgedAdamState(count, mu, nu, age)

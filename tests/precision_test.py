@@ -21,6 +21,13 @@ MAIN = {name: METHODS[name] for name in methods_test.SPARSE
 COUNTED = tuple(name for name in methods_test.SPARSE if name not in (
     *methods_test.SHARED, *methods_test.LEARNED, *methods_test.OWN_COUNTS))
 SMALL = dict(conv=(2, 2, 2, 4), dense=(4, 6))
+# Tiles that are cut at an edge, and tiles alone.
+BLOCKS = {'max': sparse_jax.Block((3, 4), reduce='max'),
+          'packed': sparse_jax.Block((2, 3))}
+STORED = METHODS | {
+    f'{name}_{kind}': (sparse_jax.packed if kind == 'packed' else lambda m: m)(
+        methods_test.METHODS[name](structure=block))
+    for name in ('rigl', 'top_kast', 'dnw') for kind, block in BLOCKS.items()}
 
 
 @functools.cache
@@ -188,6 +195,63 @@ class MixedTest(parameterized.TestCase):
     self.assertEqual(value.dtype, jnp.float32)
     self.assertEqual({leaf.dtype for leaf in jax.tree.leaves(grads)},
                      {np.dtype(jnp.bfloat16)})
+
+
+class FlagsTest(parameterized.TestCase):
+  """What JAX can be told to forbid is not done."""
+
+  def begin(self, name, dtype=jnp.float32):
+    method = STORED[name]
+    # Optax's own Adam promotes, and so do its means of squares.
+    tx = sparse_jax.sparsify(optax.sgd(.1, momentum=.9), method)
+    params = methods_test.fake_params(dtype, **SMALL)
+    params, state = sparse_jax.start(tx, method, params)
+    return method, tx, params, state
+
+  @parameterized.product(name=tuple(STORED), dtype=(jnp.float32, jnp.bfloat16))
+  def test_no_implicit_promotion(self, name, dtype):
+    def step():
+      method, tx, params, state = self.begin(name, dtype)
+
+      def loss_fn(params):
+        weights = sparse_jax.dense_weights(method, params, state)
+        return methods_test.quadratic(weights, jax.tree.map(
+            jnp.ones_like, weights))
+
+      grads = jax.grad(loss_fn)(params)
+      updates, state = tx.update(grads, state, params, grad_fn=lambda *_: (
+          jax.grad(loss_fn)(params)))
+      average = sparse_jax.average_params(params, optax.apply_updates(
+          params, updates), state, step_size=.1)
+      return average, state
+
+    with jax.numpy_dtype_promotion('strict'):
+      jax.eval_shape(step)
+
+  def test_aged_adam_promotes_nothing(self):
+    tx = sparse_jax.adam.scale_by_aged_adam(warmup_steps=3)
+    params = methods_test.fake_params(jnp.bfloat16)
+    with jax.numpy_dtype_promotion('strict'):
+      jax.eval_shape(lambda p: tx.update(p, tx.init(p)), params)
+
+  @parameterized.parameters(
+      'rigl_max', 'top_kast', 'top_kast_packed', 'top_kast_max', 'sr_ste')
+  def test_no_infinity_and_no_nan_stands_for_a_place(self, name):
+    """Step by step, where JAX looks at the result of every operation."""
+    # NM marks the places that a last group lacks by NaN.
+    with jax.debug_infs(True), jax.debug_nans(name != 'sr_ste'):
+      method, tx, params, state = self.begin(name)
+      weights = sparse_jax.dense_weights(method, params, state)
+      grads = jax.tree.map(jnp.ones_like, params)
+      updates, state = tx.update(grads, state, params)
+      jax.block_until_ready((weights, updates, state))
+
+  def test_joint_counts_need_no_infinity(self):
+    params = methods_test.fake_params(**SMALL)
+    with jax.debug_infs(True), jax.debug_nans(True):
+      masks = METHODS['gmp_global'].init(params).forward_masks
+    self.assertEqual(sum(int(mask.sum()) for mask in jax.tree.leaves(masks)),
+                     sparse_jax.keep_count(32 + 24, .75))
 
 
 class DivergedTest(parameterized.TestCase):

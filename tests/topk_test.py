@@ -234,10 +234,33 @@ class TopKMaskTest(parameterized.TestCase):
         jax.debug_nans(True)):
       self.assertEqual(int(topk.top_k_mask(scores, 9).sum()), 9)
       self.assertEqual(int(topk.top_k_mask(scores[:20], 9).sum()), 9)
+      self.assertEqual(int(topk.top_k_mask(
+          scores, 9, among=scores < 0)[:100].sum()), 9)
       counts = topk.joint_counts([scores, scores.astype(jnp.bfloat16)], 9,
                                  axes)
       self.assertEqual(sum(int(count[0]) for count in counts), 9)
       self.assertEqual(int(topk.keep_count(200, jnp.float32(.9))), 20)
+
+  @parameterized.product(
+      dtype=(jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn, jnp.int32),
+      size=(40, 300))
+  def test_among_comes_first_whatever_the_scores(self, dtype, size):
+    rng = np.random.default_rng(size)
+    among = rng.random(size) < .5
+    scores = rng.integers(-3, 4, size).astype(np.float32)
+    if dtype == jnp.int32:
+      scores[scores == -3] = -2**31
+    else:
+      scores[scores == -3], scores[scores == 3] = np.nan, -np.inf
+    ranks = np.where(np.isnan(scores), -np.inf, scores)
+    order = np.lexsort((np.arange(size), -ranks, ~among))
+    for k in (0, 5, among.sum() - 1, among.sum(), among.sum() + 3):
+      wanted = np.zeros(size, bool)
+      wanted[order[:min(k, among.sum())]] = True
+      mask = topk.top_k_mask(jnp.asarray(scores, dtype), k,
+                             among=jnp.asarray(among))
+      np.testing.assert_array_equal(mask & among, wanted)
+      self.assertEqual(int(mask.sum()), k)
 
   def test_compiles_to_no_sort(self):
     text = jax.jit(topk.top_k_mask).lower(

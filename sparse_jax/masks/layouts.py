@@ -85,9 +85,10 @@ class Layout(NamedTuple):
       return tuple(i for i in range(ndim) if i not in self.stacked)
     return tuple(self.structure.competing(ndim, len(self.stacked)))
 
-  def top(self, groups: jax.Array, k) -> jax.Array:
+  def top(self, groups: jax.Array, k, among: jax.Array | None = None
+          ) -> jax.Array:
     """bool of the groups' shape: the k best of each competition."""
-    return topk.top_k_mask(groups, k, axes=self.competing)
+    return topk.top_k_mask(groups, k, axes=self.competing, among=among)
 
   @property
   def rivals(self) -> int:

@@ -64,7 +64,8 @@ def soft_top_k(values: Sequence[jax.Array], k: jax.Array, *, beta: jax.Array,
 def _soft(values, k, beta, costs, axes):
   scaled = [beta / c * value for value, c in zip(values, costs)]
   real = [value > -jnp.inf for value in values]
-  total = _sum([c * there for c, there in zip(costs, real)], axes)
+  total = _sum([jnp.where(there, c, 0.) for c, there in zip(costs, real)],
+               axes)
   full = k >= total
   mu = _offset(scaled, real, jnp.where(full, total / 2, k), total, costs, axes)
   return [jnp.where(full, there.astype(jnp.float32), jax.nn.sigmoid(z + mu))

@@ -103,7 +103,8 @@ class Block:
 
   def group(self, scores: jax.Array, stacked: int) -> jax.Array:
     del stacked
-    fill = 0. if self.reduce == 'sum' else -jnp.inf
+    # The maximum of a tile is that of a tile whose edge is repeated.
+    fill = 0. if self.reduce == 'sum' else None
     tiles = _split(_split(scores, -2, self.shape[0], fill), -1, self.shape[1],
                    fill)
     over = (-3, -1)
@@ -262,11 +263,16 @@ def fixed_sparsity(structure: Structure) -> float | None:
   return getattr(structure, 'sparsity', None)
 
 
-def _split(scores: jax.Array, axis: int, size: int, fill: float) -> jax.Array:
-  """Splits an axis into (groups, size), padding its end to a multiple."""
+def _split(scores: jax.Array, axis: int, size: int, fill: float | None
+           ) -> jax.Array:
+  """Splits an axis into (groups, size), padding its end to a multiple.
+
+  With no `fill` the last entry is repeated.
+  """
   axis %= scores.ndim
   pad = [(0, 0)] * scores.ndim
   pad[axis] = (0, -scores.shape[axis] % size)
-  padded = jnp.pad(scores, pad, constant_values=fill)
+  padded = (jnp.pad(scores, pad, mode='edge') if fill is None else
+            jnp.pad(scores, pad, constant_values=fill))
   return padded.reshape(padded.shape[:axis] + (-1, size)
                         + padded.shape[axis + 1:])

@@ -94,7 +94,8 @@ def _as_ordered(scores: jax.Array) -> jax.Array:
 
 
 def top_k_mask(scores: jax.Array, k: int | jax.Array, *,
-               axes: tuple[int, ...] | None = None) -> jax.Array:
+               axes: tuple[int, ...] | None = None,
+               among: jax.Array | None = None) -> jax.Array:
   """Marks the k largest entries of an array.
 
   Exactly k entries are True. Equal scores are settled by position: the
@@ -114,6 +115,8 @@ def top_k_mask(scores: jax.Array, k: int | jax.Array, *,
       [0, size] is clipped.
     axes: the axes over which entries compete; every other axis indexes
       independent competitions. None means all.
+    among: bool[...], the shape of `scores`: what comes first, whatever the
+      scores; the others rank below and equal. None means all.
 
   Returns:
     bool[...], the shape of `scores`.
@@ -142,18 +145,32 @@ def top_k_mask(scores: jax.Array, k: int | jax.Array, *,
   k = _checked_k(k, size)
   if size == 0 or scores.size == 0:
     return jnp.zeros(scores.shape, bool)
-  return _mask(_as_ordered(scores), k, tuple(sorted(axes)))
+  return _mask(_as_ordered(scores), k, tuple(sorted(axes)), among)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _mask(scores: jax.Array, k: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+def _mask(scores: jax.Array, k: jax.Array, axes: tuple[int, ...],
+          among: jax.Array | None) -> jax.Array:
+  # Whatever stands for last place stays in here: `jax_debug_nans` looks at
+  # the results of compiled functions.
   scores = lax.stop_gradient(scores)
+  if among is not None:
+    scores = _only(among, scores)
   if len(axes) == 1 and scores.shape[axes[0]] <= _FEW:
     return _rank_mask(search.keys_of(scores), k, axes[0])
   if scores.size <= _TINY and k.ndim == 0 and len(axes) == scores.ndim:
     keys = search.keys_of(scores).ravel()
     return _rank_mask(keys, k, 0).reshape(scores.shape)
   return _search_mask(scores, k, axes)
+
+
+def _only(among: jax.Array, scores: jax.Array) -> jax.Array:
+  """Scores with the lowest of all, which no other has, outside `among`."""
+  if jnp.issubdtype(scores.dtype, jnp.integer):
+    low = jnp.iinfo(scores.dtype).min
+    return jnp.where(among, jnp.maximum(scores, low + 2), low)
+  scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+  return jnp.where(among, scores, jnp.nan)
 
 
 def _checked_k(k: int | jax.Array, size: int) -> jax.Array:

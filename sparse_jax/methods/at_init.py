@@ -111,7 +111,7 @@ def grasp(sparsity: float, *, scope: str = 'global', skip_step: bool = False,
     weights = trees.leaves_by_path(seen.params)
     curved = trees.leaves_by_path(_hessian_gradient(seen, set(leaves)))
     return {path: leaf.layout.group(weights[path].astype(jnp.float32)
-                                    * curved[path])
+                                    * curved[path].astype(jnp.float32))
             for path, leaf in leaves.items()}
 
   return _at_first_update('grasp', where, scope, skip_step, groups)

@@ -155,17 +155,19 @@ def dsr(sparsity: float, *, drop_fraction: float | schedules.Schedule = 0.1,
     for path, leaf in leaves.items():
       now = nows[path]
       small = jnp.where(now.active, now.magnitudes, jnp.nan)
-      kept[path] = ((small >= now.extra)
+      kept[path] = ((small.astype(jnp.float32) >= now.extra)
                     | leaf.top(now.magnitudes, 1, among=now.active))
       # What was just dropped comes last, where nothing else is left.
-      growth[path] = now.random - now.active
+      growth[path] = now.random - now.active.astype(jnp.float32)
       claims[path] = leaf.sum(kept[path]).astype(jnp.float32)
     old, step = now.extra, now.step
     active = {path: now.active for path, now in nows.items()}
     total = _total(leaves, active)
-    dropped, wanted = total - _total(leaves, kept), aim(step) * total
-    turned = jnp.where(dropped > 1.1 * wanted, old / 2, jnp.where(
-        dropped < .9 * wanted, old * 2, old))
+    dropped = total - _total(leaves, kept)
+    wanted = jnp.float32(aim(step)) * total.astype(jnp.float32)
+    off = dropped.astype(jnp.float32)
+    turned = jnp.where(off > 1.1 * wanted, old / 2, jnp.where(
+        off < .9 * wanted, old * 2, old))
     return _grow(leaves, kept, active, growth, dropped, claims), turned
 
   return _moving('dsr', where, choose, (update_every, update_begin,
@@ -212,4 +214,4 @@ def _mean(leaf, groups: jax.Array, active: jax.Array) -> jax.Array:
   """float32: mean of the active groups of each competition."""
   total = jnp.sum(jnp.where(active, groups, 0), axis=leaf.layout.competing,
                   keepdims=True)
-  return total / jnp.maximum(leaf.sum(active), 1)
+  return total / jnp.maximum(leaf.sum(active), 1).astype(total.dtype)

@@ -135,8 +135,8 @@ def spartan(sparsity: float, *, update_end: int, prune_end: int | None = None,
     hardness = betas[0] + (betas[1] - betas[0]) * jnp.minimum(share, 1)
     if scope == 'layer':
       return {path: soft_topk.soft_top_k(
-          [own[path]], leaf.sum(inside[path]) * _group_size(leaf),
-          beta=hardness, costs=[_group_size(leaf)],
+          [own[path]], leaf.sum(inside[path]).astype(jnp.float32)
+          * _group_size(leaf), beta=hardness, costs=[_group_size(leaf)],
           axes=leaf.layout.competing)[0] for path, leaf in leaves.items()}
     each = [cost(leaf) for leaf in leaves.values()]
     mass = sum(c * jnp.sum(inside[path], dtype=jnp.float32)

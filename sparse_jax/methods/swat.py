@@ -151,7 +151,7 @@ def _momentum_counts(leaves, nows) -> budgets.Counts:
     active = leaf.sum(inside)
     size = leaf.layout.group(jnp.abs(nows[path].extra))
     claims[path] = jnp.sum(jnp.where(inside, size, 0), leaf.layout.competing,
-                           keepdims=True) / active
+                           keepdims=True) / active.astype(jnp.float32)
     room[path] = jnp.full_like(active, leaf.layout.rivals - 1)
     total += active.size * (leaf.count - 1)
   shares = budgets.share_out(jnp.int32(total), claims, room)

@@ -1,7 +1,5 @@
 """Top-KAST: a forward set, a larger backward set, an exploration loss."""
 
-import jax.numpy as jnp
-
 from sparse_jax import checks
 from sparse_jax.masks import selection
 from sparse_jax.masks.allocations import uniform
@@ -73,8 +71,8 @@ def top_kast(sparsity: float, *, backward_sparsity: float,
   def choose(leaf, now):
     inside = leaf.top(now.magnitudes)
     others = now.random if backward_selection == 'random' else now.magnitudes
-    outside = leaf.top(jnp.where(inside, jnp.inf, _finite(others)),
-                       leaf.backward_count)
+    outside = inside | leaf.top(others, leaf.backward_count - leaf.count,
+                                among=~inside)
     if stop_exploration_at is not None:
       outside &= inside | (now.step < stop_exploration_at)
     return inside, outside
@@ -90,8 +88,3 @@ def top_kast(sparsity: float, *, backward_sparsity: float,
       refreshes=updates.refresh_window(update_every, update_begin, update_end,
                                        also_at=stop_exploration_at),
       penalty=penalty if penalty_weight else None))
-
-
-def _finite(scores):
-  """NaN and infinity below +inf, which is kept for the forward set."""
-  return jnp.minimum(scores, jnp.finfo(scores.dtype).max)

@@ -1,5 +1,7 @@
 """One budget for many leaves: counts that the run itself decides."""
 
+import functools
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -29,13 +31,19 @@ def global_counts(leaves: dict[trees.Path, leaves_lib.Leaf],
   Returns:
     int32 of each leaf's groups' shape with its competing axes as 1.
   """
-  best = {path: jnp.where(leaf.layout.top(scores[path], 1), jnp.inf,
-                          jnp.minimum(scores[path], _finite(scores[path])))
-          for path, leaf in leaves.items()}
-  counts = topk.joint_counts([best[path] for path in leaves], total,
-                             [leaf.layout.competing for leaf in leaves.values()]
-                             )
+  counts = _joint_counts([scores[path] for path in leaves], total,
+                         tuple(leaf.layout for leaf in leaves.values()))
   return dict(zip(leaves, counts))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _joint_counts(scores, total, layouts):
+  """`topk.joint_counts` with the best group of each competition first."""
+  best = [jnp.where(layout.top(own, 1), jnp.inf,
+                    jnp.minimum(own, jnp.finfo(own.dtype).max))
+          for own, layout in zip(scores, layouts)]
+  return topk.joint_counts(best, total,
+                           [layout.competing for layout in layouts])
 
 
 def best(leaves: dict[trees.Path, leaves_lib.Leaf],
@@ -91,7 +99,8 @@ def share_out(total: jax.Array, claims: Counts, room: Counts) -> Counts:
     before = jnp.cumsum(whole, dtype=jnp.int32) - whole
     whole = jnp.clip(left - before, 0, whole)
     single = topk.top_k_mask(jnp.where(open_, due, jnp.nan), left) & open_
-    return given + jnp.where(jnp.any(whole > 0), whole, single)
+    return given + jnp.where(jnp.any(whole > 0), whole,
+                             single.astype(jnp.int32))
 
   def unfinished(given):
     return (_sum(given) < total) & jnp.any(given < most)
@@ -122,10 +131,6 @@ def check_scope(sites: leaves_lib.Sites, scope: str) -> str:
 
 def _sum(counts: jax.Array) -> jax.Array:
   return jnp.sum(counts, dtype=jnp.int32)
-
-
-def _finite(scores: jax.Array):
-  return jnp.finfo(scores.dtype).max
 
 
 def _flat(parts: Counts) -> jax.Array:

@@ -47,9 +47,7 @@ class Leaf(NamedTuple):
       k: an int or int32[...]; None for `count`.
       among: bool of the groups' shape, those that may be chosen; None for all.
     """
-    if among is not None:
-      scores = _only(among, scores)
-    return self.layout.top(scores, self.count if k is None else k)
+    return self.layout.top(scores, self.count if k is None else k, among)
 
   def random_scores(self, key: jax.Array) -> jax.Array:
     """float32 of the groups' shape, uniform in [0, 1); NaN in padding."""
@@ -67,12 +65,6 @@ class Leaf(NamedTuple):
     """int32: True groups of each competition, its axes kept as 1."""
     return jnp.sum(groups, axis=self.layout.competing, keepdims=True,
                    dtype=jnp.int32)
-
-
-def _only(choosable: jax.Array, scores: jax.Array) -> jax.Array:
-  """Scores with NaN, the lowest of all, where a group may not be chosen."""
-  scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
-  return jnp.where(choosable, scores, jnp.nan)
 
 
 class Sites(NamedTuple):
