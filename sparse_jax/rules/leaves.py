@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from sparse_jax import checks
 from sparse_jax import trees
 from sparse_jax.masks import allocations
+from sparse_jax.masks import draws
 from sparse_jax.masks import layouts
 from sparse_jax.masks import selection
 from sparse_jax.masks import structures
@@ -53,8 +54,8 @@ class Leaf(NamedTuple):
 
   def random_scores(self, key: jax.Array) -> jax.Array:
     """float32 of the groups' shape, uniform in [0, 1); NaN in padding."""
-    scores = jax.random.uniform(jax.random.fold_in(key, self.index),
-                                self.layout.group_shape)
+    scores = draws.uniform(jax.random.fold_in(key, self.index),
+                           self.layout.group_shape)
     if not getattr(self.layout.structure, 'pads', True):
       return scores
     return scores + self.layout.group(jnp.zeros(self.layout.shape))
