@@ -12,6 +12,7 @@ from sparse_jax import trees
 from sparse_jax.masks import allocations
 from sparse_jax.masks import draws
 from sparse_jax.masks import layouts
+from sparse_jax.masks import search
 from sparse_jax.masks import selection
 from sparse_jax.masks import structures
 from sparse_jax.masks import topk
@@ -66,8 +67,7 @@ class Leaf(NamedTuple):
 
   def sum(self, groups: jax.Array) -> jax.Array:
     """int32: True groups of each competition, its axes kept as 1."""
-    return jnp.sum(groups, axis=self.layout.competing, keepdims=True,
-                   dtype=jnp.int32)
+    return search.tally(groups, self.layout.competing)
 
 
 def _only(choosable: jax.Array, scores: jax.Array) -> jax.Array:
