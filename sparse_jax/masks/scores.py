@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from sparse_jax.masks import draws
+
 
 def magnitude(weight: jax.Array, grad=None, key=None) -> jax.Array:
   """|w|, same shape and dtype. The score of GMP, RigL's drop, Top-KAST.
@@ -48,4 +50,4 @@ def random(weight: jax.Array, grad, key: jax.Array) -> jax.Array:
     (2, 3)
   """
   del grad
-  return jax.random.uniform(key, weight.shape)
+  return draws.uniform(key, weight.shape)

@@ -13,6 +13,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_jax.masks import placing
+
 
 def lowest_key(dtype) -> int:
   """The key of NaN, a negative number n. The highest key is -2 - n."""
@@ -145,36 +147,39 @@ def _probes(cut: Cut) -> list[jax.Array]:
 
 def counts(keys: jax.Array, probes: list[jax.Array], axes, lowest: int,
            ) -> list[jax.Array]:
-  """How many keys reach each probe (a position), in one pass over the keys.
+  """How many keys reach each probe (a position), in one pass over the keys."""
+  word = jnp.uint64 if keys.dtype.itemsize == 8 else jnp.uint32
+  return _sums(lambda keys, *probes: [keys >= probe for probe in probes],
+               (keys, *(key_at(probe, lowest) for probe in probes)), axes, word)
+
+
+def tally(marked: jax.Array, axes) -> jax.Array:
+  """int32: how many are True along axes, which stay as 1."""
+  return _sums(lambda marked: [marked, ~marked], (marked,), axes, jnp.int32)[0]
+
+
+def _sums(terms, operands, axes, word) -> list[jax.Array]:
+  """The sums of `terms(*operands)`, a list of bools, in one pass.
 
   XLA makes plain sums one pass and, over several devices, one small
-  all-reduce. Its CPU compiler makes them several slow passes, and one of a
+  all-reduce. Its CPU compiler makes them several slow passes, each over an
+  array of words that it writes for it, and one that writes nothing of a
   reduction of several operands, which over devices would be gathers.
   """
-  probes = [key_at(probe, lowest) for probe in probes]
-  word = jnp.uint64 if keys.dtype.itemsize == 8 else jnp.uint32
+  def plain(*operands):
+    return [jnp.sum(term, axis=axes, keepdims=True, dtype=word)
+            for term in terms(*operands)]
 
-  def sums(keys, *probes):
-    return [jnp.sum(keys >= probe, axis=axes, keepdims=True, dtype=word)
-            for probe in probes]
-
-  def at_once(keys, *probes):
-    reach = tuple((keys >= probe).astype(word) for probe in probes)
-    totals = lax.reduce(reach, (word(0),) * len(reach), _add_all, axes)
+  def at_once(*operands):
+    words = tuple(term.astype(word) for term in terms(*operands))
+    totals = lax.reduce(words, (word(0),) * len(words), _add_all, axes)
+    # All are wanted: of one operand it is a plain sum again.
+    totals = lax.optimization_barrier(totals)
     return [lax.expand_dims(total, axes) for total in totals]
 
-  if _may_be_split():
-    return sums(keys, *probes)
-  return lax.platform_dependent(keys, *probes, cpu=at_once, default=sums)
-
-
-def _may_be_split() -> bool:
-  """Whether XLA may split an array over CPUs, as far as one can know here."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return jax.device_count() > 1
-  return any(size > 1 for name, size in mesh.shape.items()
-             if name not in mesh.manual_axes)
+  if placing.is_shared(*operands):
+    return plain(*operands)
+  return lax.platform_dependent(*operands, cpu=at_once, default=plain)
 
 
 def _add_all(xs, ys):

@@ -283,8 +283,8 @@ def joint_counts(scores: Sequence[jax.Array], k: int | jax.Array,
   first, last = (search.key_at(end, lowest) for end in (
       jnp.where(exact, cut.low, cut.high), cut.low))
   keys = [search.keys_of(each) for each in scores]
-  above = [_tally(each >= first, own) for each, own in zip(keys, axes)]
-  equal = [_tally((each == last) & ~exact, own)
+  above = [search.tally(each >= first, own) for each, own in zip(keys, axes)]
+  equal = [search.tally((each == last) & ~exact, own)
            for each, own in zip(keys, axes)]
   room, given = cut.k.astype(jnp.int32) - sum(map(_whole, above)), []
   for more, same in zip(above, equal):
@@ -299,10 +299,6 @@ def joint_counts(scores: Sequence[jax.Array], k: int | jax.Array,
 def _whole(counts: jax.Array) -> jax.Array:
   """Their sum, int32[] in 64-bit mode too."""
   return jnp.sum(counts, dtype=jnp.int32)
-
-
-def _tally(marked: jax.Array, axes) -> jax.Array:
-  return jnp.sum(marked, axis=axes, keepdims=True, dtype=jnp.int32)
 
 
 def _joint_cut(scores: list[jax.Array], lowest: int,

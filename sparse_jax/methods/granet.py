@@ -103,7 +103,8 @@ def granet(sparsity: float, *, prune_end: int, initial_sparsity: float = 0.5,
     del seen
     step = next(iter(nows.values())).step
     size = sum(now.active.size for now in nows.values())
-    number = sum(jnp.sum(now.active, dtype=jnp.int32) for now in nows.values())
+    number = sum(jnp.sum(leaf.sum(nows[path].active), dtype=jnp.int32)
+                 for path, leaf in leaves.items())
     total = jnp.minimum(topk.keep_count(size, schedule(step)), number)
     total = jnp.where(step < prune_end, total, jnp.minimum(
         topk.keep_count(size, sparsity), number))

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from sparse_jax import checks
 from sparse_jax import trees
 from sparse_jax.masks import allocations
+from sparse_jax.masks import draws
 from sparse_jax.masks import layouts
+from sparse_jax.masks import search
 from sparse_jax.masks import selection
 from sparse_jax.masks import structures
 from sparse_jax.masks import topk
@@ -51,8 +53,8 @@ class Leaf(NamedTuple):
 
   def random_scores(self, key: jax.Array) -> jax.Array:
     """float32 of the groups' shape, uniform in [0, 1); NaN in padding."""
-    scores = jax.random.uniform(jax.random.fold_in(key, self.index),
-                                self.layout.group_shape)
+    scores = draws.uniform(jax.random.fold_in(key, self.index),
+                           self.layout.group_shape)
     if not getattr(self.layout.structure, 'pads', True):
       return scores
     return scores + self.layout.group(jnp.zeros(self.layout.shape))
@@ -63,8 +65,7 @@ class Leaf(NamedTuple):
 
   def sum(self, groups: jax.Array) -> jax.Array:
     """int32: True groups of each competition, its axes kept as 1."""
-    return jnp.sum(groups, axis=self.layout.competing, keepdims=True,
-                   dtype=jnp.int32)
+    return search.tally(groups, self.layout.competing)
 
 
 class Sites(NamedTuple):
