@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.masks import draws
 
 
 def magnitude(weight: jax.Array, grad=None, key=None) -> jax.Array:
@@ -50,4 +49,4 @@ def random(weight: jax.Array, grad, key: jax.Array) -> jax.Array:
     (2, 3)
   """
   del grad
-  return draws.uniform(key, weight.shape)
+  return jax.random.uniform(key, weight.shape)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from sparse_jax import checks
 from sparse_jax import trees
 from sparse_jax.masks import allocations
-from sparse_jax.masks import draws
 from sparse_jax.masks import layouts
 from sparse_jax.masks import search
 from sparse_jax.masks import selection
@@ -53,8 +52,8 @@ class Leaf(NamedTuple):
 
   def random_scores(self, key: jax.Array) -> jax.Array:
     """float32 of the groups' shape, uniform in [0, 1); NaN in padding."""
-    scores = draws.uniform(jax.random.fold_in(key, self.index),
-                           self.layout.group_shape)
+    scores = jax.random.uniform(jax.random.fold_in(key, self.index),
+                                self.layout.group_shape)
     if not getattr(self.layout.structure, 'pads', True):
       return scores
     return scores + self.layout.group(jnp.zeros(self.layout.shape))
