@@ -10,7 +10,7 @@ import sparse_jax
 
 SIZE = 512
 WEIGHT = 4 * SIZE**2
-# On a CPU, and there alone, jax.random.uniform holds so many arrays of its size.
+# Arrays that jax.random.uniform holds beside its own, on CPUs alone.
 DRAWN = 3
 
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 
 
-
 def magnitude(weight: jax.Array, grad=None, key=None) -> jax.Array:
   """|w|, same shape and dtype. The score of GMP, RigL's drop, Top-KAST.
 
