@@ -147,9 +147,13 @@ class DenseTest(parameterized.TestCase):
   @absltest.skipUnless(hasattr(plgpu, 'InterpretGPUParams'),
                        'this JAX simulates no Hopper GPU')
   @parameterized.parameters('sum', 'max')
-  def test_simulated_hopper(self, reduce):
-    check_kernels(hopper, (64, 64), dtype=jnp.bfloat16, grid=(3, 3), batch=70,
-                  reduce=reduce, interpret=plgpu.InterpretGPUParams())
+  def test_simulated_hopper_finds_no_race(self, reduce):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+      check_kernels(hopper, (64, 64), dtype=jnp.bfloat16, grid=(3, 3),
+                    batch=70, reduce=reduce,
+                    interpret=plgpu.InterpretGPUParams(detect_races=True))
+    self.assertNotIn('RACE', said.getvalue())
 
 
 class ChoiceTest(parameterized.TestCase):
