@@ -13,12 +13,14 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
 import sparse_jax
 from sparse_jax.blocks import gpu
+from sparse_jax.blocks import hopper
 from sparse_jax.blocks import packing
 from sparse_jax.blocks import tpu
 from sparse_jax.blocks import tpu_sizes
@@ -26,7 +28,8 @@ from sparse_jax.blocks import tpu_sizes
 P = jax.sharding.PartitionSpec
 CHIPS = {'v4:2x2x1': (512, jnp.bfloat16), 'v5e:2x2': (256, jnp.float32),
          'v5p:2x2x1': (512, jnp.float32), 'v6e:2x2': (256, jnp.bfloat16)}
-CALLS = {'cuda': '__gpu$xla.gpu.triton', 'tpu': 'tpu_custom_call'}
+CALLS = {'cuda': '__gpu$xla.gpu.triton', 'tpu': 'tpu_custom_call',
+         'hopper': 'custom_call @mosaic_gpu'}
 
 
 def problem(block, grid=(3, 4), dtype=jnp.float32, batch=40):
@@ -141,6 +144,17 @@ class DenseTest(parameterized.TestCase):
                     interpret=params)
     self.assertNotIn('RACE', said.getvalue())
 
+  @absltest.skipUnless(hasattr(plgpu, 'InterpretGPUParams'),
+                       'this JAX simulates no Hopper GPU')
+  @parameterized.parameters('sum', 'max')
+  def test_simulated_hopper_finds_no_race(self, reduce):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+      check_kernels(hopper, (64, 64), dtype=jnp.bfloat16, grid=(3, 3),
+                    batch=70, reduce=reduce,
+                    interpret=plgpu.InterpretGPUParams(detect_races=True))
+    self.assertNotIn('RACE', said.getvalue())
+
 
 class ChoiceTest(parameterized.TestCase):
 
@@ -191,6 +205,17 @@ class ChoiceTest(parameterized.TestCase):
       self.assertEqual(text.count(CALLS[platform]), 4)
       for name in CALLS.values():
         self.assertNotIn(name, lowered('cpu', product_and_gradients, *args))
+
+  @parameterized.parameters((64, jnp.float16), (128, jnp.bfloat16))
+  def test_kernels_for_hopper_lower_and_are_the_loop_on_a_cpu(self, side,
+                                                              dtype):
+    args = packed_problem(side, dtype, grid=(3, 3))
+    named, loop = (functools.partial(product_and_gradients, implementation=way)
+                   for way in ('hopper', 'loop'))
+    text = lowered('cuda', named, *abstract(args))
+    self.assertEqual(text.count(CALLS['hopper']), 4)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(named)(*args),
+                 jax.jit(loop)(*args))
 
   @parameterized.parameters(('cuda', 16, jnp.float32), ('tpu', 64, jnp.float32),
                             ('tpu', 128, jnp.float16))
@@ -249,7 +274,7 @@ class ChoiceTest(parameterized.TestCase):
       for got, wanted in zip(jax.jit(fn)(*args), want):
         np.testing.assert_allclose(got, wanted, atol=1e-4)
 
-  @parameterized.parameters('tpu', 'gpu')
+  @parameterized.parameters('tpu', 'gpu', 'hopper')
   def test_a_kernel_asked_for_by_name_must_be_there(self, name):
     packed, x, _ = packed_problem(8, grid=(3, 3))
     with self.assertRaisesRegex(ValueError, f'`implementation` .={name!r}.*8'):

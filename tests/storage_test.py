@@ -336,6 +336,36 @@ class RefusalTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, f'`method`.*{why}'):
       sparse_jax.packed(make())
 
+  @parameterized.parameters('snip', 'grasp')
+  def test_what_a_first_batch_chose_is_packed_as_the_error_says(self, name):
+    """Then training is that of the masked run, which skips its first step."""
+    found = getattr(sparse_jax, name)(.5, structure=BLOCK, skip_step=True)
+    with self.assertRaisesRegex(ValueError, re.escape(
+        'state = tx.update(grads, tx.init(params), params)[1], and pack those, '
+        'packed(fixed(get_state(state).forward_masks, structure=...))')):
+      sparse_jax.packed(found)
+
+    tx = sparse_jax.sparsify(OPTIMIZERS['adam'], found)
+
+    @jax.jit
+    def step(params, state, x, y):
+      grad_fn = jax.grad(lambda params: jnp.mean(
+          (Mlp().apply({'params': params}, x) - y)**2))
+      updates, state = tx.update(grad_fn(params), state, params,
+                                 grad_fn=grad_fn)
+      return optax.apply_updates(params, updates), state
+
+    one = step(mlp_params(), tx.init(mlp_params()), *batch(9))
+    method = sparse_jax.packed(sparse_jax.fixed(
+        sparse_jax.get_state(one[1]).forward_masks, structure=BLOCK))
+    for t in range(3):
+      one = step(*one, *batch(t))
+    two = train(method, OPTIMIZERS['adam'], steps=3)[:2]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5,
+                                   atol=1e-5),
+                 sparse_jax.dense_weights(found, *one),
+                 sparse_jax.dense_weights(method, *two))
+
   def test_a_state_of_another_method_or_tree_is_refused(self):
     method, other = METHODS['static'], METHODS['set_']
     params = {'a': {'kernel': jnp.ones((8, 8))}}

@@ -12,6 +12,7 @@ import jax
 from jax import lax
 
 from sparse_jax.blocks import gpu
+from sparse_jax.blocks import hopper
 from sparse_jax.blocks import splitting
 from sparse_jax.blocks import tiles
 from sparse_jax.blocks import tpu
@@ -20,8 +21,10 @@ from sparse_jax.blocks.packing import PackedBlocks
 from sparse_jax.blocks.tiles import Columns
 from sparse_jax.blocks.tiles import Plan
 
-IMPLEMENTATIONS = (None, 'loop', 'batched', 'tpu', 'gpu')
-_KERNELS = {'tpu': ('tpu', tpu), 'gpu': ('cuda', gpu)}  # Platform, module.
+_KERNELS = {'tpu': ('tpu', tpu), 'gpu': ('cuda', gpu),  # Platform, module.
+            'hopper': ('cuda', hopper)}
+_CHOSEN = ('tpu', 'gpu')  # Without being named.
+IMPLEMENTATIONS = (None, 'loop', 'batched', *_KERNELS)
 
 
 class _Product(NamedTuple):
@@ -120,16 +123,17 @@ def _run_fast(product, plan, *args):
       part = functools.partial(product.split, split.rows)
     return splitting.run(split, product.layout, plan, args, part)
   kernels = _kernels(product, plan, args)
+  loop, batched = (functools.partial(way, plan)
+                   for way in (product.loop, product.batched))
   if plan.implementation is not None:
     kernel, = kernels.values()
+    simulated = functools.partial(kernel, interpret=True)
     return lax.platform_dependent(
-        *args, cpu=functools.partial(kernel, interpret=True), default=kernel)
-  batched = functools.partial(product.batched, plan)
+        *args, cpu=simulated if plan.implementation in _CHOSEN else loop,
+        default=kernel)
   kernels = {platform: unsplit.unless_split(kernel, batched)
              for platform, kernel in kernels.items()}
-  return lax.platform_dependent(
-      *args, **kernels, cpu=functools.partial(product.loop, plan),
-      default=batched)
+  return lax.platform_dependent(*args, **kernels, cpu=loop, default=batched)
 
 
 _run_fast.defvjp(
@@ -143,7 +147,8 @@ def _kernels(product, plan, args):
     return {}
   found = {platform: product.kernel(module, plan, *args)
            for name, (platform, module) in _KERNELS.items()
-           if plan.implementation in (None, name)}
+           if plan.implementation == name
+           or plan.implementation is None and name in _CHOSEN}
   return {name: kernel for name, kernel in found.items() if kernel is not None}
 
 

@@ -12,6 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 import jax.numpy as jnp
 
+from sparse_jax.blocks import visits
+
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _SIDES = (32, 64, 128)
 _ROWS = 64  # Rows of x in a program, or in one turn of its loop.
@@ -71,9 +73,7 @@ def block_product(x: jax.Array, blocks: jax.Array, takes: jax.Array,
     tall, wide = wide, tall
   columns, height = width // wide, x.shape[0]
   x = _whole(x)
-  order = jnp.argsort(gives).astype(jnp.int32)
-  edges = jnp.searchsorted(gives[order], jnp.arange(columns + 1))
-  takes = takes[order].astype(jnp.int32)
+  edges, order, takes = visits.sort(takes, gives, x.shape[1] // tall, columns)
   y = pl.pallas_call(
       functools.partial(_product_kernel, tall=tall, transpose=transpose),
       grid=(columns, x.shape[0] // _ROWS),
@@ -88,7 +88,7 @@ def block_product(x: jax.Array, blocks: jax.Array, takes: jax.Array,
           bytes_accessed=(x.nbytes + blocks.nbytes
                           + x.shape[0] * width * x.dtype.itemsize)),
       interpret=interpret, name='packed_product')(
-          edges.astype(jnp.int32), order, takes, x, blocks)
+          edges, order, takes, x, blocks)
   return y[:height]
 
 

@@ -49,8 +49,10 @@ def matmul(x: jax.Array, packed: PackedBlocks, *,
       block, 'tpu' and 'gpu' run kernels (interpreted on a CPU). None takes
       the loop on a CPU, as measured, the kernel of a TPU or an NVIDIA GPU for
       the blocks that it has (sides of 128 to 512, of 32 to 128), and
-      'batched' elsewhere. 'loop' and 'batched' leave it to XLA to split them
-      over devices.
+      'batched' elsewhere. 'hopper' runs kernels for H100 and its like (16-bit
+      operands, sides of 64 and 128; a loop on a CPU), which are compiled and
+      simulated, never run: nothing else chooses them. 'loop' and 'batched'
+      leave it to XLA to split them over devices.
     column_axes: axes of an automatic mesh over which the columns of tiles are
       split, as the blocks are (tensor parallelism): those of `packed` must be
       `balanced`, else nothing is split so. On explicit axes the type of the
@@ -103,7 +105,7 @@ def conv(x: jax.Array, packed: PackedBlocks, *,
     strides, dilation: of the windows and of the kernel, one number or one
       for each spatial axis.
     padding: 'SAME', 'VALID' or (before, after) for each spatial axis.
-    implementation: as in `matmul`, 'tpu' and 'gpu' excepted.
+    implementation: as in `matmul`, but None, 'loop' or 'batched'.
     column_axes: as in `matmul`.
 
   Returns:

@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from sparse_jax.blocks import tpu_sizes as sizes
+from sparse_jax.blocks import visits
 
 
 def product_fits(x: jax.Array, block: tuple[int, int], count: int,
@@ -82,10 +83,7 @@ def _product(x, blocks, takes, gives, *, width, transpose, interpret):
   side = blocks.shape[1:]
   tall, wide = reversed(side) if transpose else side
   count, columns = blocks.shape[0], width // wide
-  order = jnp.argsort(gives).astype(jnp.int32)
-  gives = jnp.clip(gives, 0, columns - 1)[order]
-  takes = jnp.clip(takes, 0, x.shape[1] // tall - 1)[order]
-  edges = jnp.searchsorted(gives, jnp.arange(columns + 1)).astype(jnp.int32)
+  edges, order, takes = visits.sort(takes, gives, x.shape[1] // tall, columns)
   rows, group = sizes.panel(x, side, wide, width)
   panels, depth = pl.cdiv(x.shape[0], rows), sizes.depth(side,
                                                          x.dtype.itemsize)

@@ -143,5 +143,7 @@ def _at_first_update(name, where, scope, skip_step, groups) -> SparseMethod:
       name, where, choose, first=rule.full_first,
       refreshes=lambda step: step == 1, zeros=True, skip_step=skip_step,
       together=True, before_update=True,
-      unpackable='its masks are full before the first update: pack what it '
-      'found, packed(fixed(masks, structure=...))'))
+      unpackable='its masks are full before the first update: find them on a '
+      'first batch, state = tx.update(grads, tx.init(params), params)[1], and '
+      'pack those, packed(fixed(get_state(state).forward_masks, '
+      'structure=...))'))
