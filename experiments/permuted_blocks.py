@@ -1,0 +1,188 @@
+"""What blocks cost in accuracy, and what the order of the units wins back.
+
+  python -m experiments.permuted_blocks --dataset=fashion_mnist --data_dir=DIR
+
+trains a network of two wide hidden layers, prunes it by magnitude, entry by
+entry and to blocks of each size, and trains it on with the same zeros; and
+trains the same network sparse from scratch, by several methods. Blocks are
+plain, balanced (each column of tiles keeps as many), or chosen after
+`sparse_jax.permute_units`; from scratch also `shuffled`: balanced, and each
+layer reads the one before in an order of its own. A balanced column keeps at
+least one tile, so it may have more weights than is asked for. Leaves
+table.md, rows.csv and a picture of each part in --workdir.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
+import math
+import os
+import statistics
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sparse_jax
+from experiments import files
+from experiments import plots
+from experiments import programs
+from experiments import reporting
+from experiments.image import input_pipeline
+from sparse_jax.cost import effective
+
+_DATASET = flags.DEFINE_enum('dataset', 'digits', ['digits', 'mnist',
+                                                   'fashion_mnist'], 'Images.')
+_DATA_DIR = flags.DEFINE_string('data_dir', None, 'Folder of prepared sets.')
+_WIDTH = flags.DEFINE_integer('width', 1024, 'Of both hidden layers.',
+                              lower_bound=1)
+_SEEDS = flags.DEFINE_integer('seeds', 2, 'Runs of each row.', lower_bound=1)
+_STEPS = flags.DEFINE_integer('steps', 1000, 'Of the dense network.',
+                              lower_bound=1)
+_TUNE_STEPS = flags.DEFINE_integer('tune_steps', 200, 'After pruning.',
+                                   lower_bound=1)
+_SCRATCH_STEPS = flags.DEFINE_integer('scratch_steps', 400, 'From scratch; 0: '
+                                      'not at all.', lower_bound=0)
+_BLOCKS = flags.DEFINE_list('blocks', ['64', '128'], 'Sides of the tiles.')
+_SPARSITIES = flags.DEFINE_list('sparsities', ['80', '90', '95'], 'Of the '
+                                'hidden kernels, in percent.')
+_WORKDIR = flags.DEFINE_string('workdir', 'runs/permuted_blocks', 'Where '
+                               'tables and pictures go.')
+BATCH, RATE = 64, 1e-3
+HIDDEN = {'head': False, 'hidden': True}
+UNITS = ({'hidden_0': 0}, {'hidden_0': 1, 'hidden_1': 0},
+         {'hidden_1': 1, 'head': 0})
+PRUNED = ('blocks', 'balanced', 'permuted', 'permuted, balanced')
+SCRATCH = {'static': ('blocks', 'balanced', 'shuffled'),
+           'rigl': ('blocks', 'balanced', 'shuffled'),
+           'snip': ('blocks', 'permuted'), 'top_kast': ('blocks', 'balanced')}
+
+
+def network(key: jax.Array, inputs: int, width: int) -> dict[str, jax.Array]:
+  """Kernels of variance 2 / inputs."""
+  sizes = {'hidden_0': (inputs, width), 'hidden_1': (width, width),
+           'head': (width, 10)}
+  return {name: math.sqrt(2 / shape[0]) * jax.random.normal(
+      jax.random.fold_in(key, i), shape)
+          for i, (name, shape) in enumerate(sizes.items())}
+
+
+def logits(weights: Mapping[str, jax.Array], images: jax.Array,
+           orders: Sequence[jax.Array]) -> jax.Array:
+  """float[b, 10]; `orders` say in which order each hidden layer is read."""
+  x = images
+  for name, order in zip(('hidden_0', 'hidden_1'), orders):
+    x = jax.nn.relu(x[:, order] @ weights[name])
+  return x @ weights['head']
+
+
+def cost(weights, images, labels, orders):
+  """The mean cross entropy."""
+  return optax.softmax_cross_entropy_with_integer_labels(
+      logits(weights, images, orders), labels).mean()
+
+
+def train(params, method, data, orders, *, steps: int, key):
+  """What the forward pass sees after training by Adam, and the masks."""
+  images, labels = data
+  tx = sparse_jax.sparsify(optax.adam(RATE), method, key=key)
+  params, state = sparse_jax.start(tx, method, params)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(carry, chosen, images, labels, orders):
+    params, state = carry
+    grads = jax.grad(lambda params: cost(
+        method.read(params, state), images[chosen], labels[chosen], orders))(
+            params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+  carry = jax.tree.map(jnp.array, (params, state))
+  for _ in range(steps):
+    chosen = random.integers(0, len(labels), BATCH)
+    carry = step(carry, chosen, images, labels, orders)
+  return method.read(*carry), sparse_jax.get_state(carry[1]).forward_masks
+
+
+@jax.jit
+def accuracy(weights, images, labels, orders):
+  """In percent."""
+  return 100 * jnp.mean(logits(weights, images, orders).argmax(1) == labels)
+
+
+def structure_of(arrangement: str, block: int) -> sparse_jax.masks.Structure:
+  """What is kept together; a block of 1 is an entry."""
+  if block == 1:
+    return sparse_jax.Unstructured()
+  return sparse_jax.Block((block, block), balanced=arrangement in (
+      'balanced', 'permuted, balanced', 'shuffled'))
+
+
+def permuted(params, orders, arrangement, sparsity, structure, scores=None):
+  """The parameters in the order that suits blocks, and that of the inputs."""
+  if not arrangement.startswith('permuted'):
+    return params, orders
+  params, (first, *_) = sparse_jax.permute_units(
+      params, UNITS, sparsity=sparsity, structure=structure, scores=scores,
+      is_sparse=HIDDEN)
+  return params, (jnp.asarray(first), *orders[1:])
+
+
+def measures(params, masks, data, orders) -> dict[str, float]:
+  """Of the hidden kernels, what is kept and on a path; the test accuracy."""
+  found = effective.connectivity(logits, masks, data[0][:1], orders,
+                                 params=params)
+  return {'kept': 100 * (1 - found.sparsity),
+          'on a path': 100 * (1 - found.effective_sparsity),
+          'accuracy': float(accuracy(params, *data, orders))}
+
+
+def prune_row(dense, train_data, test_data, orders, *, arrangement, block,
+              sparsity, key, steps):
+  """A trained network, pruned and trained on."""
+  structure = structure_of(arrangement, block)
+  params, orders = permuted(dense, orders, arrangement, sparsity, structure)
+  params = sparse_jax.one_shot(
+      logits, params, [(test_data[0][:1], orders)], sparsity=sparsity,
+      by='magnitude', structure=structure, is_sparse=HIDDEN)
+  masks = {name: leaf != 0 for name, leaf in params.items() if name != 'head'}
+  pruned = float(accuracy(params, *test_data, orders))
+  params, masks = train(params, sparse_jax.fixed(masks, structure=structure),
+                        train_data, orders, steps=steps, key=key)
+  return {'pruned': pruned} | measures(params, masks, test_data, orders)
+
+
+def scratch_row(first, train_data, test_data, orders, *, method, arrangement,
+                block, sparsity, key, steps):
+  """The same network, sparse from the first step."""
+  structure = structure_of(arrangement, block)
+  if arrangement == 'shuffled':
+    orders = tuple(jax.random.permutation(jax.random.fold_in(key, i), order)
+                   for i, order in enumerate(orders))
+  given = dict(structure=structure, is_sparse=HIDDEN)
+  if method == 'snip':  # Its scores, of enough images to order units by.
+    grads = jax.grad(cost)(first, *(part[:2048] for part in train_data), orders)
+    scores = {name: jnp.abs(leaf * grads[name]) for name, leaf in first.items()}
+    first, orders = permuted(first, orders, arrangement, sparsity, structure,
+                             scores)
+    rule = sparse_jax.snip(sparsity, **given)
+  elif method == 'top_kast':
+    rule = sparse_jax.top_kast(sparsity, update_every=steps // 20 or 1,
+                               backward_sparsity=sparsity - .1, **given)
+  elif method == 'rigl':
+    rule = sparse_jax.rigl(sparsity, update_every=steps // 20 or 1,
+                           update_end=steps * 3 // 4, **given)
+  else:
+    rule = sparse_jax.static(sparsity, **given)
+  params, masks = train(first, rule, train_data, orders, steps=steps, key=key)
+  return measures(params, masks, test_data, orders)
+
+
+def data_of(dataset: str, split: str, data_dir: str | None):
+  """Images float32[n, pixels] and labels int32[n]."""
+  found = input_pipeline.load(dataset, split, data_dir)
+  images = input_pipeline.normalise(found.images, dataset)
+  return images.reshape(len(images), -1), jnp.asarray(found.labels)
