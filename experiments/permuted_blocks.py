@@ -43,8 +43,11 @@ _STEPS = flags.DEFINE_integer('steps', 1000, 'Of the dense network.',
                               lower_bound=1)
 _TUNE_STEPS = flags.DEFINE_integer('tune_steps', 200, 'After pruning.',
                                    lower_bound=1)
-_SCRATCH_STEPS = flags.DEFINE_integer('scratch_steps', 400, 'From scratch; 0: '
-                                      'not at all.', lower_bound=0)
+_SCRATCH_STEPS = flags.DEFINE_integer('scratch_steps', 400, 'From scratch.',
+                                      lower_bound=1)
+_METHODS = flags.DEFINE_list('methods', ['magnitude', 'static', 'rigl', 'snip',
+                                         'top_kast'], 'magnitude: of the dense '
+                             'network; the others from scratch.')
 _BLOCKS = flags.DEFINE_list('blocks', ['64', '128'], 'Sides of the tiles.')
 _SPARSITIES = flags.DEFINE_list('sparsities', ['80', '90', '95'], 'Of the '
                                 'hidden kernels, in percent.')
@@ -54,10 +57,11 @@ BATCH, RATE = 64, 1e-3
 HIDDEN = {'head': False, 'hidden': True}
 UNITS = ({'hidden_0': 0}, {'hidden_0': 1, 'hidden_1': 0},
          {'hidden_1': 1, 'head': 0})
-PRUNED = ('blocks', 'balanced', 'permuted', 'permuted, balanced')
-SCRATCH = {'static': ('blocks', 'balanced', 'shuffled'),
-           'rigl': ('blocks', 'balanced', 'shuffled'),
-           'snip': ('blocks', 'permuted'), 'top_kast': ('blocks', 'balanced')}
+ARRANGEMENTS = {
+    'magnitude': ('blocks', 'balanced', 'permuted', 'permuted, balanced'),
+    'static': ('blocks', 'balanced', 'shuffled'),
+    'rigl': ('blocks', 'balanced', 'shuffled'),
+    'snip': ('blocks', 'permuted'), 'top_kast': ('blocks', 'balanced')}
 
 
 def network(key: jax.Array, inputs: int, width: int) -> dict[str, jax.Array]:
@@ -131,6 +135,12 @@ def permuted(params, orders, arrangement, sparsity, structure, scores=None):
   return params, (jnp.asarray(first), *orders[1:])
 
 
+def saliency(params, images, labels, orders):
+  """|weight x gradient| of 2048 images, SNIP's scores."""
+  grads = jax.grad(cost)(params, images[:2048], labels[:2048], orders)
+  return jax.tree.map(lambda leaf, grad: jnp.abs(leaf * grad), params, grads)
+
+
 def measures(params, masks, data, orders) -> dict[str, float]:
   """Of the hidden kernels, what is kept and on a path; the test accuracy."""
   found = effective.connectivity(logits, masks, data[0][:1], orders,
@@ -163,12 +173,13 @@ def scratch_row(first, train_data, test_data, orders, *, method, arrangement,
     orders = tuple(jax.random.permutation(jax.random.fold_in(key, i), order)
                    for i, order in enumerate(orders))
   given = dict(structure=structure, is_sparse=HIDDEN)
-  if method == 'snip':  # Its scores, of enough images to order units by.
-    grads = jax.grad(cost)(first, *(part[:2048] for part in train_data), orders)
-    scores = {name: jnp.abs(leaf * grads[name]) for name, leaf in first.items()}
+  if method == 'snip':
     first, orders = permuted(first, orders, arrangement, sparsity, structure,
-                             scores)
-    rule = sparse_jax.snip(sparsity, **given)
+                             saliency(first, *train_data, orders))
+    scores = saliency(first, *train_data, orders)
+    rule = sparse_jax.fixed({name: sparse_jax.make_mask(
+        scores[name], sparsity, structure=structure) for name in scores
+                             if name != 'head'}, structure=structure)
   elif method == 'top_kast':
     rule = sparse_jax.top_kast(sparsity, update_every=steps // 20 or 1,
                                backward_sparsity=sparsity - .1, **given)
@@ -186,3 +197,106 @@ def data_of(dataset: str, split: str, data_dir: str | None):
   found = input_pipeline.load(dataset, split, data_dir)
   images = input_pipeline.normalise(found.images, dataset)
   return images.reshape(len(images), -1), jnp.asarray(found.labels)
+
+
+def cells(methods: Sequence[str], blocks: Sequence[int]):
+  """(method, arrangement, block) of every row, entry by entry first."""
+  return [cell for method in methods for cell in [
+      (method, 'entries', 1), *((method, arrangement, block)
+                                for block in blocks
+                                for arrangement in ARRANGEMENTS[method])]]
+
+
+def study(train_data, test_data, *, methods, blocks, sparsities, seeds, width,
+          steps, tune_steps, scratch_steps, done=lambda rows: None
+          ) -> list[dict[str, float]]:
+  """A row for each cell, sparsity in percent and seed; `done` sees them."""
+  rows, inputs = [], train_data[0].shape[1]
+  orders = (jnp.arange(inputs), jnp.arange(width))
+  todo = cells(methods, blocks)
+  with reporting.Progress(seeds * len(sparsities) * len(todo)) as progress:
+    for seed in range(seeds):
+      key = jax.random.key(seed)
+      first = network(key, inputs, width)
+      dense, _ = train(first, sparse_jax.dense(), train_data, orders,
+                       steps=steps, key=key)
+      rows.append({'method': 'dense', 'arrangement': 'entries', 'block': 1,
+                   'sparsity': 0., 'seed': seed, 'accuracy': float(
+                       accuracy(dense, *test_data, orders))})
+      for sparsity in sparsities:
+        for method, arrangement, block in todo:
+          given = dict(arrangement=arrangement, block=block, key=key,
+                       sparsity=sparsity / 100)
+          if method == 'magnitude':
+            row = prune_row(dense, train_data, test_data, orders,
+                            steps=tune_steps, **given)
+          else:
+            row = scratch_row(first, train_data, test_data, orders,
+                              method=method, steps=scratch_steps, **given)
+          rows.append({'method': method, 'arrangement': arrangement,
+                       'block': block, 'sparsity': sparsity, 'seed': seed}
+                      | row)
+          done(rows)
+          progress.update(len(rows) - seed - 1)
+  return rows
+
+
+def summary(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+  """Means over the seeds, and the deviation of the accuracy."""
+  found = {}
+  for row in rows:
+    found.setdefault(tuple(row[name] for name in (
+        'method', 'arrangement', 'block', 'sparsity')), []).append(row)
+  return [{'method': method, 'arrangement': arrangement, 'block': block,
+           'sparsity': sparsity} | {
+               name: statistics.fmean(run[name] for run in runs)
+               for name in ('kept', 'on a path', 'pruned', 'accuracy')
+               if name in runs[0]} | {
+                   'deviation': statistics.pstdev(run['accuracy']
+                                                  for run in runs)}
+          for (method, arrangement, block, sparsity), runs in found.items()]
+
+
+def write(rows: Sequence[Mapping[str, float]], workdir: str) -> str:
+  """Tables and pictures; returns the table."""
+  os.makedirs(workdir, exist_ok=True)
+  means = summary(rows)
+  table = reporting.markdown_table(means, formats={
+      name: '.1f' for name in ('kept', 'on a path', 'pruned', 'accuracy',
+                               'deviation') if any(name in row
+                                                   for row in means)})
+  files.write_text(os.path.join(workdir, 'table.md'), table)
+  names = list(dict.fromkeys(name for row in rows for name in row))
+  files.write_text(os.path.join(workdir, 'rows.csv'), ''.join(
+      ','.join(str(cell) for cell in line) + '\n' for line in [
+          names, *([row.get(name, '') for name in names] for row in rows)]))
+  for method in dict.fromkeys(row['method'] for row in means):
+    points = [row for row in means if row['method'] in ('dense', method)]
+    if method != 'dense':
+      plots.lines(
+          [{'row': row['method'] if row['method'] == 'dense' else
+            row['arrangement'] + f' {row["block"]}' * (row['block'] > 1),
+            'x': 100 - row.get('kept', 100), 'ours': row['accuracy'],
+            'deviation': row['deviation']} for row in points],
+          os.path.join(workdir, f'{method}.png'), f'Blocks, {method}',
+          xlabel='sparsity of the hidden kernels (%)', scale='sparsity',
+          published=False, ylabel='test accuracy (%)')
+  return table
+
+
+def main(argv):
+  del argv
+  train_data, test_data = (data_of(_DATASET.value, split, _DATA_DIR.value)
+                           for split in ('train', 'test'))
+  rows = study(
+      train_data, test_data, methods=_METHODS.value,
+      blocks=[int(size) for size in _BLOCKS.value],
+      sparsities=[float(share) for share in _SPARSITIES.value],
+      seeds=_SEEDS.value, width=_WIDTH.value, steps=_STEPS.value,
+      tune_steps=_TUNE_STEPS.value, scratch_steps=_SCRATCH_STEPS.value,
+      done=lambda rows: write(rows, _WORKDIR.value))
+  print(write(rows, _WORKDIR.value), end='')
+
+
+if __name__ == '__main__':
+  programs.run(main)
