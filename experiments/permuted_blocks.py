@@ -58,7 +58,7 @@ HIDDEN = {'head': False, 'hidden': True}
 UNITS = ({'hidden_0': 0}, {'hidden_0': 1, 'hidden_1': 0},
          {'hidden_1': 1, 'head': 0})
 ARRANGEMENTS = {
-    'magnitude': ('blocks', 'balanced', 'permuted', 'permuted, balanced'),
+    'magnitude': ('blocks', 'balanced', 'permuted', 'permuted balanced'),
     'static': ('blocks', 'balanced', 'shuffled'),
     'rigl': ('blocks', 'balanced', 'shuffled'),
     'snip': ('blocks', 'permuted'), 'top_kast': ('blocks', 'balanced')}
@@ -122,7 +122,7 @@ def structure_of(arrangement: str, block: int) -> sparse_jax.masks.Structure:
   if block == 1:
     return sparse_jax.Unstructured()
   return sparse_jax.Block((block, block), balanced=arrangement in (
-      'balanced', 'permuted, balanced', 'shuffled'))
+      'balanced', 'permuted balanced', 'shuffled'))
 
 
 def permuted(params, orders, arrangement, sparsity, structure, scores=None):

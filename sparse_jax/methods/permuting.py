@@ -87,9 +87,10 @@ def permute_units(params: trees.PyTree, units: Sequence[Units], *,
 
   Reference:
     Pool and Yu, Channel permutations for N:M sparsity, 2021, the symmetry
-    and magnitude kept as the aim, for N:M and by exchanges; Lyu et al.,
-    PA-DST, 2025, https://arxiv.org/abs/2510.14812, learns an order of the
-    inputs of every layer instead, while it trains, and gathers by it.
+    and magnitude kept as the aim, for N:M and by exchanges,
+    https://openreview.net/forum?id=WAO1STUPWPP. Tyagi et al., PA-DST, 2025,
+    https://arxiv.org/abs/2510.14812, learn an order of each layer's inputs
+    instead, while training, and gather by it.
   """
   checks.check_sparsity('sparsity', sparsity)
   structures.check_structure(structure)
