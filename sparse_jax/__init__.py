@@ -51,6 +51,7 @@ from sparse_jax.methods.learned import dst
 from sparse_jax.methods.learned import str_
 from sparse_jax.methods.mest import mest
 from sparse_jax.methods.one_shot import one_shot
+from sparse_jax.methods.permuting import permute_units
 from sparse_jax.methods.powerprop import powerprop
 from sparse_jax.methods.pruning import gmp
 from sparse_jax.methods.redistribution import dsr
@@ -86,9 +87,10 @@ __all__ = [
     'FanIn', 'Filter', 'fixed', 'get_state', 'gmp', 'granet', 'grasp', 'group',
     'iht', 'itop', 'jaxprs', 'keep_count', 'linen_getter', 'make_mask',
     'masked_weight', 'masks', 'mest', 'NM', 'nnx_getter', 'nnx_start',
-    'one_shot', 'operators', 'packed', 'powerprop', 'rigl', 'rules', 'scaling',
-    'schedules', 'scores', 'set_', 'snfs', 'snip', 'SparseMethod',
-    'SparseState', 'sparsify', 'spartan', 'sr_ste', 'srigl', 'start', 'static',
-    'ste', 'str_', 'summarize', 'Summary', 'swat', 'top_k_mask', 'top_kast',
-    'transforms', 'uniform', 'uniform_plus', 'Unstructured', 'with_method',
+    'one_shot', 'operators', 'packed', 'permute_units', 'powerprop', 'rigl',
+    'rules', 'scaling', 'schedules', 'scores', 'set_', 'snfs', 'snip',
+    'SparseMethod', 'SparseState', 'sparsify', 'spartan', 'sr_ste', 'srigl',
+    'start', 'static', 'ste', 'str_', 'summarize', 'Summary', 'swat',
+    'top_k_mask', 'top_kast', 'transforms', 'uniform', 'uniform_plus',
+    'Unstructured', 'with_method',
 ]

@@ -21,7 +21,7 @@ LAYERS = (
 )
 # Only these files may know these packages.
 OWNERS = {'optax': {'transforms', 'adam'}, 'flax': {'getters'}}
-FOREIGN = {'jax', 'numpy', 'optax', 'flax'}
+FOREIGN = {'jax', 'numpy', 'scipy', 'optax', 'flax'}
 
 
 def _imports(path):
