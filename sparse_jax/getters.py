@@ -2,34 +2,54 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import dataclasses
 import functools
 import types
 from typing import Any
 
 from flax import nnx
 from flax import serialization
+import jax
 
 from sparse_jax import loop
 from sparse_jax import trees
 from sparse_jax.blocks import packing
+from sparse_jax.rules import packed as packed_lib
 from sparse_jax.rules import state as state_lib
 
 
-def _blocks_to_dict(packed):
-  return {name: serialization.to_state_dict(getattr(packed, name))
-          for name in ('blocks', 'growth') if getattr(packed, name) is not None}
+def _to_dict(node, names):
+  return {name: serialization.to_state_dict(getattr(node, name))
+          for name in names if getattr(node, name) is not None}
 
 
-def _blocks_from_dict(packed, saved):
-  return packed.replace(**{name: serialization.from_state_dict(
-      getattr(packed, name), value) for name, value in saved.items()})
+def _from_dict(node, saved):
+  return dataclasses.replace(node, **{name: serialization.from_state_dict(
+      getattr(node, name), value) for name, value in saved.items()})
+
+
+def _place_from_dict(place, saved):
+  """A place whose reservoir is in the memory where that of `place` is."""
+  made = _from_dict(place, saved)
+  if place.reservoir is None:
+    return made
+  where = getattr(place.reservoir, 'sharding', None) or jax.memory.Space.Host
+  return dataclasses.replace(
+      made, reservoir=jax.device_put(made.reservoir, where))
 
 
 # `flax.serialization` asks for what it does not know; a plan is no data.
 serialization.register_serialization_state(
     state_lib.Plan, lambda plan: {}, lambda plan, saved: plan, override=True)
 serialization.register_serialization_state(
-    packing.PackedBlocks, _blocks_to_dict, _blocks_from_dict, override=True)
+    packing.PackedBlocks,
+    lambda packed: _to_dict(packed, ('blocks', 'growth')), _from_dict,
+    override=True)
+serialization.register_serialization_state(
+    packed_lib.Place,
+    lambda place: _to_dict(place, [
+        field.name for field in dataclasses.fields(place)]),
+    _place_from_dict, override=True)
 
 
 def linen_getter(method: state_lib.SparseMethod, opt_state: Any

@@ -27,6 +27,17 @@ class SparsifyState(NamedTuple):
   sparse: state_lib.SparseState
   inner: Any
 
+  # What `optax.contrib.schedule_free_eval_params` asks a state for.
+  @property
+  def b1(self) -> jax.Array:
+    """b1 of the optimizer, if that is `optax.contrib.schedule_free`."""
+    return self.inner.b1
+
+  @property
+  def z(self) -> Any:
+    """z of the optimizer, if that is `optax.contrib.schedule_free`."""
+    return self.inner.z
+
 
 def sparsify(optimizer: optax.GradientTransformation,
              method: state_lib.SparseMethod, *,
@@ -59,14 +70,18 @@ def sparsify(optimizer: optax.GradientTransformation,
   entry has entered the backward set, `bound_grown` changes nothing.
 
   Args:
-    optimizer: any Optax optimizer. Its extra arguments are passed on.
+    optimizer: any Optax optimizer. Its extra arguments are passed on (those
+      of `optax.lbfgs` too: `value`, `grad`, `value_fn` and what that takes).
     method: a method of this library.
     key: seed of the method's random choices: None (a fixed one), an int, or a
       key. Every replica must be given the same.
     penalty: whether to add the gradient of the method's penalty.
     bound_grown: whether to bound the steps of entries that have entered, as
       said above. False for an optimizer whose first steps are small by design
-      (`optax.radam`): it would hold them back for ever.
+      (`optax.radam`): it would hold them back for ever. Where the gradient of
+      such an entry is exactly 0 (inputs that are 0, a row not looked up) a new
+      optimizer would take no step: its momentum then does not move it, but is
+      kept, and moves it when there is a gradient again.
 
   Returns:
     An Optax transformation. `update` needs `params`.
@@ -111,6 +126,8 @@ def sparsify(optimizer: optax.GradientTransformation,
       grads = _add_penalty(method, grads, params, sparse)
     given, all_grads = params, grads
     params, grads = map(packing.without_growth, (params, grads))
+    if 'grad' in extra_args:  # That of a line search.
+      extra_args['grad'] = packing.without_growth(extra_args['grad'])
     marks = storage.entry_marks(sparse, like=params)
     grads, fresh = _mask(grads, marks), optimizer.init(params)
     updates, new_slots = optimizer.update(

@@ -300,6 +300,23 @@ class SerializationTest(parameterized.TestCase):
     self.assertEqual(jax.tree.structure(restored), jax.tree.structure(saved))
     jax.tree.map(np.testing.assert_array_equal, restored, saved)
 
+  @parameterized.parameters(False, True)
+  def test_flax_reads_a_reservoir_into_host_memory(self, abstract):
+    method = sparse_jax.packed(sparse_jax.top_kast(
+        .75, backward_sparsity=.5, update_every=2,
+        structure=sparse_jax.Block((2, 2))))
+    tx = sparse_jax.sparsify(optax.sgd(.1), method)
+    begin = lambda: sparse_jax.start(tx, method, {'kernel': jnp.arange(
+        32.).reshape(4, 8)})
+    params, state = begin()
+    like = jax.eval_shape(begin)[1] if abstract else begin()[1]
+    restored = serialization.from_bytes(like, serialization.to_bytes(state))
+    place = sparse_jax.get_state(restored).packed['kernel']
+    self.assertEqual(place.reservoir.sharding.memory_kind, 'pinned_host')
+    updates, after = jax.eval_shape(tx.update, params, restored, params)
+    self.assertEqual(updates['kernel'].blocks.shape, (4, 2, 2))
+    self.assertEqual(jax.tree.structure(after), jax.tree.structure(state))
+
 
 if __name__ == '__main__':
   absltest.main()

@@ -498,5 +498,27 @@ class WrapperTest(LawCase):
     self.assertFalse(np.any(np.asarray(params['kernel'])[~mask]))
 
 
+class LineSearchTest(absltest.TestCase):
+
+  def test_the_gradient_that_it_is_given_may_hold_growth_scores(self):
+    method = sparse_jax.packed(sparse_jax.rigl(
+        .5, structure=sparse_jax.Block((2, 2)), update_every=2))
+    tx = sparse_jax.sparsify(optax.lbfgs(), method)
+    inputs = jnp.ones((3, 4))
+    params, state = sparse_jax.start(tx, method, {'kernel': jnp.ones((4, 6))})
+
+    def loss_fn(params, inputs):
+      through = sparse_jax.with_method(lambda params, x: x @ params['kernel'],
+                                       method, state)
+      return jnp.mean(jnp.square(through(params, inputs) - 1))
+
+    value, grads = jax.value_and_grad(loss_fn)(params, inputs)
+    self.assertIsNotNone(grads['kernel'].growth)
+    updates, _ = jax.jit(functools.partial(tx.update, value_fn=loss_fn))(
+        grads, state, params, value=value, grad=grads, inputs=inputs)
+    after = optax.apply_updates(params, updates)
+    self.assertLess(loss_fn(after, inputs), value)
+
+
 if __name__ == '__main__':
   absltest.main()

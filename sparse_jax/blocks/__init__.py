@@ -8,6 +8,7 @@ from sparse_jax.blocks.packing import is_packed
 from sparse_jax.blocks.packing import pack
 from sparse_jax.blocks.packing import PackedBlocks
 from sparse_jax.blocks.packing import unpack
+from sparse_jax.blocks.packing import without_growth
 from sparse_jax.blocks.products import assemble
 from sparse_jax.blocks.products import conv
 from sparse_jax.blocks.products import matmul

@@ -6,10 +6,10 @@ so that slots need no move and shapes never change. Blocks that keep their
 values while they are outside B lie in the host's memory, the reservoir.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
-from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -29,7 +29,9 @@ from sparse_jax.rules.make_method import make_method
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 
-class Place(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Place:
   """Where the stored blocks of one leaf belong, and what is not stored.
 
   The axes of stacked layers stand in front of those named here.

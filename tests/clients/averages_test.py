@@ -9,9 +9,8 @@ import numpy as np
 import optax
 
 import sparse_jax
-from sparse_jax import transforms
+from sparse_jax import blocks
 from sparse_jax import trees
-from sparse_jax.blocks import packing
 from tests.clients import laws
 
 INPUTS = jax.random.normal(jax.random.key(0), (16, 8))
@@ -139,20 +138,20 @@ class ScheduleFreeTest(laws.LoopTest):
   ```python
   tx = sparse_jax.sparsify(optax.contrib.schedule_free_adamw(rate), method)
   # Evaluation:
-  average = optax.contrib.schedule_free_eval_params(opt_state.inner, params)
+  average = optax.contrib.schedule_free_eval_params(opt_state, params)
   sparse_jax.with_method(model.apply, method, opt_state)({'params': average}, x)
   ```
+
+  Of packed RigL it is the average of `blocks.without_growth(params)`: an
+  optimizer knows nothing of growth scores.
   """
 
   def train(self, method):
     optimizer = optax.contrib.schedule_free_adamw(.05)
     losses, params, opt_state, _, programs = train(
         method, optimizer, lambda followed, params, opt_state: followed)
-    inner = opt_state
-    while isinstance(inner, transforms.SparsifyState):
-      inner = inner.inner
     evaluated = optax.contrib.schedule_free_eval_params(
-        inner, packing.without_growth(params))
+        opt_state, blocks.without_growth(params))
     return run_of(losses, params, opt_state, programs, evaluated)
 
 
