@@ -131,7 +131,8 @@ def _checked(group, arrays) -> dict[trees.Path, int]:
   if not isinstance(group, Mapping) or not group:
     raise ValueError(f'`units` has {group!r}, which is no mapping of paths to '
                      'axes.')
-  found, sizes = {}, set()
+  found: dict[trees.Path, int] = {}
+  sizes = set()
   for path, axis in group.items():
     shape = getattr(arrays.get(path), 'shape', None)
     if shape is None:
@@ -149,7 +150,7 @@ def _checked(group, arrays) -> dict[trees.Path, int]:
 
 
 def _check_apart(units) -> None:
-  seen = set()
+  seen: set[tuple[trees.Path, int]] = set()
   for group in units:
     both = seen & set(group.items())
     if both:
@@ -179,7 +180,8 @@ class _Search:
 
   def __init__(self, sparsity: float):
     self._sparsity = sparsity
-    self._layouts, self._views = {}, {}
+    self._layouts: dict[trees.Path, layouts.Layout] = {}
+    self._views: dict[trees.Path, np.ndarray] = {}
 
   def add(self, layout: layouts.Layout, path: trees.Path, shares) -> None:
     self._layouts[path] = layout
@@ -212,7 +214,7 @@ class _Search:
     while True:
       for i, group in enumerate(members):
         if group:
-          worth = sum(self._worth(*member) for member in group)
+          worth = np.sum([self._worth(*member) for member in group], 0)
           _, units = optimize.linear_sum_assignment(worth.T, maximize=True)
           self._move(orders, i, group, units)
       last, best = best, self._kept()
