@@ -6,23 +6,22 @@ compiles it.
 
 from collections.abc import Callable
 import functools
+import importlib
 from typing import NamedTuple
 
 import jax
 from jax import lax
 
-from sparse_jax.blocks import gpu
-from sparse_jax.blocks import hopper
 from sparse_jax.blocks import splitting
 from sparse_jax.blocks import tiles
-from sparse_jax.blocks import tpu
 from sparse_jax.blocks import unsplit
 from sparse_jax.blocks.packing import PackedBlocks
 from sparse_jax.blocks.tiles import Columns
 from sparse_jax.blocks.tiles import Plan
 
-_KERNELS = {'tpu': ('tpu', tpu), 'gpu': ('cuda', gpu),  # Platform, module.
-            'hopper': ('cuda', hopper)}
+# The platform of each module of kernels. They import Pallas, which takes half
+# as long as all else here, and so wait until a product asks for them.
+_KERNELS = {'tpu': 'tpu', 'gpu': 'cuda', 'hopper': 'cuda'}
 _CHOSEN = ('tpu', 'gpu')  # Without being named.
 IMPLEMENTATIONS = (None, 'loop', 'batched', *_KERNELS)
 
@@ -145,8 +144,9 @@ def _kernels(product, plan, args):
   """By platform, those that take these shapes and that the plan allows."""
   if not isinstance(plan.inputs, Columns):
     return {}
-  found = {platform: product.kernel(module, plan, *args)
-           for name, (platform, module) in _KERNELS.items()
+  found = {platform: product.kernel(
+      importlib.import_module(f'sparse_jax.blocks.{name}'), plan, *args)
+           for name, platform in _KERNELS.items()
            if plan.implementation == name
            or plan.implementation is None and name in _CHOSEN}
   return {name: kernel for name, kernel in found.items() if kernel is not None}

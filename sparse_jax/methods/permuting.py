@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import optimize
 
 from sparse_jax import checks
 from sparse_jax import trees
@@ -204,6 +204,8 @@ class _Search:
 
   def run(self, members, sizes) -> list[np.ndarray]:
     """The best order found of each set of units."""
+    from scipy import optimize  # It takes as long to import as JAX.
+
     start, first = dict(self._views), self._kept()
     orders = [np.arange(size) for size in sizes]
     for i, group in enumerate(members):  # The largest units first.
@@ -242,7 +244,8 @@ class _Search:
   def _worth(self, path, axis) -> np.ndarray:
     """float[units, places]: what the tiles keep of each unit at each place."""
     view, (_, kept) = self._views[path], self._tiles(path)
-    block, other = self._layouts[path].structure.shape, -3 - axis
+    structure: Any = self._layouts[path].structure
+    block, other = structure.shape, -3 - axis
     wide = np.repeat(kept.astype(view.dtype), block[other], other)
     wide = np.take(wide, range(view.shape[other]), other)
     units, places = (np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
