@@ -1,6 +1,7 @@
 """Which leaves of a parameter tree may be sparse, and along which axes."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import re
@@ -16,10 +17,11 @@ Axes = (tuple[int, ...] | Mapping[str, tuple[int, ...]]
         | Callable[[trees.Path, Any], tuple[int, ...]])
 
 # Last names of leaves that no product multiplies by: biases, scales, tables of
-# tokens and positions, class tokens, probes of attention pooling.
+# tokens and positions, class tokens, probes and queries that are learnt.
 _NEVER_SPARSE = re.compile(
-    r'(?:^|_)(?:bias|scale|emb|embed\w*|pos|pos_?e[mn]\w*|position\w*|cls|'
-    r'token\w*|probe)$')
+    r'(?:^|_)(?:bias|scale|gamma|beta|emb|embed\w*|pos|pos_?e[mn]\w*|'
+    r'position\w*|pe|rpb|table|wpe|wte|cls|tok|tokens?|registers?|prompts?|'
+    r'probe|latents?|latent_query|queries)$')
 # Names that Flax gives to the projections of attention, and the axes of their
 # kernels that the product sums over: (d, heads, head_dim) and its mirror.
 _ATTENTION = {'query': (0,), 'key': (0,), 'value': (0,), 'out': (0, 1)}
@@ -197,20 +199,28 @@ def select(params: trees.PyTree, is_sparse: IsSparse = None,
   return chosen
 
 
+def check_found(name: str, patterns: Iterable[str],
+                paths: Iterable[trees.Path]) -> None:
+  """Raises ValueError for a pattern that is found in no path."""
+  for pattern in patterns:
+    if not any(re.search(pattern, path) for path in paths):
+      raise ValueError(f'`{name}` has a rule {pattern!r} that is found in none '
+                       f'of {sorted(paths)}.')
+
+
 def _predicate(is_sparse, batch_axes, leaves):
   def default(path, leaf):
     return is_kernel(path, leaf, batch_axes_of(batch_axes, path, leaf))
 
+  if isinstance(batch_axes, Mapping):
+    check_found('batch_axes', batch_axes, leaves)
   if is_sparse is None:
     return default
   if callable(is_sparse):
     return is_sparse
   rules = [(re.compile(pattern), bool(value))
            for pattern, value in _rules(is_sparse)]
-  for pattern, _ in rules:
-    if not any(pattern.search(path) for path in leaves):
-      raise ValueError(f'`is_sparse` has a rule {pattern.pattern!r} that is '
-                       f'found in none of {sorted(leaves)}.')
+  check_found('is_sparse', [pattern.pattern for pattern, _ in rules], leaves)
 
   def first_rule(path, leaf):
     for pattern, value in rules:

@@ -103,6 +103,9 @@ class Sites(NamedTuple):
     """The sparse leaves of a parameter tree, by path."""
     chosen = selection.select(params, self.is_sparse, self.batch_axes)
     places = {path: self._layout(path, leaf) for path, leaf in chosen.items()}
+    if isinstance(self.contracting, Mapping):
+      selection.check_found('contracting', ['|'.join(
+          f'(?:{pattern})' for pattern in self.contracting)], chosen)
     inner = _slice_sparsities(self.allocation, places, self.sparsity)
     outer = inner
     if self.backward_sparsity is not None:

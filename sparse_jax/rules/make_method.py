@@ -228,10 +228,13 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
     place: (leaves, params, marks) -> what the state holds of packed leaves.
     storage: of the sparse leaves.
   """
+  # The state of a packed method is not that of the masked one.
+  held = name if storage is storage_lib.MASKED else f'{storage.name}({name})'
+
   def init(params, key=None):
     model, data = model_of(params), state_lib.key_data(key)
     leaves = leaves_of(model)
-    plan = state_lib.make_plan(name, model, leaves)
+    plan = state_lib.make_plan(held, model, leaves)
     marks = _first_marks(start, leaves, params, model, data)
     packed = place(leaves, params, trees.leaves_by_path(marks)) if place else {}
     own = () if extra is None else extra(leaves if rule else params)
@@ -242,7 +245,7 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
                                  jnp.zeros((), bool), plan, own, packed)
 
   def check(params, state):
-    return state_lib.checked_state(state, name, model_of(params))
+    return state_lib.checked_state(state, held, model_of(params))
 
   def read_weights(params, state):
     return read(params, check(params, state))

@@ -260,6 +260,8 @@ def checked_state(opt_state: Any, method: str, params: trees.PyTree
 def key_data(key: int | jax.Array | None) -> jax.Array:
   """uint32[...]: raw data of a PRNG key given as None, an int or a key.
 
+  An integer may be an array of no axes, so that seeds may be mapped over.
+
   A key of another implementation than the default one gives a key of the
   default, by folding in its words.
 
@@ -269,7 +271,11 @@ def key_data(key: int | jax.Array | None) -> jax.Array:
   whole = isinstance(key, (int, np.integer)) and not isinstance(key, bool)
   if key is None or whole:
     return jax.random.key_data(jax.random.key(int(key or 0)))
+  if isinstance(key, np.ndarray):
+    key = jnp.asarray(key)
   if isinstance(key, jax.Array):
+    if key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):
+      return jax.random.key_data(jax.random.key(key))
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
       key = jax.random.key_data(key)
     usual = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))

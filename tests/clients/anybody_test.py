@@ -77,18 +77,27 @@ class LeavesTest(parameterized.TestCase):
   @parameterized.parameters(
       'embedding', 'input_embedding', 'rel_embedding', 'embed', 'pos_emb',
       'posemb', 'pos_embed', 'pos_encoding', 'position', 'cls', 'cls_token',
-      'mask_token', 'register_tokens', 'probe', 'bias', 'norm_scale')
+      'mask_token', 'register_tokens', 'probe', 'bias', 'norm_scale', 'wpe',
+      'wte', 'pe', 'pos_table', 'relative_position_bias_table', 'rpb',
+      'registers', 'cls_tok', 'latents', 'queries', 'prompt', 'gamma')
   def test_no_kernel_by_its_name(self, name):
     params = shapes(kernel=(4, 8), **{name: (1, 6, 8)})
     plan = sparse_jax.static(.5).init(
         jax.tree.map(lambda leaf: jnp.ones(leaf.shape), params)).plan
     self.assertEqual(list(plan.by_path), ['kernel'])
 
-  @parameterized.parameters('kernel', 'w', 'lora_a', 'weight', 'query', 'post')
+  @parameterized.parameters('kernel', 'w', 'lora_a', 'weight', 'query', 'post',
+                            'wq', 'recurrent_kernel', 'type', 'token_mixer_w')
   def test_a_kernel_by_its_name(self, name):
     plan = jax.eval_shape(sparse_jax.static(.5).init, shapes(
         **{name: (4, 8)})).plan
     self.assertEqual(list(plan.by_path), [name])
+
+  @parameterized.parameters('batch_axes', 'contracting')
+  def test_a_pattern_of_axes_that_is_found_nowhere_is_named(self, name):
+    method = sparse_jax.rigl(.5, **{name: {'encodr': (0,)}})
+    with self.assertRaisesRegex(ValueError, f'{name}.*encodr.*encoder'):
+      jax.eval_shape(method.init, {'encoder': shapes(kernel=(4, 8))})
 
   def test_two_stacks_of_different_depth_and_plain_layers(self):
     params = {'lower': shapes(kernel=(2, 6, 8), gain=(2, 6)),
@@ -155,6 +164,16 @@ class TreesTest(parameterized.TestCase):
     for name, call in calls.items():
       with self.subTest(name), self.assertRaisesRegex(ValueError, path):
         call()
+
+  def test_a_packed_state_is_not_that_of_the_masked_method(self):
+    masked = sparse_jax.rigl(.5, structure=laws.BLOCK)
+    packed = sparse_jax.packed(masked)
+    params = {'kernel': normal(1, 8, 8)}
+    state = jax.eval_shape(packed.init, params)
+    with self.assertRaisesRegex(ValueError, r'packed\(rigl\).*rigl'):
+      masked.read(params, state)
+    with self.assertRaisesRegex(ValueError, r'rigl.*packed\(rigl\)'):
+      packed.read(params, jax.eval_shape(masked.init, params))
 
   @parameterized.parameters('rigl', 'swat', 'str_', 'dense')
   def test_the_state_of_another_method_is_an_error(self, name):
@@ -274,7 +293,9 @@ class KeysTest(parameterized.TestCase):
       ('rbg', lambda: jax.random.key(7, impl='rbg')),
       ('unsafe_rbg', lambda: jax.random.key(7, impl='unsafe_rbg')),
       ('raw', lambda: jax.random.PRNGKey(7)), ('numpy', lambda: np.int64(7)),
-      ('small', lambda: np.uint8(7)), ('int', lambda: 7))
+      ('small', lambda: np.uint8(7)), ('int', lambda: 7),
+      ('array', lambda: jnp.uint32(7)), ('saved', lambda: np.asarray(
+          jax.random.PRNGKey(7))))
   def test_every_kind_of_key_draws_masks_of_its_own(self, make):
     masks, again, other = (sparse_jax.get_state(self.first(key)).forward_masks
                            for key in (make(), make(), None))
@@ -299,9 +320,10 @@ class KeysTest(parameterized.TestCase):
       del updates
       return sparse_jax.get_state(state).forward_masks['a']
 
-    masks = jax.vmap(seed)(jax.random.split(jax.random.key(0), 5))
-    np.testing.assert_array_equal(masks.sum((1, 2)), 16)
-    self.assertLen({mask.tobytes() for mask in np.asarray(masks)}, 5)
+    for keys in (jax.random.split(jax.random.key(0), 5), jnp.arange(5)):
+      masks = jax.vmap(seed)(keys)
+      np.testing.assert_array_equal(masks.sum((1, 2)), 16)
+      self.assertLen({mask.tobytes() for mask in np.asarray(masks)}, 5)
 
 
 class ShardMapTest(parameterized.TestCase):
