@@ -288,7 +288,8 @@ def run_steps(binary: Binary, run: Run) -> dict[str, Any]:
     model = report.followed(run) if run.values['effective_sparsity'] else None
     with (contextlib.closing(run.train_batches(start)) as batches,
           reporting.open_writers(run.workdir, start + 1) as writers,
-          open_progress(run, start) as progress):
+          reporting.Progress(run.train_steps, start, run.values['log_every'],
+                             *reversed(run.units)) as progress):
       for step in range(start + 1, run.train_steps + 1):
         state = run.step_fn(state, devices.put_batch(next(batches), run.mesh))
         row = measure(run, state, step, model)
@@ -384,12 +385,6 @@ def _naming_workdir(workdir: str):
     raise
   except RuntimeError as error:
     raise ValueError(f'`workdir` (={workdir!r}): {error}') from error
-
-
-def open_progress(run: Run, start: int) -> reporting.Progress:
-  unit, per_step = run.units
-  return reporting.Progress(run.train_steps, start, run.values['log_every'],
-                            per_step, unit)
 
 
 def measure(run: Run, state: TrainState, step: int, model=None
@@ -488,8 +483,7 @@ def workdir_name(values: Mapping[str, Any]) -> str:
 
 
 def run_config(module: str) -> dict[str, Any]:
-  """The flags that make a run what it is, wherever the binary `module` is used.
-  """
+  """The flags that make a run what it is, wherever `module` is used."""
   own = flags.FLAGS.flags_by_module_dict()
   main_module = sys.argv[0] if module == '__main__' else module
   modules = (main_module, __name__, sparsity.__name__, optimization.__name__)
