@@ -4,6 +4,7 @@ A program owns one tile of the result, visits the blocks that add to it, and
 writes it once. Nothing of the size of x or of the dense weight is made.
 """
 
+from collections.abc import Callable
 import functools
 
 import jax
@@ -20,28 +21,35 @@ _ROWS = 64  # Rows of x in a program, or in one turn of its loop.
 _TILE = 64  # Largest side of a program's part of a block's gradient.
 
 
-def product_fits(x: jax.Array, block: tuple[int, int], count: int,
-                 width: int, transpose: bool = False) -> bool:
-  """Whether `block_product` takes these shapes."""
-  del width, transpose
-  return _taken(x, block, count)
+def fits(dtypes, sides) -> tuple[Callable, Callable, Callable]:
+  """Whether kernels that take any width have these dtypes and blocks.
+
+  Returns:
+    Functions of the shapes of `block_product`, `block_gradient` and
+    `growth_scores`, as of a module of kernels.
+
+  Example:
+    >>> product_fits, _, scores_fit = fits((jnp.float32,), (32, 64))
+    >>> x = jnp.ones((8, 128))
+    >>> product_fits(x, (32, 64), 3, 256), scores_fit(x, (32, 128))
+    (True, False)
+  """
+  def taken(x, block, count=1):
+    return (x.dtype in dtypes and set(block) <= set(sides)
+            and x.shape[0] > 0 and count > 0)
+
+  def product(x, block, count, width, transpose=False):
+    del width, transpose
+    return taken(x, block, count)
+
+  def gradient(x, cotangent, block, count):
+    del cotangent
+    return taken(x, block, count)
+
+  return product, gradient, taken
 
 
-def gradient_fits(x: jax.Array, cotangent: jax.Array, block: tuple[int, int],
-                  count: int) -> bool:
-  """Whether `block_gradient` takes these shapes."""
-  del cotangent
-  return _taken(x, block, count)
-
-
-def scores_fit(x: jax.Array, block: tuple[int, int]) -> bool:
-  """Whether `growth_scores` takes these shapes."""
-  return _taken(x, block)
-
-
-def _taken(x, block, count=1):
-  return (x.dtype in _DTYPES and set(block) <= set(_SIDES)
-          and x.shape[0] > 0 and count > 0)
+product_fits, gradient_fits, scores_fit = fits(_DTYPES, _SIDES)
 
 
 @functools.partial(jax.jit, static_argnames=('width', 'transpose', 'interpret'))
@@ -72,7 +80,7 @@ def block_product(x: jax.Array, blocks: jax.Array, takes: jax.Array,
   if transpose:
     tall, wide = wide, tall
   columns, height = width // wide, x.shape[0]
-  x = _whole(x)
+  x = whole(x)
   edges, order, takes = visits.sort(takes, gives, x.shape[1] // tall, columns)
   y = pl.pallas_call(
       functools.partial(_product_kernel, tall=tall, transpose=transpose),
@@ -130,7 +138,7 @@ def block_gradient(x: jax.Array, cotangent: jax.Array, rows: jax.Array,
   """
   count, part = rows.shape[0], tuple(min(side, _TILE) for side in block)
   cut = tuple(side // size for side, size in zip(block, part))
-  x, cotangent = _whole(x), _whole(cotangent)
+  x, cotangent = whole(x), whole(cotangent)
   return pl.pallas_call(
       functools.partial(_gradient_kernel, cut=cut),
       grid=(count, *cut),
@@ -178,7 +186,7 @@ def growth_scores(x: jax.Array, cotangent: jax.Array, *,
            [3.]], dtype=float32)
   """
   grid = x.shape[1] // block[0], cotangent.shape[1] // block[1]
-  x, cotangent = _whole(x), _whole(cotangent)
+  x, cotangent = whole(x), whole(cotangent)
   return pl.pallas_call(
       functools.partial(_scores_kernel, block=block, reduce=reduce,
                         dtype=dtype),
@@ -216,9 +224,9 @@ def _dot(a, b):
   return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
-def _whole(x):
+def whole(x: jax.Array, size: int = _ROWS) -> jax.Array:
   """Rows of 0 up to a multiple of what a program takes."""
-  return jnp.pad(x, ((0, -x.shape[0] % _ROWS), (0, 0)))
+  return jnp.pad(x, ((0, -x.shape[0] % size), (0, 0)))
 
 
 def _all(array):

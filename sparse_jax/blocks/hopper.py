@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
+from sparse_jax.blocks import gpu
 from sparse_jax.blocks import visits
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -22,29 +23,7 @@ _ROWS = 256  # Of x, in a program of `block_product`.
 _STAGES = 3  # Parts on their way; the fourth would not fit beside y.
 _REGISTERS = 40  # Of a thread that only copies.
 
-
-def product_fits(x: jax.Array, block: tuple[int, int], count: int,
-                 width: int, transpose: bool = False) -> bool:
-  """Whether `block_product` takes these shapes."""
-  del width, transpose
-  return _taken(x, block, count)
-
-
-def gradient_fits(x: jax.Array, cotangent: jax.Array, block: tuple[int, int],
-                  count: int) -> bool:
-  """Whether `block_gradient` takes these shapes."""
-  del cotangent
-  return _taken(x, block, count)
-
-
-def scores_fit(x: jax.Array, block: tuple[int, int]) -> bool:
-  """Whether `growth_scores` takes these shapes."""
-  return _taken(x, block)
-
-
-def _taken(x, block, count=1):
-  return (x.dtype in _DTYPES and set(block) <= set(_SIDES)
-          and x.shape[0] > 0 and count > 0)
+product_fits, gradient_fits, scores_fit = gpu.fits(_DTYPES, _SIDES)
 
 
 @functools.partial(jax.jit, static_argnames=('width', 'transpose', 'interpret'))
@@ -82,7 +61,7 @@ def block_product(x: jax.Array, blocks: jax.Array, takes: jax.Array,
   if transpose:
     tall, wide = wide, tall
   part = (wide, _PART) if transpose else (_PART, wide)
-  columns, turns, x = width // wide, tall // _PART, _whole(x, _ROWS)
+  columns, turns, x = width // wide, tall // _PART, gpu.whole(x, _ROWS)
   half = _ROWS // 2
 
   def kernel(edges, order, takes, x, blocks, y, result):
@@ -165,7 +144,7 @@ def block_gradient(x: jax.Array, cotangent: jax.Array, rows: jax.Array,
                groups=block[0] // _PART, interpret=interpret,
                grid={'block': count})(
                    rows.astype(jnp.int32), columns.astype(jnp.int32),
-                   _whole(x, _PART), _whole(cotangent, _PART))
+                   gpu.whole(x, _PART), gpu.whole(cotangent, _PART))
   return grad.reshape(count, *block)
 
 
@@ -218,7 +197,7 @@ def growth_scores(x: jax.Array, cotangent: jax.Array, *,
                  result=(block[0] // _PART, _PART), groups=block[0] // _PART,
                  grid={'row': grid[0], 'column': grid[1]},
                  interpret=interpret)(
-                     _whole(x, _PART), _whole(cotangent, _PART))
+                     gpu.whole(x, _PART), gpu.whole(cotangent, _PART))
   return fold(scores.reshape(grid[1], grid[0], block[0]), axis=2).T
 
 
@@ -292,8 +271,3 @@ def _swizzled():
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
   return plgpu.TilingTransform((8, _PART)), plgpu.SwizzleTransform(2 * _PART)
-
-
-def _whole(x, size):
-  """Rows of 0 up to a multiple of what a program takes."""
-  return jnp.pad(x, ((0, -x.shape[0] % size), (0, 0)))
