@@ -38,7 +38,7 @@ _DATASET = flags.DEFINE_enum('dataset', 'digits', ['digits', 'mnist',
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Folder of prepared sets.')
 _WIDTH = flags.DEFINE_integer('width', 1024, 'Of both hidden layers.',
                               lower_bound=1)
-_SEEDS = flags.DEFINE_integer('seeds', 2, 'Runs of each row.', lower_bound=1)
+_SEEDS = flags.DEFINE_list('seeds', ['0', '1'], 'Runs of each row.')
 _STEPS = flags.DEFINE_integer('steps', 1000, 'Of the dense network.',
                               lower_bound=1)
 _TUNE_STEPS = flags.DEFINE_integer('tune_steps', 200, 'After pruning.',
@@ -53,6 +53,8 @@ _SPARSITIES = flags.DEFINE_list('sparsities', ['80', '90', '95'], 'Of the '
                                 'hidden kernels, in percent.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/permuted_blocks', 'Where '
                                'tables and pictures go.')
+NAMES = ('method', 'arrangement', 'block', 'sparsity', 'seed', 'kept',
+         'on a path', 'pruned', 'accuracy')
 BATCH, RATE = 64, 1e-3
 HIDDEN = {'head': False, 'hidden': True}
 UNITS = ({'hidden_0': 0}, {'hidden_0': 1, 'hidden_1': 0},
@@ -167,8 +169,10 @@ def prune_row(dense, train_data, test_data, orders, *, arrangement, block,
 
 def scratch_row(first, train_data, test_data, orders, *, method, arrangement,
                 block, sparsity, key, steps):
-  """The same network, sparse from the first step."""
+  """The same network, sparse from the first step, its scale kept."""
   structure = structure_of(arrangement, block)
+  first = {name: leaf / math.sqrt(1 - sparsity * (name != 'head'))
+           for name, leaf in first.items()}
   if arrangement == 'shuffled':
     orders = tuple(jax.random.permutation(jax.random.fold_in(key, i), order)
                    for i, order in enumerate(orders))
@@ -214,8 +218,8 @@ def study(train_data, test_data, *, methods, blocks, sparsities, seeds, width,
   rows, inputs = [], train_data[0].shape[1]
   orders = (jnp.arange(inputs), jnp.arange(width))
   todo = cells(methods, blocks)
-  with reporting.Progress(seeds * len(sparsities) * len(todo)) as progress:
-    for seed in range(seeds):
+  with reporting.Progress(len(seeds) * len(sparsities) * len(todo)) as progress:
+    for i, seed in enumerate(seeds):
       key = jax.random.key(seed)
       first = network(key, inputs, width)
       dense, _ = train(first, sparse_jax.dense(), train_data, orders,
@@ -237,7 +241,7 @@ def study(train_data, test_data, *, methods, blocks, sparsities, seeds, width,
                        'block': block, 'sparsity': sparsity, 'seed': seed}
                       | row)
           done(rows)
-          progress.update(len(rows) - seed - 1)
+          progress.update(len(rows) - i - 1)
   return rows
 
 
@@ -245,16 +249,12 @@ def summary(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
   """Means over the seeds, and the deviation of the accuracy."""
   found = {}
   for row in rows:
-    found.setdefault(tuple(row[name] for name in (
-        'method', 'arrangement', 'block', 'sparsity')), []).append(row)
-  return [{'method': method, 'arrangement': arrangement, 'block': block,
-           'sparsity': sparsity} | {
-               name: statistics.fmean(run[name] for run in runs)
-               for name in ('kept', 'on a path', 'pruned', 'accuracy')
-               if name in runs[0]} | {
-                   'deviation': statistics.pstdev(run['accuracy']
-                                                  for run in runs)}
-          for (method, arrangement, block, sparsity), runs in found.items()]
+    found.setdefault(tuple(row[name] for name in NAMES[:4]), []).append(row)
+  return [dict(zip(NAMES, cell)) | {
+      name: statistics.fmean(run[name] for run in runs)
+      for name in NAMES[5:] if name in runs[0]} | {
+          'deviation': statistics.pstdev(run['accuracy'] for run in runs)}
+          for cell, runs in found.items()]
 
 
 def write(rows: Sequence[Mapping[str, float]], workdir: str) -> str:
@@ -262,25 +262,22 @@ def write(rows: Sequence[Mapping[str, float]], workdir: str) -> str:
   os.makedirs(workdir, exist_ok=True)
   means = summary(rows)
   table = reporting.markdown_table(means, formats={
-      name: '.1f' for name in ('kept', 'on a path', 'pruned', 'accuracy',
-                               'deviation') if any(name in row
-                                                   for row in means)})
+      name: '.1f' for row in means for name in row
+      if name in (*NAMES[5:], 'deviation')})
   files.write_text(os.path.join(workdir, 'table.md'), table)
-  names = list(dict.fromkeys(name for row in rows for name in row))
+  lines = [NAMES, *([row.get(name, '') for name in NAMES] for row in rows)]
   files.write_text(os.path.join(workdir, 'rows.csv'), ''.join(
-      ','.join(str(cell) for cell in line) + '\n' for line in [
-          names, *([row.get(name, '') for name in names] for row in rows)]))
-  for method in dict.fromkeys(row['method'] for row in means):
-    points = [row for row in means if row['method'] in ('dense', method)]
-    if method != 'dense':
-      plots.lines(
-          [{'row': row['method'] if row['method'] == 'dense' else
-            row['arrangement'] + f' {row["block"]}' * (row['block'] > 1),
-            'x': 100 - row.get('kept', 100), 'ours': row['accuracy'],
-            'deviation': row['deviation']} for row in points],
-          os.path.join(workdir, f'{method}.png'), f'Blocks, {method}',
-          xlabel='sparsity of the hidden kernels (%)', scale='sparsity',
-          published=False, ylabel='test accuracy (%)')
+      ','.join(map(str, line)) + '\n' for line in lines))
+  for method in {row['method'] for row in means} - {'dense'}:
+    plots.lines(
+        [{'row': 'dense' if row['method'] == 'dense' else
+          row['arrangement'] + f' {row["block"]}' * (row['block'] > 1),
+          'x': 100 - row.get('kept', 100), 'ours': row['accuracy'],
+          'deviation': row['deviation']} for row in means
+         if row['method'] in ('dense', method)],
+        os.path.join(workdir, f'{method}.png'), f'Blocks, {method}',
+        xlabel='sparsity of the hidden kernels (%)', scale='sparsity',
+        published=False, ylabel='test accuracy (%)')
   return table
 
 
@@ -292,8 +289,9 @@ def main(argv):
       train_data, test_data, methods=_METHODS.value,
       blocks=[int(size) for size in _BLOCKS.value],
       sparsities=[float(share) for share in _SPARSITIES.value],
-      seeds=_SEEDS.value, width=_WIDTH.value, steps=_STEPS.value,
-      tune_steps=_TUNE_STEPS.value, scratch_steps=_SCRATCH_STEPS.value,
+      seeds=[int(seed) for seed in _SEEDS.value], width=_WIDTH.value,
+      steps=_STEPS.value, tune_steps=_TUNE_STEPS.value,
+      scratch_steps=_SCRATCH_STEPS.value,
       done=lambda rows: write(rows, _WORKDIR.value))
   print(write(rows, _WORKDIR.value), end='')
 

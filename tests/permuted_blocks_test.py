@@ -20,7 +20,7 @@ class PermutedBlocksStudyTest(absltest.TestCase):
     data = (jax.random.normal(keys[0], (40, 12)), jnp.arange(40) % 10)
     rows = permuted_blocks.study(
         data, data, methods=['magnitude', 'snip'], blocks=[4],
-        sparsities=[75.], seeds=1, width=16, steps=8, tune_steps=1,
+        sparsities=[75.], seeds=[0], width=16, steps=8, tune_steps=1,
         scratch_steps=1)
     found = {(row['method'], row['arrangement']): row for row in rows}
     self.assertLen(found, len(rows))
