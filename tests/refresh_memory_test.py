@@ -10,8 +10,9 @@ import sparse_jax
 
 SIZE = 512
 WEIGHT = 4 * SIZE**2
-# Arrays that jax.random.uniform holds beside its own, on CPUs alone.
-DRAWN = 3
+# Arrays that jax.random.uniform holds beside its own, on CPUs alone: there it
+# hashes whole arrays in a loop, elsewhere entry by entry.
+DRAWN = 4
 
 
 def setUpModule():
@@ -47,16 +48,16 @@ class RefreshMemoryTest(parameterized.TestCase):
       ('gmp', sparse_jax.gmp(.9, update_end=1000), 1),
       ('top_kast', sparse_jax.top_kast(.9, backward_sparsity=.8,
                                        update_every=100), 1.25),
-      ('set', sparse_jax.set_(.9), 2 + DRAWN),
+      ('set', sparse_jax.set_(.9), 1.25 + DRAWN),
       ('set_by_sign', sparse_jax.set_(.9, drop_by='sign'), 3 + DRAWN),
-      ('rigl', sparse_jax.rigl(.9), 2),
-      ('snfs', sparse_jax.snfs(.9), 2))
+      ('rigl', sparse_jax.rigl(.9), 2.5),
+      ('snfs', sparse_jax.snfs(.9), 3))
   def test_a_refresh_holds_few_weights(self, method, bound):
     self.assertLess(temporaries(method), bound + .05)
 
   def test_leaves_refresh_one_after_the_other(self):
     method = sparse_jax.set_(.9)
-    self.assertLess(temporaries(method, leaves=2), 2.3 + DRAWN)
+    self.assertLess(temporaries(method, leaves=2), 1.5 + DRAWN)
 
 
 if __name__ == '__main__':

@@ -262,6 +262,33 @@ class TopKMaskTest(parameterized.TestCase):
       np.testing.assert_array_equal(mask & among, wanted)
       self.assertEqual(int(mask.sum()), k)
 
+  @parameterized.parameters('equal', 'rounded', 'zeros')
+  def test_ties_take_few_passes(self, kind):
+    """Halving alone takes 16 to find the key, and more to find the place."""
+    scores = np.abs(np.random.default_rng(3).normal(size=9000))
+    scores = {'equal': np.full(9000, .1), 'rounded': .1 * np.round(9 * scores),
+              'zeros': np.where(np.arange(9000) % 20, 0, scores)}[kind]
+    passes, counts = [], search.counts
+
+    def counted(*args):
+      jax.debug.callback(lambda: passes.append(1))
+      return counts(*args)
+
+    with mock.patch.object(search, 'counts', counted):
+      topk._search_mask(scores.astype(np.float32), jnp.int32(900), (0,))
+    jax.effects_barrier()
+    self.assertBetween(len(passes), 3, 14)
+
+  @parameterized.parameters(np.uint32, np.uint64)
+  def test_a_sum_of_equals_tells_what_they_are(self, kind):
+    rng = np.random.default_rng(4)
+    bits = 8 * kind(0).nbytes
+    count = rng.integers(1, 2**24, size=500).astype(kind)
+    each = rng.integers(0, 2**(bits - 24), size=500).astype(kind)
+    with jax.enable_x64(bits == 64):
+      got = search._quotient(jnp.asarray(count * each), jnp.asarray(count))
+    np.testing.assert_array_equal(got, each)
+
   def test_compiles_to_no_sort(self):
     text = jax.jit(topk.top_k_mask).lower(
         jnp.zeros((300, 100)), 5).compile().as_text()

@@ -84,7 +84,7 @@ class _Var:
   """A value in a program."""
 
   def __init__(self, aval):
-    self.shape, self.dtype, self.size = aval.shape, aval.dtype, aval.size
+    self.size = aval.size
 
 
 class _Step(NamedTuple):
@@ -120,8 +120,7 @@ class _Step(NamedTuple):
     values.update(zip(self.makes, outs, strict=True))
 
   def _lean(self, values):
-    given, made = self.needs, {
-        var: None for own in self.again for var in own.makes}
+    given, made = self.needs, {var for own in self.again for var in own.makes}
 
     def branch(place, closed):
       body = closed.jaxpr
@@ -138,24 +137,18 @@ class _Step(NamedTuple):
           return jax_core.jaxpr_as_fun(closed)(*_read(self.reads[1:], own))
         return run
 
-      wanted = [var for var in made if var in _hashable(self.reads[1:])]
-
-      def make(*args):
+      def run_again(*args):
         own = dict(zip(given, args, strict=True))
         for step in self.again:
           step.run(own)
-        return _read(wanted, own)
-
-      def run_again(*args):
-        own = dict(zip(given, args, strict=True))
         # What is made must be one value: two fusions may round it otherwise.
-        # XLA writes to memory what a condition gives that it cannot know, and
-        # may write scores over it, as it may not over what one is handed.
-        own.update(zip(wanted, lax.cond(
-            _read(self.reads[:1], own)[0] == place, make,
-            lambda *_: [jnp.zeros(var.shape, var.dtype) for var in wanted],
-            *args), strict=True))
-        return jax_core.jaxpr_as_fun(closed)(*_read(self.reads[1:], own))
+        # XLA writes to memory what it hands to a condition that it cannot know.
+        return lax.cond(
+            _read(self.reads[:1], own)[0] == place,
+            jax_core.jaxpr_as_fun(closed),
+            lambda *_: [jnp.zeros(var.aval.shape, var.aval.dtype)
+                        for var in body.outvars],
+            *_read(self.reads[1:], own))
       return run_again
 
     branches = [branch(place, closed) for place, closed in enumerate(

@@ -53,6 +53,11 @@ def key_at(position: jax.Array, lowest: int) -> jax.Array:
   return key + lowest
 
 
+# What a pass does beside counting: add up the keys that lie in the interval,
+# then probe on both sides of the only key that can have this sum.
+ADD, TRY = 1, 2
+
+
 class Cut(NamedTuple):
   """An interval that holds the k-th largest key, then the k-th place.
 
@@ -66,6 +71,8 @@ class Cut(NamedTuple):
   k: jax.Array
   by_place: jax.Array  # 1 once the key is found and places are searched.
   key: jax.Array  # The key found.
+  stage: jax.Array  # Of a search among ties: 0, ADD or TRY.
+  hint: jax.Array  # The one key of the interval, if it has but one.
 
 
 def zeros(scores: jax.Array, axes) -> jax.Array:
@@ -83,7 +90,7 @@ def whole(none: jax.Array, k: jax.Array, size: int, lowest: int) -> Cut:
   """The interval of all keys; k = 0 wants one above every key."""
   k, top = none + k.astype(none.dtype), none + none.dtype.type(-1 - 2 * lowest)
   return Cut(jnp.where(k > 0, none, top), top, jnp.where(k > 0, size, none),
-             none, k, none, none)
+             none, k, none, none, none, none)
 
 
 def narrow(cut: Cut, operands, count, settle=lambda cut: cut) -> Cut:
@@ -92,8 +99,9 @@ def narrow(cut: Cut, operands, count, settle=lambda cut: cut) -> Cut:
   Args:
     cut: where to start.
     operands: what is counted, a tree of arrays.
-    count: from `operands`, the interval and a list of probes, both given by
-      positions, to how many reach each probe.
+    count: from `operands`, the interval, a list of probes and a ramp, both
+      given by positions, to how many reach each probe, and the sum of `counts`
+      for the ramp.
     settle: what to do with the interval after a pass.
 
   Returns:
@@ -103,14 +111,48 @@ def narrow(cut: Cut, operands, count, settle=lambda cut: cut) -> Cut:
     # XLA would do before the loop, and keep, what does not depend on the
     # interval: whole arrays of keys and places. So let all depend on it.
     held, ends = lax.optimization_barrier((operands, ends))
-    cut = Cut(*ends)
-    probes = _probes(cut)
-    for probe, reached in zip(probes, count(held, cut, probes)):
-      cut = _tighten(cut, probe, reached)
-    return jnp.stack(settle(cut))
+    old = cut = Cut(*ends)
+    *probes, last = _probes(cut)
+    adds = cut.stage == ADD
+    ramp = (jnp.where(adds, cut.low, last - 1), jnp.where(adds, cut.high, last))
+    *reached, total = count(held, cut, probes, ramp)
+    for probe, number in zip(probes, reached):
+      cut = _tighten(cut, probe, number)
+    cut = _tighten(cut, jnp.where(adds, cut.low, last),
+                   jnp.where(adds, cut.reached, total))
+    return jnp.stack(settle(_next_stage(old, cut, total)))
 
   return Cut(*lax.while_loop(lambda ends: jnp.any(is_open(Cut(*ends))),
                              one_pass, jnp.stack(cut)))
+
+
+def _next_stage(old: Cut, cut: Cut, total) -> Cut:
+  """What the next pass does, after one from `old` to `cut`.
+
+  Halving an interval finds a key that many scores share bit by bit. Where a
+  pass leaves all scores of the interval in it, they may all be equal; then
+  their sum says which key they are.
+  """
+  kind = cut.low.dtype
+  width, inside = old.high - old.low, old.reached - old.passed
+  each = _quotient(total - old.passed * width, inside)
+  stuck = (cut.reached == old.reached) & (cut.passed == old.passed)
+  adds = old.stage == ADD
+  return cut._replace(
+      stage=jnp.where(adds, kind.type(TRY), jnp.where(stuck, kind.type(ADD),
+                                                      kind.type(0))),
+      hint=jnp.where(adds, old.low + jnp.minimum(each, width - 1), cut.hint))
+
+
+def _quotient(total: jax.Array, count: jax.Array) -> jax.Array:
+  """The least number of which `count` add up to `total`, in modular words."""
+  kind = count.dtype.type
+  twos = 8 * count.dtype.itemsize - 1 - lax.clz(count & (~count + kind(1)))
+  odd = count >> twos
+  inverse = odd * kind(3) ^ kind(2)  # Of 5 bits; each turn has twice as many.
+  for _ in range(4):
+    inverse *= kind(2) - odd * inverse
+  return ((total >> twos) * inverse) & (~kind(0) >> twos)
 
 
 def is_open(cut: Cut) -> jax.Array:
@@ -133,6 +175,7 @@ def _probes(cut: Cut) -> list[jax.Array]:
   The quarters need at most 16 passes for 32 bits, whatever the scores. Where
   keys lie evenly in the interval, as they nearly do once it is short, the
   k-th of them is where its rank says, and the others save a third of these.
+  Where one key is all that the interval may have, they stand at both sides.
   """
   width, kind = cut.high - cut.low, cut.low.dtype
   step = (width >> 2) + (width & 3 > 0).astype(kind)
@@ -142,15 +185,36 @@ def _probes(cut: Cut) -> list[jax.Array]:
   for guess in (share - 2.**-6, share + 2.**-6):
     guess = jnp.clip(guess, 0., 1. - 2.**-20) * width.astype(jnp.float32)
     offsets.append(guess.astype(kind))
-  return [jnp.minimum(cut.low + offset, cut.high - 1) for offset in offsets]
+  *quarters, below, above = [jnp.minimum(cut.low + offset, cut.high - 1)
+                             for offset in offsets]
+  tries, least = cut.stage == TRY, cut.low + 1
+  below = jnp.where(tries, jnp.clip(cut.hint, cut.low, cut.high), below)
+  above = jnp.where(tries, jnp.clip(cut.hint + 1, cut.low, cut.high), above)
+  return [*quarters, below, jnp.maximum(above, least)]
 
 
-def counts(keys: jax.Array, probes: list[jax.Array], axes, lowest: int,
+def counts(keys: jax.Array, probes: list[jax.Array], ramp, axes, lowest: int,
            ) -> list[jax.Array]:
-  """How many keys reach each probe (a position), in one pass over the keys."""
+  """How many keys reach each probe, in one pass over the keys.
+
+  Args:
+    keys: what is counted.
+    probes: positions.
+    ramp: two positions. The last result is the sum of how far each key is
+      beyond the first, no further than the second: of two neighbours, how many
+      keys reach the second.
+    axes: along which keys are counted.
+    lowest: the key at position 0.
+  """
   word = jnp.uint64 if keys.dtype.itemsize == 8 else jnp.uint32
-  return _sums(lambda keys, *probes: [keys >= probe for probe in probes],
-               (keys, *(key_at(probe, lowest) for probe in probes)), axes, word)
+
+  def terms(keys, first, last, *probes):
+    beyond = jnp.clip(keys, first, last) - first
+    return [*(keys >= probe for probe in probes),
+            lax.bitcast_convert_type(beyond, word)]
+
+  ends = (key_at(position, lowest) for position in (*ramp, *probes))
+  return _sums(terms, (keys, *ends), axes, word)
 
 
 def tally(marked: jax.Array, axes) -> jax.Array:
@@ -159,7 +223,7 @@ def tally(marked: jax.Array, axes) -> jax.Array:
 
 
 def _sums(terms, operands, axes, word) -> list[jax.Array]:
-  """The sums of `terms(*operands)`, a list of bools, in one pass.
+  """The sums of `terms(*operands)`, bools or words, in one pass.
 
   XLA makes plain sums one pass and, over several devices, one small
   all-reduce. Its CPU compiler makes them several slow passes, each over an

@@ -219,8 +219,8 @@ def _search_mask(scores: jax.Array, k: jax.Array, axes) -> jax.Array:
     places = jnp.where(equal, place, 0) + lowest
     return keys, jnp.where(cut.by_place > 0, places, keys)
 
-  def count(operands, cut, probes):
-    return search.counts(ranked(*operands, cut)[1], probes, axes, lowest)
+  def count(operands, cut, probes, ramp):
+    return search.counts(ranked(*operands, cut)[1], probes, ramp, axes, lowest)
 
   cut = search.whole(search.zeros(scores, axes), _like(k, scores.ndim), size,
                      lowest)
@@ -237,7 +237,7 @@ def _turn_to_places(cut: search.Cut, size: int) -> search.Cut:
   turns = (cut.reached != cut.k) & ~search.is_open(cut) & (cut.by_place == 0)
   none = jnp.zeros_like(cut.k)
   second = search.Cut(none, none + (size + 1), none + size, none,
-                      cut.k - cut.passed, none + 1, cut.low)
+                      cut.k - cut.passed, none + 1, cut.low, none, none)
   return search.Cut(*(jnp.where(turns, new, old)
                       for new, old in zip(second, cut)))
 
@@ -307,11 +307,12 @@ def _joint_cut(scores: list[jax.Array], lowest: int,
   def of_all(each):
     return tuple(range(each.ndim))
 
-  def count(scores, cut, probes):
+  def count(scores, cut, probes, ramp):
     del cut
-    reached = [search.counts(search.keys_of(each),
-                             [_like(probe, each.ndim) for probe in probes],
-                             of_all(each), lowest) for each in scores]
+    like = lambda ends, each: [_like(end, each.ndim) for end in ends]
+    reached = [search.counts(search.keys_of(each), like(probes, each),
+                             like(ramp, each), of_all(each), lowest)
+               for each in scores]
     return [sum(own.reshape(()) for own in counts)
             for counts in zip(*reached)]
 
