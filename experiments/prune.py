@@ -276,29 +276,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
       formatter_class=argparse.RawDescriptionHelpFormatter)
   floats = lambda text: [float(part) for part in text.split(',')]
   words = lambda text: [part for part in text.split(',') if part]
-  defaults = Settings()
   given.add_argument('--run', required=True, help='Folder of a finished run.')
-  given.add_argument('--by', type=words, default=defaults.by, help='Rules, '
-                     'separated by commas: '
-                     f'{", ".join((*one_shot.RULES, *IN_TRAINING))}.')
-  given.add_argument('--sparsity', type=floats, default=defaults.sparsity,
-                     help='Sparsities, separated by commas.')
-  given.add_argument('--pattern', help='n:m, as 2:4: n of each m inputs.')
-  given.add_argument('--dense_layers', type=words, default=(), help='Leaves '
-                     'that are not pruned: regular expressions, separated by '
-                     'commas.')
-  given.add_argument('--calibration_batches', type=int,
-                     default=defaults.calibration_batches,
-                     help='Batches of training data to prune by.')
-  given.add_argument('--fine_tune_steps', type=int,
-                     default=defaults.fine_tune_steps)
-  given.add_argument('--fine_tune_learning_rate', type=float,
-                     default=defaults.fine_tune_learning_rate)
-  given.add_argument('--distill', type=float, default=defaults.distill,
-                     help='Share of the loss of fine-tuning that is the '
-                     'divergence from the outputs of the dense network.')
-  given.add_argument('--rewind_to', type=int, default=defaults.rewind_to,
-                     help='iterative: the step whose values rounds return to.')
+  for name, (kind, text) in {
+      'by': (words, 'Rules, separated by commas: '
+             f'{", ".join((*one_shot.RULES, *IN_TRAINING))}.'),
+      'sparsity': (floats, 'Sparsities, separated by commas.'),
+      'pattern': (str, 'n:m, as 2:4: n of each m inputs.'),
+      'dense_layers': (words, 'Leaves that are not pruned: regular '
+                       'expressions, separated by commas.'),
+      'calibration_batches': (int, 'Batches of training data to prune by.'),
+      'fine_tune_steps': (int, 'How many.'),
+      'fine_tune_learning_rate': (float, 'Constant.'),
+      'distill': (float, 'Share of the loss of fine-tuning that is the '
+                  'divergence from the outputs of the dense network.'),
+      'rewind_to': (int, 'iterative: the step whose values rounds return to.')
+  }.items():
+    given.add_argument(f'--{name}', type=kind, help=text,
+                       default=Settings._field_defaults[name])
   flags.FLAGS(argv[:1])
   return given.parse_args(argv[1:])
 

@@ -175,15 +175,14 @@ class HostsTest(absltest.TestCase):
   def values(self, name):
     return _values(workdir=os.path.join(self.folder, name), train_steps=60)
 
-  def start(self, values):
+  def start(self, values, **changes):
     """Two hosts of one device."""
     with socket.socket() as free:
       free.bind(('localhost', 0))
       address = f'localhost:{free.getsockname()[1]}'
-    join = {'distributed': True, 'coordinator': address, 'num_processes': 2,
-            'heartbeat_timeout': 10}
-    hosts = [soak.start({**values, **join, 'process_id': i}, _SETTINGS)
-             for i in range(2)]
+    join = {'distributed': True, 'coordinator': address, 'num_processes': 2}
+    hosts = [soak.start({**values, **join, 'process_id': i, **changes},
+                        _SETTINGS) for i in range(2)]
     for host in hosts:
       self.addCleanup(host.process.kill)
     return hosts
@@ -191,7 +190,7 @@ class HostsTest(absltest.TestCase):
   def test_one_host_is_lost(self):
     """The first learns of it by its silence, and must end by itself."""
     unbroken, killed = self.values('unbroken'), self.values('killed')
-    first, lost = self.start(killed)
+    first, lost = self.start(killed, heartbeat_timeout=10)
     log = pathlib.Path(first.log)
     self.assertTrue(soak.wait(lost, lambda: soak.newest(killed['workdir'])),
                     log.read_text())
