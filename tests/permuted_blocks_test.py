@@ -28,7 +28,6 @@ class PermutedBlocksStudyTest(absltest.TestCase):
     self.assertNotEqual(found['magnitude', 'blocks']['pruned'],
                         found['magnitude', 'permuted']['pruned'])
     for row in rows[1:]:
-      self.assertGreaterEqual(row['kept'], row['on a path'])
       self.assertBetween(row['kept'], 20., 30.)
     with tempfile.TemporaryDirectory() as folder:
       self.assertIn('balanced', permuted_blocks.write(rows, folder))
