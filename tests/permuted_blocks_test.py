@@ -18,7 +18,7 @@ class PermutedBlocksStudyTest(absltest.TestCase):
 
   def test_rows_tables_and_pictures(self):
     keys = jax.random.split(jax.random.key(0))
-    data = (jax.random.normal(keys[0], (40, 12)), jnp.arange(40) % 10)
+    data = (jax.random.normal(keys[0], (400, 12)), jnp.arange(400) % 10)
     fewer = {'magnitude': ('blocks', 'permuted'), 'snip': ('permuted',)}
     with mock.patch.dict(permuted_blocks.ARRANGEMENTS, fewer):
       rows = permuted_blocks.study(
