@@ -137,7 +137,7 @@ def sparsify(optimizer: optax.GradientTransformation,
     if bound_grown and known and method.grows and method.resets is None:
       first, _ = optimizer.update(
           grads, slots_lib.renewed(params, slots, fresh), params, **extra_args)
-      updates = _bounded(updates, first, marks, known)
+      updates = _bounded(updates, first, grads, marks, known)
     updates = _mask(updates, marks, still=-0.)
     if method.skips is not None:
       updates, new_slots = _skip(method.skips(sparse), updates,
@@ -328,16 +328,19 @@ def _fresh_outside(slots, fresh, params, sparse, marks):
   return slots_lib.map_slots(visit, params, slots, fresh)
 
 
-def _bounded(updates, first, marks, known):
-  """Updates of entries that came later, no larger than the `first` ones."""
-  def bound(path, update, most, marks):
+def _bounded(updates, first, grads, marks, known):
+  """Updates of entries that came later, no larger than the `first` ones.
+
+  A first step of 0 along a gradient is none (ADOPT), and bounds nothing.
+  """
+  def bound(path, update, most, grad, marks):
     if path not in known or not marks_lib.is_marked(marks):
       return update
     most = jnp.abs(most)
-    return jnp.where(marks_lib.came_later(marks),
-                     jnp.clip(update, -most, most), update)
+    bounded = marks_lib.came_later(marks) & ((most > 0) | (grad == 0))
+    return jnp.where(bounded, jnp.clip(update, -most, most), update)
 
-  return trees.map_leaves(bound, updates, first, marks)
+  return trees.map_leaves(bound, updates, first, grads, marks)
 
 
 def _skip(skip, updates, slots):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 import sparse_jax
 from sparse_jax.rules import slots
@@ -141,6 +142,16 @@ class BoundGrownTest(parameterized.TestCase):
       np.testing.assert_allclose(
           updates['dense']['kernel'][at],
           -rate(2 * EVERY + i) * want['dense']['kernel'][at], rtol=1e-4)
+
+  def test_an_optimizer_whose_first_step_is_none_moves_what_has_grown(self):
+    method = METHODS['rigl']
+    tx = sparse_jax.sparsify(optax.contrib.adopt(RATE), method)
+    start = np.asarray(tx.init(fake_params()).sparse.forward_masks['dense'][
+        'kernel'])
+    params, state = run(tx, EVERY + 10)
+    grown = np.asarray(state.sparse.forward_masks['dense']['kernel']) & ~start
+    self.assertTrue(grown.any())
+    self.assertTrue(np.all(np.asarray(params['dense']['kernel'])[grown] != 0))
 
   def test_counts_are_known_by_what_stands_beside_them(self):
     params = fake_params()
