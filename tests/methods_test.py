@@ -619,6 +619,17 @@ class KeyTest(parameterized.TestCase):
     other = name not in RANDOM_START
     self.assertEqual(same, [True, True, True, other, other])
 
+  @parameterized.parameters('fold_in', 'split', 'the key', 'nnx')
+  def test_masks_do_not_follow_weights_drawn_from_the_same_key(self, way):
+    key = jax.random.key(0)
+    weights = {'fold_in': lambda: jax.random.fold_in(key, 0),
+               'split': lambda: jax.random.split(key, 3)[0],
+               'the key': lambda: key, 'nnx': nnx.Rngs(0)}[way]()
+    params = {'kernel': jax.random.normal(weights, (64, 64))}
+    for given in (None, 0, key):
+      mask = sparse_jax.static(.5).init(params, given).forward_masks['kernel']
+      self.assertLess(abs(float(params['kernel'][mask].mean())), .1)
+
   @parameterized.parameters(*RANDOM_START)
   def test_leaves_of_one_shape_get_masks_of_their_own(self, name):
     params = {'a': jnp.ones((8, 12)), 'b': jnp.ones((8, 12))}

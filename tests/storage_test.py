@@ -191,7 +191,7 @@ class PackedIsMaskedTest(parameterized.TestCase):
   def test_restored_from_a_file_masks_move_on_as_unbroken(self, name, through):
     """Saved between two refreshes, restored into what `start` makes anew."""
     method = sparse_jax.packed(METHODS[name])
-    tx = sparse_jax.sparsify(OPTIMIZERS['adam'], method, key=1)
+    tx = sparse_jax.sparsify(OPTIMIZERS['adam'], method, key=4)
     run = jax.jit(make_step(method, tx))
     start = lambda: jax.device_put(sparse_jax.start(tx, method, mlp_params()))
     state, states = start(), []

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from typing import Any
 from typing import NamedTuple
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -257,8 +258,16 @@ def checked_state(opt_state: Any, method: str, params: trees.PyTree
   return state
 
 
+# Folded into every key: the first weights of a model may be drawn from the same
+# one (nnx.Rngs(0), jax.random.split), and must not say what is kept of them.
+_OWN = zlib.crc32(b'sparse_jax')
+
+
 def key_data(key: int | jax.Array | None) -> jax.Array:
-  """uint32[...]: raw data of a PRNG key given as None, an int or a key.
+  """uint32[...]: raw data of a PRNG key made of None, an int or a key.
+
+  It is no key that the caller has, nor one split from it: a mask drawn by the
+  bits of a weight would keep its largest entries.
 
   An integer may be an array of no axes, so that seeds may be mapped over.
 
@@ -268,6 +277,11 @@ def key_data(key: int | jax.Array | None) -> jax.Array:
   Raises:
     ValueError: for anything else.
   """
+  given = jax.random.wrap_key_data(_given_key(key))
+  return jax.random.key_data(jax.random.fold_in(given, _OWN))
+
+
+def _given_key(key):
   whole = isinstance(key, (int, np.integer)) and not isinstance(key, bool)
   if key is None or whole:
     return jax.random.key_data(jax.random.key(int(key or 0)))
