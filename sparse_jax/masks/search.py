@@ -241,9 +241,19 @@ def _sums(terms, operands, axes, word) -> list[jax.Array]:
     totals = lax.optimization_barrier(totals)
     return [lax.expand_dims(total, axes) for total in totals]
 
-  if placing.is_shared(*operands):
+  if _may_be_split(operands):
     return plain(*operands)
   return lax.platform_dependent(*operands, cpu=at_once, default=plain)
+
+
+def _may_be_split(arrays) -> bool:
+  """Whether XLA may split arrays over CPUs, as far as one can know here.
+
+  Where `jit` was given `in_shardings` alone no type tells.
+  """
+  if placing.mesh_of(*arrays).empty:
+    return jax.device_count('cpu') > 1
+  return placing.is_shared(*arrays)
 
 
 def _add_all(xs, ys):
