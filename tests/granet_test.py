@@ -187,13 +187,15 @@ class MestTest(parameterized.TestCase):
       ('no_numbers', dict(mutation=()), 'mutation'),
       ('one_number', dict(mutation=.1), 'mutation'),
       ('above_one', dict(mutation=(1.5,)), 'mutation'),
+      ('all_that_is_kept', dict(mutation=(.2, .1)), 'mutation'),
+      ('the_default_at_98', dict(sparsity=.98), 'mutation'),
       ('too_few_ends', dict(mutation_ends=(5,)), 'mutation_ends'),
       ('falling_ends', dict(mutation_ends=(5, 4)), 'mutation_ends'),
       ('no_steps', dict(mutation_ends=(1.5, 4)), 'mutation_ends'),
       ('weight', dict(gradient_weight=-1.), 'gradient_weight'))
   def test_bad_argument_is_named(self, changes, argument):
     with self.assertRaisesRegex(ValueError, f'`{argument}`'):
-      sparse_jax.mest(.8, **changes)
+      sparse_jax.mest(**{'sparsity': .8} | changes)
 
 
 if __name__ == '__main__':

@@ -44,8 +44,8 @@ def mest(sparsity: float, *, variant: str = 'em',
       `static`.
     variant: 'em' or 'ems'.
     mutation: values of delta, in turn, each in [0, 1]: shares of all entries.
-      By 'em', 1 - sparsity and more replaces all but one of the active ones,
-      as the default does at 98%.
+      By 'em', less than 1 - sparsity, or all of the active ones would go: at
+      98% and above the default is an error.
     mutation_ends: from which steps on the next value holds, one less than
       there are values. None: even parts of `update_end`, or without one the
       first value for ever.
@@ -92,6 +92,9 @@ def mest(sparsity: float, *, variant: str = 'em',
     raise ValueError(f'`variant` (={variant!r}) must be \'em\' or \'ems\'.')
   values, ends = _mutations(mutation, mutation_ends, update_end)
   soft = variant == 'ems'
+  if not soft and max(values) >= (1 - sparsity) * (1 - 1e-9):
+    raise ValueError(f'`mutation` (={values!r}) by \'em\' must be below the '
+                     f'share that is kept, 1 - sparsity = {1 - sparsity:.4g}.')
 
   def number(leaf, step):
     """int32[]: the groups of a competition that a mutation concerns."""
