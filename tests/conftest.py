@@ -15,7 +15,10 @@ import jaxlib  # noqa: E402
 # so only where it is known.
 if jaxlib.__version__.startswith('0.10.'):
   os.environ['XLA_FLAGS'] = ' '.join((
-      '--xla_cpu_use_fusion_emitters=false', os.environ.get('XLA_FLAGS', '')))
+      '--xla_cpu_use_fusion_emitters=false',
+      # Eight devices that share a busy core may wait long for each other.
+      '--xla_cpu_collective_call_terminate_timeout_seconds=600',
+      os.environ.get('XLA_FLAGS', '')))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -218,7 +218,7 @@ class PackedIsMaskedTest(parameterized.TestCase):
       def body(state, xy):
         return step(*state, *xy)[:2], None
 
-      xy = [jnp.stack(each) for each in zip(*map(batch, range(4)))]
+      xy = [jnp.stack(each) for each in zip(*map(batch, range(3)))]
       state, _ = jax.lax.scan(body, state, xy)
       return sparse_jax.dense_weights(method, *state)
 
