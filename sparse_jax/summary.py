@@ -109,8 +109,8 @@ def summarize(params: trees.PyTree, opt_state: Any,
     >>> print(table)
     leaf    shape  entries  forward  backward  churn  ever active   dead
     bias    8            8    dense
-    kernel  4 x 8       32   25.00%    25.00%  0.00%       25.00%  3 + 0
-    total               32   25.00%    25.00%  0.00%       25.00%  3 + 0
+    kernel  4 x 8       32   25.00%    25.00%  0.00%       25.00%  2 + 0
+    total               32   25.00%    25.00%  0.00%       25.00%  2 + 0
     >>> table.collapsed
     ()
   """

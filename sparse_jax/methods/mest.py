@@ -92,6 +92,7 @@ def mest(sparsity: float, *, variant: str = 'em',
     raise ValueError(f'`variant` (={variant!r}) must be \'em\' or \'ems\'.')
   values, ends = _mutations(mutation, mutation_ends, update_end)
   soft = variant == 'ems'
+  checks.check_sparsity('sparsity', sparsity)
   if not soft and max(values) >= (1 - sparsity) * (1 - 1e-9):
     raise ValueError(f'`mutation` (={values!r}) by \'em\' must be below the '
                      f'share that is kept, 1 - sparsity = {1 - sparsity:.4g}.')
