@@ -41,13 +41,18 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-  if config.option.tier is None:
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    config.option.tier = 'first' if whole else 'all'
+  if hasattr(config, 'workerinput'):
+    return  # xdist hands a worker what is decided here.
+  whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+  config.option.whole_suite = whole
+  config.option.tier = config.option.tier or ('first' if whole else 'all')
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
   """Leaves the tests of the tier that was asked for."""
+  if config.option.whole_suite:
+    second_tier.check_all_found(items)
   if config.option.tier == 'all':
     return
   chosen = {True: [], False: []}

@@ -100,7 +100,7 @@ class LayeringTest(absltest.TestCase):
     """A program may be for others: `lax.platform_dependent` and types say."""
     asked = {'default_backend', 'device_count', 'local_device_count'}
     for path in LIBRARY.rglob('*.py'):
-      # One compiles what it runs itself, one asks of CPUs what only they use.
+      # One compiles what it runs itself, one chooses between equals on CPUs.
       if path.name in ('effective.py', 'search.py'):
         continue
       names = {node.attr for node in ast.walk(ast.parse(path.read_text()))

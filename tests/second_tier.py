@@ -117,6 +117,13 @@ SECOND = (
 )
 
 
+def check_all_found(items) -> None:
+  """Raises ValueError for an entry of SECOND that is found in no test."""
+  for tests, _, _ in SECOND:
+    if not any(re.search(tests, item.nodeid) for item in items):
+      raise ValueError(f'second_tier.py: {tests!r} is found in no test.')
+
+
 def is_long(item) -> bool:
   """Whether pytest's item is of the second tier."""
   rows = next((rows for tests, rows, _ in SECOND

@@ -2,8 +2,7 @@
 
 Written in Mosaic GPU: a warpgroup copies tiles to shared memory (TMA), others
 multiply them there (wgmma). Compiled and simulated, never run on a chip; so
-nothing chooses these kernels but their name. They import Mosaic GPU when they
-are called, which takes as long as all of this library.
+nothing chooses these kernels but their name.
 """
 
 import functools
@@ -11,6 +10,7 @@ import functools
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from sparse_jax.blocks import gpu
@@ -55,8 +55,6 @@ def block_product(x: jax.Array, blocks: jax.Array, takes: jax.Array,
     >>> shape.shape
     (8, 256)
   """
-  from jax.experimental.pallas import mosaic_gpu as plgpu
-
   height, (tall, wide) = x.shape[0], blocks.shape[1:]
   if transpose:
     tall, wide = wide, tall
@@ -124,8 +122,6 @@ def block_gradient(x: jax.Array, cotangent: jax.Array, rows: jax.Array,
     >>> jax.eval_shape(gradient, x, x, at, at).shape
     (1, 64, 128)
   """
-  from jax.experimental.pallas import mosaic_gpu as plgpu
-
   count = rows.size
 
   def kernel(rows, columns, x, cotangent, grad, result):
@@ -175,8 +171,6 @@ def growth_scores(x: jax.Array, cotangent: jax.Array, *,
     >>> jax.eval_shape(scores, x, x).shape
     (2, 1)
   """
-  from jax.experimental.pallas import mosaic_gpu as plgpu
-
   fold = jnp.sum if reduce == 'sum' else jnp.max
   grid = x.shape[1] // block[0], cotangent.shape[1] // block[1]
 
@@ -203,8 +197,6 @@ def growth_scores(x: jax.Array, cotangent: jax.Array, *,
 
 def _outer(write, x, cotangent, row, column, block):
   """Writes the tile of x.T @ cotangent at (row, column) of tiles."""
-  from jax.experimental.pallas import mosaic_gpu as plgpu
-
   own = pl.ds(lax.axis_index('group') * _PART, _PART)
 
   def multiply(total, x, cotangent):
@@ -227,8 +219,6 @@ def _pipeline(multiply, write, shape, steps, groups, operands):
     groups: how many warpgroups multiply.
     operands: for each operand (shape of a part, its place at a step).
   """
-  from jax.experimental.pallas import mosaic_gpu as plgpu
-
   def context(run):
     def scope(total):
       run(total)
@@ -253,8 +243,6 @@ def _pipeline(multiply, write, shape, steps, groups, operands):
 
 def _call(kernel, name, shape, dtype, *, result, groups, grid, interpret):
   """The kernel as a function of arrays, with shared memory for its result."""
-  from jax.experimental.pallas import mosaic_gpu as plgpu
-
   stage = plgpu.SMEM(result, dtype,
                      transforms=_swizzled() if len(result) == 3 else ())
   return plgpu.kernel(
@@ -268,6 +256,4 @@ def _call(kernel, name, shape, dtype, *, result, groups, grid, interpret):
 
 def _swizzled():
   """How rows of 64 entries of 16 bits lie in shared memory for wgmma."""
-  from jax.experimental.pallas import mosaic_gpu as plgpu
-
   return plgpu.TilingTransform((8, _PART)), plgpu.SwizzleTransform(2 * _PART)

@@ -249,10 +249,11 @@ def _sums(terms, operands, axes, word) -> list[jax.Array]:
 def _may_be_split(arrays) -> bool:
   """Whether XLA may split arrays over CPUs, as far as one can know here.
 
-  Where `jit` was given `in_shardings` alone no type tells.
+  Where `jit` was given `in_shardings` alone no type tells; then the devices of
+  this process do, if they are CPUs. Of others both ways are right.
   """
   if placing.mesh_of(*arrays).empty:
-    return jax.device_count('cpu') > 1
+    return jax.device_count() > 1
   return placing.is_shared(*arrays)
 
 

@@ -17,11 +17,11 @@ Axes = (tuple[int, ...] | Mapping[str, tuple[int, ...]]
         | Callable[[trees.Path, Any], tuple[int, ...]])
 
 # Last names of leaves that no product multiplies by: biases, scales, tables of
-# tokens and positions, class tokens, probes and queries that are learnt.
+# tokens and positions, class tokens, probes of attention pooling.
 _NEVER_SPARSE = re.compile(
     r'(?:^|_)(?:bias|scale|gamma|beta|emb|embed\w*|pos|pos_?e[mn]\w*|'
     r'position\w*|pe|rpb|table|wpe|wte|cls|tok|tokens?|registers?|prompts?|'
-    r'probe|latents?|latent_query|queries)$')
+    r'probe|latents?|latent_query)$')
 # Names that Flax gives to the projections of attention, and the axes of their
 # kernels that the product sums over: (d, heads, head_dim) and its mirror.
 _ATTENTION = {'query': (0,), 'key': (0,), 'value': (0,), 'out': (0, 1)}

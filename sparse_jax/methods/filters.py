@@ -1,6 +1,7 @@
 """Filter pruning: whole filters leave the arrays, and the net is smaller."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,8 +108,8 @@ def _check(arrays, sparsities, followers) -> None:
   for path, own in followers.items():
     filters = arrays[path].shape[-1]
     for name, axis in own.items():
-      shape = getattr(arrays.get(name), 'shape', ())
-      fits = -len(shape) <= axis < len(shape)
+      shape: Any = getattr(arrays.get(name), 'shape', None)
+      fits = shape is not None and -len(shape) <= axis < len(shape)
       if not fits or shape[axis] % filters:
         raise ValueError(f'`followers[{path!r}]` names {name!r} with axis '
                          f'{axis}, of shape {shape}; it must have a multiple '

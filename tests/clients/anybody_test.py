@@ -79,15 +79,16 @@ class LeavesTest(parameterized.TestCase):
       'posemb', 'pos_embed', 'pos_encoding', 'position', 'cls', 'cls_token',
       'mask_token', 'register_tokens', 'probe', 'bias', 'norm_scale', 'wpe',
       'wte', 'pe', 'pos_table', 'relative_position_bias_table', 'rpb',
-      'registers', 'cls_tok', 'latents', 'queries', 'prompt', 'gamma')
+      'registers', 'cls_tok', 'latents', 'prompt', 'gamma')
   def test_no_kernel_by_its_name(self, name):
     params = shapes(kernel=(4, 8), **{name: (1, 6, 8)})
     plan = sparse_jax.static(.5).init(
         jax.tree.map(lambda leaf: jnp.ones(leaf.shape), params)).plan
     self.assertEqual(list(plan.by_path), ['kernel'])
 
-  @parameterized.parameters('kernel', 'w', 'lora_a', 'weight', 'query', 'post',
-                            'wq', 'recurrent_kernel', 'type', 'token_mixer_w')
+  @parameterized.parameters(
+      'kernel', 'w', 'lora_a', 'weight', 'query', 'queries', 'post', 'wq',
+      'recurrent_kernel', 'type', 'token_mixer_w')
   def test_a_kernel_by_its_name(self, name):
     plan = jax.eval_shape(sparse_jax.static(.5).init, shapes(
         **{name: (4, 8)})).plan
