@@ -40,24 +40,18 @@ def pytest_addoption(parser):
       'the rest; all: both (the default where files are named)')
 
 
-def pytest_configure(config):
-  if hasattr(config, 'workerinput'):
-    return  # xdist hands a worker what is decided here.
-  whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-  config.option.whole_suite = whole
-  config.option.tier = config.option.tier or ('first' if whole else 'all')
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
   """Leaves the tests of the tier that was asked for."""
-  if config.option.whole_suite:
+  whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+  if whole:
     second_tier.check_all_found(items)
-  if config.option.tier == 'all':
+  tier = config.option.tier or ('first' if whole else 'all')
+  if tier == 'all':
     return
   chosen = {True: [], False: []}
   for item in items:
     long = second_tier.is_long(item)
-    chosen[long == (config.option.tier == 'second')].append(item)
+    chosen[long == (tier == 'second')].append(item)
   config.hook.pytest_deselected(items=chosen[False])
   items[:] = chosen[True]
