@@ -14,8 +14,9 @@ from typing import Any
 
 from launch import cycles
 
-# What libtpu must know before it is loaded where there is no TPU.
-ENVIRONMENT = {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+# Of the process that compiles; the first two let libtpu load without a TPU.
+ENVIRONMENT = {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+               'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '3'}
 ASSUMPTIONS = (
     'Compiled and estimated, not run: cycles of the compiler\'s cost model at '
     'the chip\'s clock, loops by their length, kernels by their own estimate '
@@ -137,22 +138,18 @@ def _compiled(module, values, mesh, chip, task) -> dict[str, Any]:
       'seconds': time.monotonic() - begin}
 
 
-def environment() -> dict[str, str]:
-  """That of the process which compiles."""
-  return {**ENVIRONMENT, 'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '3'}
-
-
 def table(compiled: Mapping[str, Mapping[str, Any]]) -> str:
   """A Markdown table of cells' figures by their names."""
   from experiments import reporting
   rows = []
   for name, found in compiled.items():
-    for what in ('dense', 'step'):
-      rows.append({'cell': name, 'step': {'step': 'its own'}.get(what, what),
-                   **_row(found[what], found['hbm_gib'])})
+    dense, own = (_row(found[what], found['hbm_gib'])
+                  for what in ('dense', 'step'))
     if not any('needed' in found[what] for what in ('dense', 'step')):
       ratio = found['step']['ordinary_ms'] / found['dense']['ordinary_ms']
-      rows[-1]['of dense'] = f'{ratio:.3f}'
+      own['of dense'] = f'{ratio:.3f}'
+    rows += [{'cell': name, 'step': 'dense', **dense},
+             {'cell': name, 'step': 'its own', **own}]
   one = next(iter(compiled.values()))
   return (reporting.markdown_table(rows)
           + f'\nOf one {one["chip"]} of {one["chips"]}. {ASSUMPTIONS}\n')

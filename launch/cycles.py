@@ -7,6 +7,7 @@ one is taken. Nothing is run.
 
 import collections
 from collections.abc import Mapping
+import math
 import re
 from typing import NamedTuple
 
@@ -157,18 +158,11 @@ def _own(line: str, chip: Chip) -> Cost:
 
 def _bytes(shape: str, kind: str) -> int:
   """Of an array, or of a tuple; a start's first half are its operands."""
-  sizes = [_SIZES.get(dtype, 4) * _entries(dims) for dtype, dims in re.findall(
-      r'\b([a-z]+\d*)\[([\d,]*)\]', shape)]
+  sizes = [_SIZES.get(dtype, 4) * math.prod(map(int, re.findall(r'\d+', dims)))
+           for dtype, dims in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shape)]
   if kind.endswith('-start') and shape.startswith('('):
     sizes = sizes[len(sizes) // 2:]
   return sum(sizes)
-
-
-def _entries(dims: str) -> int:
-  total = 1
-  for size in filter(None, dims.split(',')):
-    total *= int(size)
-  return total
 
 
 def _turns(bodies, condition: str) -> int | None:
