@@ -51,7 +51,7 @@ def figures(module: Any, values: Mapping[str, Any], topology: str
     estimate), `collectives` (MiB of each kind in an ordinary step),
     `seconds` of compiling.
   """
-  mesh = _mesh(topology, values['model_parallel'])
+  mesh = mesh_of(topology, values['model_parallel'])
   task, steps = module.without_data(values)
   kind = mesh.devices.flat[0].device_kind
   chip = cycles.CHIPS.get(kind)
@@ -68,24 +68,23 @@ def figures(module: Any, values: Mapping[str, Any], topology: str
           'step': of(task), 'dense': of(_dense(task, values, steps))}
 
 
-def _mesh(topology, model_parallel):
-  """All chips of a topology, as `experiments.devices.mesh` lays them."""
+def mesh_of(topology: str, model_parallel: int = 1, chips: int | None = None):
+  """Some of a topology's chips, or all, as `experiments.devices.mesh` lays
+  them."""
   import jax
   from jax.experimental import topologies
   try:
-    found = topologies.get_topology_desc(platform='tpu', topology_name=topology)
+    found = topologies.get_topology_desc(
+        platform='tpu', topology_name=topology).devices[:chips]
   except (RuntimeError, ValueError) as error:
     raise ValueError(f'`compile` (={topology!r}) is no topology of libtpu: '
                      f'{str(error).splitlines()[0]}') from None
-  count = len(found.devices)
-  if count % model_parallel:
+  if len(found) % model_parallel:
     raise ValueError(f'`model_parallel` (={model_parallel}) must divide the '
-                     f'{count} chips of {topology}.')
-  names = 'data', 'model'
-  laid = topologies.make_mesh(found, (count // model_parallel, model_parallel),
-                              names)
-  return jax.sharding.Mesh(laid.devices, names, axis_types=(
-      jax.sharding.AxisType.Auto,) * 2)
+                     f'{len(found)} chips of {topology}.')
+  return jax.make_mesh(
+      (len(found) // model_parallel, model_parallel), ('data', 'model'),
+      devices=found, axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
 def _dense(task, values, steps):
