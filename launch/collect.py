@@ -34,19 +34,13 @@ _MOST_COLUMNS = 4
 _OF_DENSE = ('training_flops', 'training_cost')
 
 
-class Found(NamedTuple):
-  """What one finished cell has left."""
-
-  path: str
-  result: Mapping[str, Any]  # result.json.
-  metrics: Mapping[int, Mapping[str, Any]]  # metrics.jsonl by step.
-
-
 class Measured(NamedTuple):
   """A published number and ours."""
 
   point: table_lib.Point
-  cells: Sequence[Found]  # Finished, of its run; one a seed.
+  # Of its run, one a finished seed: what result.json holds, `path`, its own,
+  # and `metrics`, the rows of metrics.jsonl by step.
+  cells: Sequence[Mapping[str, Any]]
   values: Sequence[float]  # In the metric's unit, of those that have it.
 
   @property
@@ -84,14 +78,13 @@ def measure(table: table_lib.Table, sweep_dir: str,
   return measured
 
 
-def _read(workdir: str) -> Found | None:
+def _read(workdir: str) -> dict[str, Any] | None:
   result = results.read(workdir)
-  if result is None:
-    return None
   steps, metrics = os.path.join(workdir, 'metrics.jsonl'), {}
   for row in reporting.read_jsonl(steps) if os.path.exists(steps) else ():
     metrics.setdefault(row['step'], {}).update(row)
-  return Found(os.path.join(workdir, results.NAME), result, metrics)
+  return result and {**result, 'metrics': metrics,
+                     'path': os.path.join(workdir, results.NAME)}
 
 
 def _checked(read, point, cell):
@@ -99,17 +92,17 @@ def _checked(read, point, cell):
   try:
     return read(point, cell)
   except (KeyError, TypeError) as error:
-    raise ValueError(f'{cell.path} has no {point.metric} for {point.row}, '
+    raise ValueError(f'{cell["path"]} has no {point.metric} for {point.row}, '
                      f'{point.column}: {error!r}') from error
 
 
 def _value(point, cell) -> float | None:
   """The number, or None if the run did not measure it at that step."""
   if point.step is None:
-    return table_lib.METRICS[point.metric].read(cell.result)
-  if not any(point.metric in row for row in cell.metrics.values()):
+    return table_lib.METRICS[point.metric].read(cell)
+  if not any(point.metric in row for row in cell['metrics'].values()):
     raise KeyError(point.metric)
-  share = cell.metrics.get(point.step, {}).get(point.metric)
+  share = cell['metrics'].get(point.step, {}).get(point.metric)
   return None if share is None else 100 * share
 
 
@@ -121,17 +114,16 @@ def places(figure: table_lib.Figure | None, measured: Sequence[Measured]
   """
   if not (figure and figure.x):
     return [each.point.x for each in measured]
-  largest = max((cell.result['cost']['flops'] for each in measured
-                 for cell in each.cells if 'cost' in cell.result),
-                default=None)
+  largest = max((cell['cost']['flops'] for each in measured
+                 for cell in each.cells if 'cost' in cell), default=None)
 
   def place(point, cell):
     del point  # Of an error alone.
-    found = table_lib.METRICS[figure.x].read(cell.result)
+    found = table_lib.METRICS[figure.x].read(cell)
     if figure.x in _OF_DENSE:
-      found *= cell.result['cost']['flops'] / largest
+      found *= cell['cost']['flops'] / largest
     if figure.dense_steps:
-      found *= cell.result['steps'] / figure.dense_steps
+      found *= cell['steps'] / figure.dense_steps
     return found
 
   return [statistics.mean(_checked(place, each.point, cell)
@@ -147,7 +139,7 @@ def other_flags(measured: Sequence[Measured]) -> list[str]:
   return sorted({
       name for each in measured for cell in each.cells
       for name, value in each.point.flags.items()
-      if text(name, value) != text(name, cell.result['flags'].get(name))})
+      if text(name, value) != text(name, cell['flags'].get(name))})
 
 
 def rows(figure: table_lib.Figure | None, measured: Sequence[Measured]
