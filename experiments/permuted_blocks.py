@@ -12,9 +12,9 @@ least one tile, so it may have more weights than is asked for. Leaves
 table.md, rows.csv and a picture of each part in --workdir.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import functools
+import itertools
 import math
 import os
 import statistics
@@ -126,72 +126,65 @@ def structure_of(arrangement: str, block: int) -> sparse_jax.masks.Structure:
       'balanced', 'permuted balanced', 'shuffled'))
 
 
-def permuted(params, orders, arrangement, sparsity, structure, scores=None):
-  """The parameters in the order that suits blocks, and that of the inputs."""
-  if not arrangement.startswith('permuted'):
-    return params, orders
-  params, (first, *_) = sparse_jax.permute_units(
-      params, UNITS, sparsity=sparsity, structure=structure, scores=scores,
-      is_sparse=HIDDEN)
-  return params, (jnp.asarray(first), *orders[1:])
-
-
 def saliency(params, images, labels, orders):
   """|weight x gradient| of 2048 images, SNIP's scores."""
   grads = jax.grad(cost)(params, images[:2048], labels[:2048], orders)
   return jax.tree.map(lambda leaf, grad: jnp.abs(leaf * grad), params, grads)
 
 
-def measures(params, masks, data, orders) -> dict[str, float]:
-  """What is kept of the hidden kernels and the test accuracy, in percent."""
-  hidden = [np.asarray(mask) for mask in jax.tree.leaves(masks)]
-  return {'kept': 100 * sum(mask.sum() for mask in hidden) / sum(
-      mask.size for mask in hidden),
-          'accuracy': float(accuracy(params, *data, orders))}
+def method_of(name, sparsity, structure, steps, scores):
+  """What trains a network that is sparse from the first step."""
+  given = dict(structure=structure, is_sparse=HIDDEN)
+  every = dict(update_every=steps // 20 or 1)
+  if name == 'snip':
+    return sparse_jax.fixed({leaf: sparse_jax.make_mask(
+        scores[leaf], sparsity, structure=structure)
+                             for leaf in scores if leaf != 'head'},
+                            structure=structure)
+  if name == 'top_kast':
+    return sparse_jax.top_kast(sparsity, backward_sparsity=sparsity - .1,
+                               **every, **given)
+  if name == 'rigl':
+    return sparse_jax.rigl(sparsity, update_end=steps * 3 // 4, **every,
+                           **given)
+  return sparse_jax.static(sparsity, **given)
 
 
-def prune_row(dense, train_data, test_data, orders, *, arrangement, block,
-              sparsity, key, steps):
-  """A trained network, pruned and trained on."""
-  structure = structure_of(arrangement, block)
-  params, orders = permuted(dense, orders, arrangement, sparsity, structure)
-  params = sparse_jax.one_shot(
-      logits, params, [(test_data[0][:1], orders)], sparsity=sparsity,
-      by='magnitude', structure=structure, is_sparse=HIDDEN)
-  masks = {name: leaf != 0 for name, leaf in params.items() if name != 'head'}
-  pruned = float(accuracy(params, *test_data, orders))
-  params, masks = train(params, sparse_jax.fixed(masks, structure=structure),
-                        train_data, orders, steps=steps, key=key)
-  return {'pruned': pruned} | measures(params, masks, test_data, orders)
+def cell(params, train_data, test_data, orders, *, method, arrangement, block,
+         sparsity, steps, key) -> dict[str, float]:
+  """A row: what is kept of the hidden kernels and accuracies, in percent.
 
-
-def scratch_row(first, train_data, test_data, orders, *, method, arrangement,
-                block, sparsity, key, steps):
-  """The same network, sparse from the first step, its scale kept."""
-  structure = structure_of(arrangement, block)
-  first = {name: leaf / math.sqrt(1 - sparsity * (name != 'head'))
-           for name, leaf in first.items()}
+  Of 'magnitude' the parameters are of a trained network, which is pruned and
+  trained on, else those of the first step, whose scale is kept.
+  """
+  structure, row = structure_of(arrangement, block), {}
+  snip = functools.partial(saliency, images=train_data[0], labels=train_data[1])
+  if method != 'magnitude':
+    params = {name: leaf / math.sqrt(1 - sparsity * (name != 'head'))
+              for name, leaf in params.items()}
   if arrangement == 'shuffled':
     orders = tuple(jax.random.permutation(jax.random.fold_in(key, i), order)
                    for i, order in enumerate(orders))
-  given = dict(structure=structure, is_sparse=HIDDEN)
-  if method == 'snip':
-    first, orders = permuted(first, orders, arrangement, sparsity, structure,
-                             saliency(first, *train_data, orders))
-    scores = saliency(first, *train_data, orders)
-    rule = sparse_jax.fixed({name: sparse_jax.make_mask(
-        scores[name], sparsity, structure=structure) for name in scores
+  if arrangement.startswith('permuted'):  # The order that suits blocks.
+    params, (first, *_) = sparse_jax.permute_units(
+        params, UNITS, sparsity=sparsity, structure=structure, is_sparse=HIDDEN,
+        scores=snip(params, orders=orders) if method == 'snip' else None)
+    orders = jnp.asarray(first), *orders[1:]
+  if method == 'magnitude':
+    params = sparse_jax.one_shot(
+        logits, params, [(test_data[0][:1], orders)], sparsity=sparsity,
+        by='magnitude', structure=structure, is_sparse=HIDDEN)
+    row['pruned'] = float(accuracy(params, *test_data, orders))
+    rule = sparse_jax.fixed({name: leaf != 0 for name, leaf in params.items()
                              if name != 'head'}, structure=structure)
-  elif method == 'top_kast':
-    rule = sparse_jax.top_kast(sparsity, update_every=steps // 20 or 1,
-                               backward_sparsity=sparsity - .1, **given)
-  elif method == 'rigl':
-    rule = sparse_jax.rigl(sparsity, update_every=steps // 20 or 1,
-                           update_end=steps * 3 // 4, **given)
   else:
-    rule = sparse_jax.static(sparsity, **given)
-  params, masks = train(first, rule, train_data, orders, steps=steps, key=key)
-  return measures(params, masks, test_data, orders)
+    rule = method_of(method, sparsity, structure, steps, snip(
+        params, orders=orders) if method == 'snip' else None)
+  params, masks = train(params, rule, train_data, orders, steps=steps, key=key)
+  hidden = [np.asarray(mask) for mask in jax.tree.leaves(masks)]
+  return row | {'kept': 100 * sum(mask.sum() for mask in hidden) / sum(
+      mask.size for mask in hidden),
+                'accuracy': float(accuracy(params, *test_data, orders))}
 
 
 def data_of(dataset: str, split: str, data_dir: str | None):
@@ -201,47 +194,37 @@ def data_of(dataset: str, split: str, data_dir: str | None):
   return images.reshape(len(images), -1), jnp.asarray(found.labels)
 
 
-def cells(methods: Sequence[str], blocks: Sequence[int]):
-  """(method, arrangement, block) of every row, entry by entry first."""
-  return [cell for method in methods for cell in [
+def study(train_data, test_data, *, methods, blocks, sparsities, seeds, width,
+          steps, tune_steps, scratch_steps) -> Iterator[dict[str, float]]:
+  """A row for each method, arrangement, block, sparsity in percent and seed.
+
+  The dense network comes first, and entry by entry before blocks.
+  """
+  inputs = train_data[0].shape[1]
+  orders = (jnp.arange(inputs), jnp.arange(width))
+  todo = [place for method in methods for place in [
       (method, 'entries', 1), *((method, arrangement, block)
                                 for block in blocks
                                 for arrangement in ARRANGEMENTS[method])]]
-
-
-def study(train_data, test_data, *, methods, blocks, sparsities, seeds, width,
-          steps, tune_steps, scratch_steps, done=lambda rows: None
-          ) -> list[dict[str, float]]:
-  """A row for each cell, sparsity in percent and seed; `done` sees them."""
-  rows, inputs = [], train_data[0].shape[1]
-  orders = (jnp.arange(inputs), jnp.arange(width))
-  todo = cells(methods, blocks)
+  row, done = lambda *place: dict(zip(NAMES, place)), itertools.count(1)
   with reporting.Progress(len(seeds) * len(sparsities) * len(todo)) as progress:
-    for i, seed in enumerate(seeds):
+    for seed in seeds:
       key = jax.random.key(seed)
       first = network(key, inputs, width)
       dense, _ = train(first, sparse_jax.dense(), train_data, orders,
                        steps=steps, key=key)
-      rows.append({'method': 'dense', 'arrangement': 'entries', 'block': 1,
-                   'sparsity': 0., 'seed': seed, 'accuracy': float(
-                       accuracy(dense, *test_data, orders))})
-      for sparsity in sparsities:
-        for method, arrangement, block in todo:
-          given = dict(arrangement=arrangement, block=block,
-                       sparsity=sparsity / 100)
-          if method == 'magnitude':
-            row = prune_row(dense, train_data, test_data, orders,
-                            steps=tune_steps, key=key, **given)
-          else:
-            row = scratch_row(first, train_data, test_data, orders,
-                              method=method, steps=scratch_steps,
-                              key=jax.random.fold_in(key, len(first)), **given)
-          rows.append({'method': method, 'arrangement': arrangement,
-                       'block': block, 'sparsity': sparsity, 'seed': seed}
-                      | row)
-          done(rows)
-          progress.update(len(rows) - i - 1)
-  return rows
+      yield row('dense', 'entries', 1, 0., seed) | {
+          'accuracy': float(accuracy(dense, *test_data, orders))}
+      from_first = first, scratch_steps, jax.random.fold_in(key, len(first))
+      for sparsity, (method, arrangement, block) in itertools.product(
+          sparsities, todo):
+        params, length, own_key = (
+            (dense, tune_steps, key) if method == 'magnitude' else from_first)
+        yield row(method, arrangement, block, sparsity, seed) | cell(
+            params, train_data, test_data, orders, method=method,
+            arrangement=arrangement, block=block, sparsity=sparsity / 100,
+            steps=length, key=own_key)
+        progress.update(next(done))
 
 
 def summary(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
@@ -264,9 +247,8 @@ def write(rows: Sequence[Mapping[str, float]], workdir: str) -> str:
       name: '.1f' for row in means for name in row
       if name in (*NAMES[5:], 'deviation')})
   files.write_text(os.path.join(workdir, 'table.md'), table)
-  lines = [NAMES, *([row.get(name, '') for name in NAMES] for row in rows)]
-  files.write_text(os.path.join(workdir, 'rows.csv'), ''.join(
-      ','.join(map(str, line)) + '\n' for line in lines))
+  reporting.write_csv(os.path.join(workdir, 'rows.csv'), [
+      dict.fromkeys(NAMES, '') | row for row in rows])
   for method in {row['method'] for row in means} - {'dense'}:
     plots.lines(
         [{'row': 'dense' if row['method'] == 'dense' else
@@ -281,18 +263,21 @@ def write(rows: Sequence[Mapping[str, float]], workdir: str) -> str:
 
 
 def main(argv):
-  del argv
-  train_data, test_data = (data_of(_DATASET.value, split, _DATA_DIR.value)
-                           for split in ('train', 'test'))
-  rows = study(
+  programs.begin(argv)
+  with programs.errors_in_a_line():
+    train_data, test_data = (data_of(_DATASET.value, split, _DATA_DIR.value)
+                             for split in ('train', 'test'))
+  rows = []
+  for row in study(
       train_data, test_data, methods=_METHODS.value,
       blocks=[int(size) for size in _BLOCKS.value],
       sparsities=[float(share) for share in _SPARSITIES.value],
       seeds=[int(seed) for seed in _SEEDS.value], width=_WIDTH.value,
       steps=_STEPS.value, tune_steps=_TUNE_STEPS.value,
-      scratch_steps=_SCRATCH_STEPS.value,
-      done=lambda rows: write(rows, _WORKDIR.value))
-  print(write(rows, _WORKDIR.value), end='')
+      scratch_steps=_SCRATCH_STEPS.value):
+    rows.append(row)
+    table = write(rows, _WORKDIR.value)
+  print(table, end='')
 
 
 if __name__ == '__main__':

@@ -103,11 +103,9 @@ def fit(sparsity: Sequence[float], nonzeros: Sequence[float],
       best = found
   (a, c, e, g), (b, d, f) = best.x[:4], best.x[4:]
   _, size, amount, level = centre
-  scales = np.exp([a + level + d * size, c + level + d * size,
-                   e + level + f * amount, g + level])
-  a, c, e, g = map(float, scales)
-  return Law(a, float(b), c, float(d), e, float(f), g), float(
-      best.fun * delta**2)
+  a, c, e, g = np.exp([a + level + d * size, c + level + d * size,
+                       e + level + f * amount, g + level])
+  return Law(*map(float, (a, b, c, d, e, f, g))), float(best.fun * delta**2)
 
 
 def _error(values, logs, delta):
@@ -136,25 +134,23 @@ def _error(values, logs, delta):
 def read(path: str) -> list[dict[str, float]]:
   """Rows with COLUMNS, of a CSV file or of every run below a folder."""
   if os.path.isdir(path):
-    folders = sorted(glob.glob(os.path.join(path, '**', results.NAME),
-                               recursive=True))
-    rows = [_of_run(os.path.dirname(name)) for name in folders]
+    names = sorted(glob.glob(os.path.join(path, '**', results.NAME),
+                             recursive=True))
+    rows = [_of_run(results.read(os.path.dirname(name))) for name in names]
   else:
     with files.naming(path), open(path, newline='', encoding='utf8') as file:
       rows = list(csv.DictReader(file))
-  for row in rows:
-    lacking = [name for name in COLUMNS if not row.get(name)
-               and row.get(name) != 0]
-    if lacking:
-      raise ValueError(f'{path} has a run without {", ".join(lacking)}.')
   if not rows:
     raise ValueError(f'`runs` (={path!r}) has no runs.')
+  for row in rows:
+    lacking = [name for name in COLUMNS if row.get(name) in (None, '')]
+    if lacking:
+      raise ValueError(f'{path} has a run without {", ".join(lacking)}.')
   return [{name: float(row[name]) for name in COLUMNS} for row in rows]
 
 
-def _of_run(folder) -> dict[str, float]:
+def _of_run(result) -> dict[str, float]:
   """A finished run: nonzeros and sparsity of its sparse leaves and others."""
-  result = results.read(folder)
   *layers, _ = result['layers']
   kept = sum(row['entries'] * (row['forward_density'] if row['sparse'] else 1.)
              for row in layers)

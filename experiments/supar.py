@@ -9,17 +9,16 @@ in --workdir: several minutes on two CPU cores. Recorded results: README.md
 beside this file.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import math
 import os
-import statistics
 
 from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from sklearn import datasets
 
 import sparse_jax
 from experiments import files
@@ -63,19 +62,12 @@ def logits(weights: Mapping[str, jax.Array], images: jax.Array) -> jax.Array:
   return x @ weights['head']
 
 
-def digits() -> tuple[jax.Array, jax.Array]:
-  """Images float32[n, 64] of mean 0 and deviation 1, labels int32[n]."""
-  from sklearn import datasets
-  images, labels = datasets.load_digits(return_X_y=True)
-  images = (images - images.mean()) / images.std()
-  return jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)
-
-
 def final_losses(sparsity: float, rates: Sequence[float], kind: str, seed: int,
                  *, width: int, depth: int, steps: int) -> list[float]:
   """The loss on all images after a run at each learning rate."""
-  images, labels = digits()
-  key = jax.random.key(seed)
+  images, labels = datasets.load_digits(return_X_y=True)
+  images = jnp.asarray((images - images.mean()) / images.std(), jnp.float32)
+  labels, key = jnp.asarray(labels, jnp.int32), jax.random.key(seed)
   method = sparse_jax.static(sparsity, is_sparse={'hidden': True,
                                                   '.*': False})
   first = network(key, width, depth)
@@ -132,32 +124,30 @@ def study(sparsities: Sequence[float], rates: Sequence[float], seeds: int,
   rows = []
   with reporting.Progress(len(cells)) as progress:
     for i, (kind, sparsity) in enumerate(cells):
-      runs = [final_losses(sparsity / 100, rates, kind, seed, **size)
-              for seed in range(seeds)]
-      rows += [{'kind': kind, 'sparsity': sparsity, 'rate': rate,
-                'loss': statistics.fmean(losses)}
-               for rate, losses in zip(rates, zip(*runs))]
+      losses = np.mean([final_losses(sparsity / 100, rates, kind, seed, **size)
+                        for seed in range(seeds)], axis=0)
+      rows += [{'kind': kind, 'sparsity': sparsity, 'rate': rate, 'loss': loss}
+               for rate, loss in zip(rates, losses.tolist())]
       progress.update(i + 1)
   return rows
 
 
 def summary(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
   """The best rate of each kind and sparsity, and the loss there and at the
-  dense network's best rate."""
+  best rate of the first sparsity, the dense network's."""
   cells = {}
   for row in rows:
-    cells.setdefault((row['kind'], row['sparsity']), []).append(row)
-  found, dense = [], {}
-  for (kind, sparsity), cell in cells.items():
-    rates, losses = zip(*((row['rate'], row['loss']) for row in cell))
-    best = best_rate(rates, losses)
-    dense.setdefault(kind, rates[int(np.argmin(losses))])
+    cells.setdefault((row['kind'], row['sparsity']), {})[
+        row['rate']] = row['loss']
+  found, first = [], {}
+  for (kind, sparsity), losses in cells.items():
+    best = best_rate(list(losses), list(losses.values()))
+    # Of the first sparsity: the best rate, and that of the runs nearest to it.
+    dense, nearest = first.setdefault(kind, (best, min(losses, key=losses.get)))
     found.append({
         'kind': kind, 'sparsity': sparsity, 'best rate': best,
-        'over the first': best / next(
-            (row['best rate'] for row in found if row['kind'] == kind), best),
-        'loss': min(losses),
-        'loss at the first best': losses[rates.index(dense[kind])]})
+        'over the first': best / dense, 'loss': min(losses.values()),
+        'loss at the first best': losses[nearest]})
   return found
 
 
@@ -188,9 +178,9 @@ def write(rows: Sequence[Mapping[str, float]], workdir: str) -> str:
 
 def main(argv):
   programs.begin(argv)
-  first, last = (int(power) for power in _RATES.value)
-  rates = [2.**power for power in range(first, last + 1)]
-  rows = study([float(s) for s in _SPARSITIES.value], rates, _SEEDS.value,
+  first, last = map(int, _RATES.value)
+  rows = study([float(s) for s in _SPARSITIES.value],
+               [2.**power for power in range(first, last + 1)], _SEEDS.value,
                width=_WIDTH.value, depth=_DEPTH.value, steps=_STEPS.value)
   print(write(rows, _WORKDIR.value), end='')
 

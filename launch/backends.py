@@ -1,15 +1,15 @@
 """The commands that run a table's cells, on each kind of machine.
 
-Nothing is started here: these functions only write down what to type.
+Nothing is started here: these functions only write down what to type. `values`
+are the flags of `launch.run` by their names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import hashlib
 import os
 import re
 import shlex
-import sys
-from typing import NamedTuple
+from typing import Any
 
 from experiments import locking
 from launch.table import Run
@@ -20,40 +20,18 @@ _GRACE = 120
 MAX_REQUEUES = 100
 
 
-class Slurm(NamedTuple):
-  """What a submission to Slurm needs to know."""
-
-  tasks: int  # Processes of a cell.
-  options: Sequence[str] = ()  # More #SBATCH lines: '--gpus-per-task=8'.
-
-
-class TpuVm(NamedTuple):
-  """TPU VMs that are up, and where this project lies on their hosts."""
-
-  names: Sequence[str]  # One slice a worker.
-  zone: str
-  folder: str
-
-
-class Xpk(NamedTuple):
-  """A GKE cluster that xpk knows, and the image its pods run."""
-
-  cluster: str
-  tpu_type: str
-  docker_image: str
-  num_slices: int = 1
-
-
 def workdir(sweep_dir: str, name: str) -> str:
   return os.path.join(sweep_dir, 'cells', name)
 
 
-def lock_path(sweep_dir: str, name: str) -> str:
-  return os.path.join(sweep_dir, 'locks', f'{name}.lock')
-
-
-def log_path(sweep_dir: str, name: str) -> str:
-  return os.path.join(sweep_dir, 'logs', f'{name}.log')
+def command(run: Run, values: Mapping[str, Any], worker: int = 0) -> list[str]:
+  """What this machine runs for a cell; Slurm has its own script beside it."""
+  if values['backend'] == 'tpu_vm':
+    return tpu_vm(run, values, worker)
+  if values['backend'] == 'xpk':
+    return xpk(run, values)
+  return [values['python'], '-m', run.binary,
+          *run.arguments(workdir(values['sweep_dir'], run.name))]
 
 
 def join(words: Sequence[str]) -> str:
@@ -74,13 +52,7 @@ def join(words: Sequence[str]) -> str:
   return shlex.join(words)
 
 
-def local(run: Run, sweep_dir: str, python: str = sys.executable) -> list[str]:
-  """A cell in a process of this machine."""
-  return [python, '-m', run.binary,
-          *run.arguments(workdir(sweep_dir, run.name))]
-
-
-def tpu_vm(run: Run, sweep_dir: str, where: TpuVm, worker: int) -> list[str]:
+def tpu_vm(run: Run, values: Mapping[str, Any], worker: int) -> list[str]:
   """A cell on all hosts of one slice, by ssh; then its results come here.
 
   A host holds a lock of its own, so that a connection that broke leaves no
@@ -89,20 +61,20 @@ def tpu_vm(run: Run, sweep_dir: str, where: TpuVm, worker: int) -> list[str]:
   Raises:
     ValueError: if scp would not take the folder of the results as it is.
   """
-  name, zone = where.names[worker], f'--zone={where.zone}'
-  inner = join([
-      'env', 'ACCELERATOR=tpu', 'launch/run.sh', 'python', '-m', run.binary,
-      *run.arguments(workdir(sweep_dir, run.name)), '--distributed'])
+  sweep_dir, remote_dir = values['sweep_dir'], values['remote_dir']
+  name, zone = values['tpu_names'][worker], f'--zone={values["zone"]}'
+  folder = workdir(sweep_dir, run.name)
+  inner = join(['env', 'ACCELERATOR=tpu', 'launch/run.sh', 'python', '-m',
+                run.binary, *run.arguments(folder), '--distributed'])
   lock = f'flock --nonblock --conflict-exit-code={locking.EXIT_CODE}'
   held = join([f'{os.path.basename(sweep_dir)}_{run.name}.lock'])
-  remote = f'cd {join([where.folder])} && {lock} "$HOME"/{held} {inner}'
-  gcloud = ['gcloud', 'compute', 'tpus', 'tpu-vm']
-  folder = workdir(sweep_dir, run.name)
-  found = os.path.join(where.folder, folder)
+  remote = f'cd {join([remote_dir])} && {lock} "$HOME"/{held} {inner}'
+  found = os.path.join(remote_dir, folder)
   if not re.fullmatch('[A-Za-z0-9_./~=+-]+', found):  # scp: perhaps a shell.
     raise ValueError(f'`sweep_dir` (={sweep_dir!r}) in `remote_dir` '
-                     f'(={where.folder!r}) must have no letters but A-Z, a-z, '
+                     f'(={remote_dir!r}) must have no letters but A-Z, a-z, '
                      '0-9 and _./~=+- for --backend=tpu_vm.')
+  gcloud = ['gcloud', 'compute', 'tpus', 'tpu-vm']
   ssh = join([*gcloud, 'ssh', name, zone, '--worker=all',
               f'--command={remote}'])
   # The first host alone writes results.
@@ -113,17 +85,18 @@ def tpu_vm(run: Run, sweep_dir: str, where: TpuVm, worker: int) -> list[str]:
       ssh, join(['mkdir', '-p', '--', folder]), *copies])]
 
 
-def xpk(run: Run, sweep_dir: str, where: Xpk, table: str) -> list[str]:
+def xpk(run: Run, values: Mapping[str, Any]) -> list[str]:
   """A cell as a workload; a second one of its name is refused by xpk."""
-  command = join(['python3', '-m', run.binary, *run.arguments(
-      workdir(sweep_dir, run.name)), '--distributed'])
-  return ['xpk', 'workload', 'create', f'--cluster={where.cluster}',
-          f'--workload={_workload(run, table)}', f'--tpu-type={where.tpu_type}',
-          f'--num-slices={where.num_slices}',
-          f'--docker-image={where.docker_image}',
+  inner = join(['python3', '-m', run.binary, *run.arguments(workdir(
+      values['sweep_dir'], run.name)), '--distributed'])
+  workload = _workload(run, f'{values["table"]}-{values["scale"]}')
+  return ['xpk', 'workload', 'create', f'--cluster={values["cluster"]}',
+          f'--workload={workload}', f'--tpu-type={values["tpu_type"]}',
+          f'--num-slices={values["num_slices"]}',
+          f'--docker-image={values["docker_image"]}',
           f'--max-restarts={MAX_REQUEUES}', '--restart-on-exit-codes=75',
           f'--termination-grace-period-seconds={_GRACE}',
-          f'--command={command}']
+          f'--command={inner}']
 
 
 def _workload(run, table) -> str:
@@ -158,9 +131,8 @@ exit $code
 """
 
 
-def slurm(runs: Sequence[Run], sweep_dir: str, where: Slurm, *, job: str,
-          workers: int, retries: int, python: str = sys.executable) -> str:
-  """One array script with a task for each cell, at most `workers` at a time.
+def slurm(runs: Sequence[Run], values: Mapping[str, Any]) -> str:
+  """One array script with a task for each cell, some at a time.
 
   Slurm keeps the script as it was submitted, so the cells of a task stay what
   they were when the table changes.
@@ -168,22 +140,24 @@ def slurm(runs: Sequence[Run], sweep_dir: str, where: Slurm, *, job: str,
   Raises:
     ValueError: if a value cannot stand in the script.
   """
+  sweep_dir = values['sweep_dir']
   if '\\' in sweep_dir:
     raise ValueError(f'`sweep_dir` (={sweep_dir!r}) must have no backslash for '
                      '--backend=slurm.')
-  more = ['--distributed'] if where.tasks > 1 else []
-  commands = [join([*local(run, sweep_dir, python), *more]) for run in runs]
+  more = ['--distributed'] if values['tasks'] > 1 else []
+  commands = [join([*command(run, values), *more]) for run in runs]
   logs = os.path.join(sweep_dir, 'logs').replace('%', '%%')
-  options = [f'--job-name={job}', f'--array=0-{len(runs) - 1}%{workers}',
-             f'--ntasks={where.tasks}',
+  options = [f'--job-name={values["table"]}',
+             f'--array=0-{len(runs) - 1}%{values["workers"]}',
+             f'--ntasks={values["tasks"]}',
              f'--output={os.path.join(logs, "slurm_%A_%a.log")}',
              '--open-mode=append', f'--signal=TERM@{_GRACE}', '--requeue',
-             *where.options]
+             *values['sbatch']]
   lines = lambda texts: '\n'.join(f'  {join([text])}' for text in texts)
   return _SLURM.format(
       options='\n'.join(map(_directive, options)),
       names=lines(run.name for run in runs), commands=lines(commands),
-      retries=retries, elsewhere=locking.EXIT_CODE,
+      retries=values['retries'], elsewhere=locking.EXIT_CODE,
       locks=join([os.path.join(sweep_dir, 'locks')]))
 
 

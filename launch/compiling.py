@@ -14,8 +14,9 @@ from typing import Any
 
 from launch import cycles
 
-# What libtpu must know before it is loaded where there is no TPU.
-ENVIRONMENT = {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+# Of the process that compiles; the first two let libtpu load without a TPU.
+ENVIRONMENT = {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+               'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '3'}
 ASSUMPTIONS = (
     'Compiled and estimated, not run: cycles of the compiler\'s cost model at '
     'the chip\'s clock, loops by their length, kernels by their own estimate '
@@ -50,7 +51,7 @@ def figures(module: Any, values: Mapping[str, Any], topology: str
     estimate), `collectives` (MiB of each kind in an ordinary step),
     `seconds` of compiling.
   """
-  mesh = _mesh(topology, values['model_parallel'])
+  mesh = mesh_of(topology, values['model_parallel'])
   task, steps = module.without_data(values)
   kind = mesh.devices.flat[0].device_kind
   chip = cycles.CHIPS.get(kind)
@@ -67,24 +68,23 @@ def figures(module: Any, values: Mapping[str, Any], topology: str
           'step': of(task), 'dense': of(_dense(task, values, steps))}
 
 
-def _mesh(topology, model_parallel):
-  """All chips of a topology, as `experiments.devices.mesh` lays them."""
+def mesh_of(topology: str, model_parallel: int = 1, chips: int | None = None):
+  """Some of a topology's chips, or all, as `experiments.devices.mesh` lays
+  them."""
   import jax
   from jax.experimental import topologies
   try:
-    found = topologies.get_topology_desc(platform='tpu', topology_name=topology)
+    found = topologies.get_topology_desc(
+        platform='tpu', topology_name=topology).devices[:chips]
   except (RuntimeError, ValueError) as error:
     raise ValueError(f'`compile` (={topology!r}) is no topology of libtpu: '
                      f'{str(error).splitlines()[0]}') from None
-  count = len(found.devices)
-  if count % model_parallel:
+  if len(found) % model_parallel:
     raise ValueError(f'`model_parallel` (={model_parallel}) must divide the '
-                     f'{count} chips of {topology}.')
-  names = 'data', 'model'
-  laid = topologies.make_mesh(found, (count // model_parallel, model_parallel),
-                              names)
-  return jax.sharding.Mesh(laid.devices, names, axis_types=(
-      jax.sharding.AxisType.Auto,) * 2)
+                     f'{len(found)} chips of {topology}.')
+  return jax.make_mesh(
+      (len(found) // model_parallel, model_parallel), ('data', 'model'),
+      devices=found, axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
 def _dense(task, values, steps):
@@ -137,22 +137,18 @@ def _compiled(module, values, mesh, chip, task) -> dict[str, Any]:
       'seconds': time.monotonic() - begin}
 
 
-def environment() -> dict[str, str]:
-  """That of the process which compiles."""
-  return {**ENVIRONMENT, 'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '3'}
-
-
 def table(compiled: Mapping[str, Mapping[str, Any]]) -> str:
   """A Markdown table of cells' figures by their names."""
   from experiments import reporting
   rows = []
   for name, found in compiled.items():
-    for what in ('dense', 'step'):
-      rows.append({'cell': name, 'step': {'step': 'its own'}.get(what, what),
-                   **_row(found[what], found['hbm_gib'])})
+    dense, own = (_row(found[what], found['hbm_gib'])
+                  for what in ('dense', 'step'))
     if not any('needed' in found[what] for what in ('dense', 'step')):
       ratio = found['step']['ordinary_ms'] / found['dense']['ordinary_ms']
-      rows[-1]['of dense'] = f'{ratio:.3f}'
+      own['of dense'] = f'{ratio:.3f}'
+    rows += [{'cell': name, 'step': 'dense', **dense},
+             {'cell': name, 'step': 'its own', **own}]
   one = next(iter(compiled.values()))
   return (reporting.markdown_table(rows)
           + f'\nOf one {one["chip"]} of {one["chips"]}. {ASSUMPTIONS}\n')

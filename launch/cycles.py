@@ -7,6 +7,7 @@ one is taken. Nothing is run.
 
 import collections
 from collections.abc import Mapping
+import math
 import re
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ _EITHER = re.compile(r'(?:true|false)_computation=%?([\w.-]+)')
 _LOOP = re.compile(r'condition=%?([\w.-]+), body=%?([\w.-]+)')
 _COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
                 'collective-permute')
+_UNKNOWN = ('sort', 'loop')
 _SIZES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2,
           'f64': 8, 's64': 8, 'u64': 8}
 
@@ -41,7 +43,7 @@ CHIPS = {'TPU v4': Chip(1.05e9, 275e12, 1.23e12, 32),
 
 
 class Cost(NamedTuple):
-  """Of a program, or a part of it.
+  """Of a program.
 
   Attributes:
     cycles: of all that has an estimate; of a kernel its own `CostEstimate`, at
@@ -54,18 +56,6 @@ class Cost(NamedTuple):
   cycles: float
   unknown: Mapping[str, int]
   collectives: Mapping[str, int]
-
-  def times(self, n: int) -> 'Cost':
-    scale = lambda counts: {name: n * count for name, count in counts.items()}
-    return Cost(n * self.cycles, scale(self.unknown), scale(self.collectives))
-
-  def plus(self, other: 'Cost') -> 'Cost':
-    add = lambda a, b: dict(collections.Counter(a) + collections.Counter(b))
-    return Cost(self.cycles + other.cycles, add(self.unknown, other.unknown),
-                add(self.collectives, other.collectives))
-
-
-_NOTHING = Cost(0., {}, {})
 
 
 def count(text: str, chip: Chip, *, dearest: bool) -> Cost:
@@ -92,12 +82,11 @@ def count(text: str, chip: Chip, *, dearest: bool) -> Cost:
   known = {}
 
   def cost(name):
+    """Of a computation: 'cycles', and by name what Cost has besides."""
     if name not in known:
-      known[name] = _NOTHING  # For a program that is no tree.
-      total = _NOTHING
-      for line in bodies.get(name, ()):
-        total = total.plus(_own(line, chip)).plus(inside(line))
-      known[name] = total
+      known[name] = collections.Counter()  # For a program that is no tree.
+      known[name] = sum((_own(line, chip) + inside(line)
+                         for line in bodies.get(name, ())), known[name])
     return known[name]
 
   def inside(line):
@@ -105,22 +94,25 @@ def count(text: str, chip: Chip, *, dearest: bool) -> Cost:
     kind = op and op.group(2)
     if kind == 'while':
       condition, body = _LOOP.search(line).groups()
-      turn, turns = cost(condition).plus(cost(body)), _turns(bodies, condition)
+      turn, turns = cost(condition) + cost(body), _turns(bodies, condition)
       if turns is None:
-        return turn.plus(Cost(0., {'loop': 1}, {}))
-      return turn.times(turns)
+        return turn + collections.Counter(loop=1)
+      return collections.Counter({name: turns * n for name, n in turn.items()})
     if kind == 'conditional':
       listed = _BRANCHES.search(line)
       names = ([name.strip(' %') for name in listed.group(1).split(',')]
                if listed else _EITHER.findall(line))
       pick = max if dearest else min
       return pick(map(cost, names), key=lambda found: (
-          sum(found.unknown.values()), found.cycles))
+          sum(found[name] for name in _UNKNOWN), found['cycles']))
     if kind in ('call', 'async-start'):
       return cost(_CALLED.search(line).group(1))
-    return _NOTHING
+    return collections.Counter()
 
-  return cost(entry)
+  total = cost(entry)
+  return Cost(float(total['cycles']), *(
+      {name: total[name] for name in names if total[name]}
+      for names in (_UNKNOWN, _COLLECTIVES)))
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -137,38 +129,34 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return bodies, entry
 
 
-def _own(line: str, chip: Chip) -> Cost:
+def _own(line: str, chip: Chip) -> collections.Counter:
   """Of one instruction, without what it calls."""
   op = _OP.match(line)
   if not op:
-    return _NOTHING
+    return collections.Counter()
   shape, kind = op.groups()
-  moved = {name: _bytes(shape, kind) for name in _COLLECTIVES
-           if kind in (name, f'{name}-start')}
+  found = collections.Counter({
+      name: _bytes(shape, kind) for name in _COLLECTIVES
+      if kind in (name, f'{name}-start')})
   cycles, kernel = _CYCLES.search(line), _COST.search(line)
   if cycles:
-    return Cost(float(cycles.group(1)), {}, moved)
-  if kernel:
+    found['cycles'] = float(cycles.group(1))
+  elif kernel:
     flops, read = map(float, kernel.groups())
-    return Cost(chip.clock * max(flops / chip.flops, read / chip.bandwidth),
-                {}, moved)
-  return Cost(0., {'sort': 1} if kind == 'sort' else {}, moved)
+    found['cycles'] = chip.clock * max(flops / chip.flops,
+                                       read / chip.bandwidth)
+  elif kind == 'sort':
+    found['sort'] = 1
+  return found
 
 
 def _bytes(shape: str, kind: str) -> int:
   """Of an array, or of a tuple; a start's first half are its operands."""
-  sizes = [_SIZES.get(dtype, 4) * _entries(dims) for dtype, dims in re.findall(
-      r'\b([a-z]+\d*)\[([\d,]*)\]', shape)]
+  sizes = [_SIZES.get(dtype, 4) * math.prod(map(int, re.findall(r'\d+', dims)))
+           for dtype, dims in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shape)]
   if kind.endswith('-start') and shape.startswith('('):
     sizes = sizes[len(sizes) // 2:]
   return sum(sizes)
-
-
-def _entries(dims: str) -> int:
-  total = 1
-  for size in filter(None, dims.split(',')):
-    total *= int(size)
-  return total
 
 
 def _turns(bodies, condition: str) -> int | None:

@@ -13,10 +13,8 @@ name TPUs for which to compile each step. An answer a command, in order:
 no array is made.
 """
 
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import importlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -33,14 +31,12 @@ def ask(binary: str, commands: Sequence[Sequence[str]], figures: bool,
   A ValueError names the binary that cannot be asked, or the command line that
   it does not take.
   """
-  if _absent(binary):
-    raise ValueError(f'`binary` (={binary!r}) must be a module; there is none.')
   request = {'binary': binary, 'figures': figures, 'compile': topology,
-             'commands': [list(command) for command in commands]}
+             'commands': list(commands)}
   done = subprocess.run(
       [sys.executable, '-m', 'launch.describe'], input=json.dumps(request),
       capture_output=True, text=True, env={**os.environ,
-                                           **compiling.environment()})
+                                           **compiling.ENVIRONMENT})
   if done.returncode:
     raise ValueError(f'`binary` (={binary!r}) cannot be asked for its flags:\n'
                      f'{done.stderr.strip()}')
@@ -53,49 +49,40 @@ def ask(binary: str, commands: Sequence[Sequence[str]], figures: bool,
   return answers
 
 
-def _absent(binary: str) -> bool:
-  try:
-    return importlib.util.find_spec(binary) is None
-  except ModuleNotFoundError:
-    return True
-
-
-def answers(binary: str, commands: Sequence[Sequence[str]], figures: bool,
-            topology: str | None = None) -> Iterator[dict[str, Any]]:
+def _answers(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
   """What the process says of each command, while it is alive."""
   from absl import flags
-  module = importlib.import_module(binary)
+  binary, topology = request['binary'], request['compile']
+  try:
+    module = importlib.import_module(binary)
+  except ModuleNotFoundError as error:
+    if error.name and f'{binary}.'.startswith(f'{error.name}.'):
+      raise SystemExit('There is no such module.') from None
+    raise
   for name in ('run_config', 'without_data', 'describe', 'FREE'):
     if not hasattr(module, name):
-      raise SystemExit(f'{binary} has no {name}.')
+      raise SystemExit(f'It has no {name}.')
+  make = module.describe if request['figures'] else module.without_data
   known = {}
-  for command in commands:
+  for command in request['commands']:
     flags.FLAGS.unparse_flags()
     try:
       rest = flags.FLAGS([binary, *command])[1:]
       if rest:
         raise ValueError(f'unknown arguments: {rest}')
       values = module.run_config()
-      answer = {'values': values, 'free': list(module.FREE)}
       same = json.dumps({name: value for name, value in values.items()
                          if name not in (*module.FREE, 'seed')}, sort_keys=True)
       if same not in known:  # Seeds differ in nothing that matters here.
-        made = (module.describe if figures else module.without_data)(values)
-        known[same] = {'figures': made if figures else None}
+        made = make(values)
+        known[same] = {'figures': made if request['figures'] else None}
         if topology:
           known[same]['compiled'] = compiling.figures(module, values, topology)
-      answer |= known[same]
+      yield {'values': values, 'free': list(module.FREE), **known[same]}
     except (ValueError, flags.Error) as error:
-      answer = {'error': str(error)}
-    yield answer
-
-
-def main() -> None:
-  request = json.load(sys.stdin)
-  for answer in answers(request['binary'], request['commands'],
-                        request['figures'], request.get('compile')):
-    print(json.dumps(answer), flush=True)
+      yield {'error': str(error)}
 
 
 if __name__ == '__main__':
-  main()
+  for line in _answers(json.load(sys.stdin)):
+    print(json.dumps(line), flush=True)

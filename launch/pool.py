@@ -9,18 +9,14 @@ one sweep there from one machine.
 """
 
 import collections
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from typing import Any
-from typing import NamedTuple
-from typing import TextIO
+from typing import Any, NamedTuple, TextIO
 
 from experiments import locking
 from launch import backends
@@ -44,15 +40,9 @@ class Job(NamedTuple):
 class Outcome(NamedTuple):
   """Names of cells, each in one place."""
 
-  finished: tuple[str, ...]
-  failed: tuple[str, ...]
-  left: tuple[str, ...]  # Not done, since the runner was asked to stop.
-
-
-class _Child(NamedTuple):
-  job: Job
-  process: subprocess.Popen
-  begin: float
+  finished: Sequence[str]
+  failed: Sequence[str]
+  left: Sequence[str]  # Not done, since the runner was asked to stop.
 
 
 def run(jobs: Sequence[Job], *, workers: int, retries: int,
@@ -74,40 +64,31 @@ def run(jobs: Sequence[Job], *, workers: int, retries: int,
     stream: for the lines of progress; standard output if None.
     wait: seconds between two looks at the processes.
   """
-  pool = _Pool(workers, retries, environment, stream or sys.stdout)
-  pool.queue.extend(jobs)
-  pool.total = len(jobs)
-  with _signals(pool.stop):
+  pool = _Pool(jobs, workers, retries, environment, stream or sys.stdout)
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  before = [signal.signal(number, pool.stop) for number in numbers]
+  try:
     while pool.running or (pool.queue and not pool.stopping):
       pool.settle()
       pool.fill()
       time.sleep(wait)
-  return Outcome(tuple(pool.finished), tuple(pool.failed),
-                 tuple(job.name for job in pool.queue))
-
-
-@contextlib.contextmanager
-def _signals(handler):
-  numbers = (signal.SIGTERM, signal.SIGINT)
-  previous = [signal.signal(number, handler) for number in numbers]
-  try:
-    yield
   finally:
-    for number, old in zip(numbers, previous):
-      signal.signal(number, old)
+    for number, handler in zip(numbers, before):
+      signal.signal(number, handler)
+  return Outcome(pool.finished, pool.failed, [job.name for job in pool.queue])
 
 
 class _Pool:
   """The queue, what runs, and what became of the rest."""
 
-  def __init__(self, workers, retries, environment, stream):
-    self.queue: collections.deque[Job] = collections.deque()
-    self.running: dict[int, _Child] = {}
+  def __init__(self, jobs, workers, retries, environment, stream):
+    self.queue = collections.deque(jobs)
+    # The cell, its process and when it began, by worker.
+    self.running: dict[int, tuple[Job, subprocess.Popen, float]] = {}
     self.finished: list[str] = []
     self.failed: list[str] = []
     self.stopping = 0  # Requests so far.
-    self.total = 0
-    self._workers, self._retries = workers, retries
+    self._total, self._workers, self._retries = len(jobs), workers, retries
     self._environment, self._stream = environment, stream
     self._failures = collections.Counter()
     self._requeues = collections.Counter()
@@ -119,9 +100,9 @@ class _Pool:
     """Asks every cell to save and leave; asked again, kills them."""
     self.stopping += 1
     number = signal.SIGTERM if self.stopping == 1 else signal.SIGKILL
-    for child in self.running.values():
+    for _, process, _ in self.running.values():
       with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.process.pid, number)
+        os.killpg(process.pid, number)
 
   def fill(self) -> None:
     """Starts cells on idle workers; one that is locked goes to the end."""
@@ -137,15 +118,12 @@ class _Pool:
 
   def settle(self) -> None:
     """Notes the cells that have ended."""
-    for worker, child in list(self.running.items()):
-      if child.process.poll() is not None:
+    for worker, (job, process, begin) in list(self.running.items()):
+      if process.poll() is not None:
         del self.running[worker]
-        self._ended(child)
+        self._ended(job, process.returncode, time.monotonic() - begin)
 
   def _start(self, job: Job, worker: int) -> None:
-    if job.is_finished():
-      self._done(job, 'was finished')
-      return
     try:
       lock = locking.acquire(job.lock_path)
     except locking.Held as owner:
@@ -155,64 +133,50 @@ class _Pool:
         self._say(f'waits for {job.name}: {owner} runs it')
       return
     try:
-      if job.is_finished():  # By who held the lock until now.
-        self._done(job, 'was finished')
+      if job.is_finished():  # Perhaps by who held the lock until now.
+        self.finished.append(job.name)
+        self._say(f'{job.name} was finished')
         return
-      self.running[worker] = self._process(job, worker, lock)
+      os.makedirs(os.path.dirname(job.log_path), exist_ok=True)
+      with open(job.log_path, 'ab') as log:
+        # A session of its own: Ctrl-C reaches the runner alone, which then
+        # asks the cells to save.
+        process = subprocess.Popen(
+            job.command(worker), stdin=subprocess.DEVNULL, stdout=log,
+            stderr=subprocess.STDOUT, pass_fds=[lock], start_new_session=True,
+            env={**os.environ, **self._environment(worker)})
     finally:
       os.close(lock)  # The cell's own copy holds it from now on.
+    self.running[worker] = job, process, time.monotonic()
     self._say(f'started {job.name}')
 
-  def _process(self, job, worker, lock) -> _Child:
-    os.makedirs(os.path.dirname(job.log_path), exist_ok=True)
-    with open(job.log_path, 'ab') as log:
-      # A session of its own: Ctrl-C reaches the runner alone, which then asks
-      # the cells to save.
-      process = subprocess.Popen(
-          job.command(worker), stdin=subprocess.DEVNULL, stdout=log,
-          stderr=subprocess.STDOUT, pass_fds=[lock],
-          start_new_session=True,
-          env={**os.environ, **self._environment(worker)})
-    return _Child(job, process, time.monotonic())
-
-  def _ended(self, child: _Child) -> None:
-    job, code = child.job, child.process.returncode
+  def _ended(self, job: Job, code: int, seconds: float) -> None:
+    group = self.queue  # Where it goes: to be started again, if not said else.
     if code == 0 and job.is_finished():
-      self._seconds.append(time.monotonic() - child.begin)
-      self._done(job, 'finished')
+      self._seconds.append(seconds)
+      group, what = self.finished, 'finished'
     elif code == locking.EXIT_CODE:
       self._due[job.name] = time.monotonic() + PAUSE
-      self._again(job, 'runs elsewhere already')
+      what = 'runs elsewhere already'
     elif code == REQUEUE_EXIT_CODE and (
         self._requeues[job.name] < backends.MAX_REQUEUES):
       self._requeues[job.name] += 1
-      self._again(job, 'stopped before its end')
+      what = 'stopped before its end'
     elif self.stopping:
-      self._again(job, f'left with status {code}')
+      what = f'left with status {code}'
     else:
-      self._failed(job, f'status {code}' if code else 'no result of its flags')
-
-  def _failed(self, job: Job, why: str) -> None:
-    self._failures[job.name] += 1
-    why = f'failed ({why}; see {job.log_path})'
-    if self._failures[job.name] <= self._retries:
-      self._again(job, why)
-    else:
-      self.failed.append(job.name)
-      self._say(f'{job.name} {why}')
-
-  def _again(self, job: Job, why: str) -> None:
-    self.queue.append(job)
-    self._say(f'{job.name} {why}')
-
-  def _done(self, job: Job, how: str) -> None:
-    self.finished.append(job.name)
-    self._say(f'{job.name} {how}')
+      self._failures[job.name] += 1
+      why = f'status {code}' if code else 'no result of its flags'
+      what = f'failed ({why}; see {job.log_path})'
+      if self._failures[job.name] > self._retries:
+        group = self.failed
+    group.append(job if group is self.queue else job.name)
+    self._say(f'{job.name} {what}')
 
   def _say(self, what: str) -> None:
     """A line of progress: counts, time to go, what happened."""
     left = len(self.queue) + len(self.running)
-    line = (f'{len(self.finished)} of {self.total} finished, '
+    line = (f'{len(self.finished)} of {self._total} finished, '
             f'{len(self.running)} running, {len(self.failed)} failed')
     if self._seconds and left:
       mean = sum(self._seconds) / len(self._seconds)

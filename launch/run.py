@@ -21,15 +21,13 @@ fit the chips it is compiled for, 2 for flags that make no run, 75 if stopped by
 SIGTERM or Ctrl-C with work left.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import functools
 import os
 import shlex
 import subprocess
 import sys
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -52,7 +50,8 @@ NEEDED = {'local': (), 'slurm': (), 'tpu_vm': ('tpu_names', 'zone'),
           'xpk': ('cluster', 'tpu_type', 'docker_image')}
 # Flags of a cell that say which one it is, and where.
 OWN_CELL_FLAGS = ('seed', 'workdir')
-AT_LEAST_ONE = ('workers', 'tasks', 'num_slices', 'devices')
+AT_LEAST = {'workers': 1, 'tasks': 1, 'num_slices': 1, 'devices': 1,
+            'retries': 0, 'gpus_per_worker': 0}
 
 
 def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
@@ -109,46 +108,37 @@ class Cell(NamedTuple):
   run: table_lib.Run
   values: Mapping[str, Any]
   free: Sequence[str]  # Flags that a continuation may change.
-  figures: Mapping[str, Any] | None
+  figures: Mapping[str, Any] | None = None
   compiled: Mapping[str, Any] | None = None
 
+  @property
+  def name(self) -> str:
+    """Without the seed."""
+    return self.run.name.rpartition('_seed')[0]
 
-def cells(runs: Sequence[table_lib.Run], sweep_dir: str, figures: bool,
-          topology: str | None = None) -> list[Cell]:
-  """Asks the binary about its runs; a ValueError if it does not take one."""
-  if not runs:
-    return []
-  answers = describe.ask(runs[0].binary, [
-      run.arguments(backends.workdir(sweep_dir, run.name)) for run in runs],
-                         figures, topology)
-  return [Cell(run, answer['values'], answer['free'], answer.get('figures'),
-               answer.get('compiled'))
-          for run, answer in zip(runs, answers, strict=True)]
+  def is_finished(self, sweep_dir: str) -> bool:
+    """Whether a run of these flags has left its result."""
+    return results.finished(backends.workdir(sweep_dir, self.run.name),
+                            self.values, self.free) is not None
 
 
-def is_finished(cell: Cell, sweep_dir: str) -> bool:
-  """Whether a run of these flags has left its result."""
-  return results.finished(backends.workdir(sweep_dir, cell.run.name),
-                          cell.values, cell.free) is not None
+def cells(values: Mapping[str, Any], table: table_lib.Table) -> list[Cell]:
+  """The runs of the flags, as their binary reads them.
 
-
-def job(cell: Cell, sweep_dir: str, command) -> pool.Job:
-  """A cell for the pool; `command` maps a run and a worker to its command."""
-  return pool.Job(
-      cell.run.name, functools.partial(command, cell.run),
-      functools.partial(is_finished, cell, sweep_dir),
-      backends.lock_path(sweep_dir, cell.run.name),
-      backends.log_path(sweep_dir, cell.run.name))
-
-
-def runs_of(values: Mapping[str, Any], table: table_lib.Table
-            ) -> list[table_lib.Run]:
-  """The table's runs of the rows and seeds of the command, with its flags."""
-  names = {table_lib.name_of(table, point)
-           for point in table_lib.chosen(table.points, values['rows'])}
-  return [run._replace(extra=tuple(values['cell_flag']))
+  A ValueError if it does not take one.
+  """
+  chosen = table_lib.chosen(table.points, values['rows'])
+  names = {name for point, name in table_lib.named(table.points)
+           if point in chosen}
+  runs = [run._replace(extra=tuple(values['cell_flag']))
           for run in table_lib.runs(table, seeds_of(values))
           if run.name.rpartition('_seed')[0] in names]
+  answers = describe.ask(
+      table.binary, [run.arguments(backends.workdir(
+          values['sweep_dir'], run.name)) for run in runs],
+      values['dry_run'], values['compile']) if runs else []
+  return [Cell(run, **answer)
+          for run, answer in zip(runs, answers, strict=True)]
 
 
 def seeds_of(values: Mapping[str, Any]) -> list[int] | None:
@@ -181,18 +171,13 @@ def check_table(values: Mapping[str, Any]) -> None:
                      'folder; it is a file.')
 
 
-def check_cell_flags(given: Sequence[str]) -> None:
-  """Raises ValueError for one that would make a cell another."""
-  for flag in given:
+def check(values: Mapping[str, Any]) -> None:
+  """Raises ValueError for flags that do not go with each other."""
+  for flag in values['cell_flag']:
     if flag.lstrip('-').partition('=')[0] in OWN_CELL_FLAGS:
       raise ValueError(f'`cell_flag` (={flag!r}) must not be one of '
                        f'{", ".join(OWN_CELL_FLAGS)}: --seeds and --sweep_dir '
                        'set them.')
-
-
-def check(values: Mapping[str, Any]) -> None:
-  """Raises ValueError for flags that do not go with the backend."""
-  check_cell_flags(values['cell_flag'])
   backend, defaults = values['backend'], flags.FlagValues()
   define_flags(defaults)
   for other, names in OPTIONS.items():
@@ -205,98 +190,68 @@ def check(values: Mapping[str, Any]) -> None:
     if not values[name]:
       raise ValueError(f'`{name}` (={values[name]!r}) must be given for '
                        f'--backend={backend}.')
-  for name in AT_LEAST_ONE:
-    if values[name] < 1:
-      raise ValueError(f'`{name}` (={values[name]}) must be at least 1.')
+  for name, least in AT_LEAST.items():
+    if values[name] < least:
+      raise ValueError(f'`{name}` (={values[name]}) must be at least {least}.')
   if values['compile'] is not None:
     if not values['dry_run']:
       raise ValueError(f'`compile` (={values["compile"]!r}) needs --dry_run.')
     compiling.check(values['compile'])
-  for name in ('retries', 'gpus_per_worker'):
-    if values[name] < 0:
-      raise ValueError(f'`{name}` (={values[name]}) must be at least 0.')
 
 
-def commander(values: Mapping[str, Any], sweep_dir: str):
-  """Maps a run and the number of a worker to a command of this machine."""
-  if values['backend'] == 'tpu_vm':
-    where = backends.TpuVm(values['tpu_names'], values['zone'],
-                           values['remote_dir'])
-    return lambda run, worker: backends.tpu_vm(run, sweep_dir, where, worker)
-  if values['backend'] == 'xpk':
-    where = backends.Xpk(*(values[name] for name in OPTIONS['xpk']))
-    name = f'{values["table"]}-{values["scale"]}'
-    return lambda run, worker: backends.xpk(run, sweep_dir, where, name)
-  return lambda run, worker: backends.local(run, sweep_dir, values['python'])
-
-
-def script(values: Mapping[str, Any], runs: Sequence[table_lib.Run],
-           sweep_dir: str) -> str:
-  """What sbatch gets."""
-  return backends.slurm(
-      runs, sweep_dir, backends.Slurm(values['tasks'], values['sbatch']),
-      job=values['table'], workers=values['workers'],
-      retries=values['retries'], python=values['python'])
-
-
-def start(values: Mapping[str, Any], found: Sequence[Cell], sweep_dir: str
-          ) -> int:
+def start(values: Mapping[str, Any], found: Sequence[Cell]) -> int:
   """Runs or submits the cells that are not finished; returns the status."""
-  left = [cell for cell in found if not is_finished(cell, sweep_dir)]
+  sweep_dir = values['sweep_dir']
+  left = [cell for cell in found if not cell.is_finished(sweep_dir)]
   print(f'{len(found) - len(left)} of {len(found)} cells are finished, in '
         f'{sweep_dir}', flush=True)
   if not left:
     return 0
+  path = functools.partial(os.path.join, sweep_dir)
   if values['backend'] in ('local', 'tpu_vm'):
-    return _run_here(values, left, sweep_dir)
-  return _submit(values, [cell.run for cell in left], sweep_dir)
-
-
-def _run_here(values, left, sweep_dir) -> int:
-  workers = len(values['tpu_names']) or values['workers']
-  command = commander(values, sweep_dir)
-  environment = functools.partial(_environment, values['gpus_per_worker'])
-  outcome = pool.run([job(cell, sweep_dir, command) for cell in left],
-                     workers=workers, retries=values['retries'],
-                     environment=environment)
-  if outcome.left:
-    return pool.REQUEUE_EXIT_CODE
-  return 1 if outcome.failed else 0
-
-
-def _environment(gpus: int, worker: int) -> dict[str, str]:
-  if not gpus:
-    return {}
-  first = worker * gpus
-  return {'CUDA_VISIBLE_DEVICES': ','.join(
-      map(str, range(first, first + gpus)))}
-
-
-def _submit(values, runs, sweep_dir) -> int:
+    outcome = pool.run(
+        [pool.Job(cell.run.name,
+                  functools.partial(backends.command, cell.run, values),
+                  functools.partial(cell.is_finished, sweep_dir),
+                  path('locks', f'{cell.run.name}.lock'),
+                  path('logs', f'{cell.run.name}.log')) for cell in left],
+        workers=len(values['tpu_names']) or values['workers'],
+        retries=values['retries'],
+        environment=functools.partial(gpus, values['gpus_per_worker']))
+    return (pool.REQUEUE_EXIT_CODE if outcome.left
+            else int(bool(outcome.failed)))
   for folder in ('locks', 'logs'):
-    os.makedirs(os.path.join(sweep_dir, folder), exist_ok=True)
+    os.makedirs(path(folder), exist_ok=True)
   if values['backend'] == 'slurm':
-    path = os.path.join(sweep_dir, 'array.sh')
-    files.write_text(path, script(values, runs, sweep_dir))
-    return subprocess.run(['sbatch', path], check=False).returncode and 1
-  command = commander(values, sweep_dir)
-  codes = [subprocess.run(command(run, 0), check=False).returncode
-           for run in runs]
-  return 1 if any(codes) else 0
+    files.write_text(path('array.sh'), backends.slurm(
+        [cell.run for cell in left], values))
+    commands = [['sbatch', path('array.sh')]]
+  else:
+    commands = [backends.command(cell.run, values) for cell in left]
+  codes = [subprocess.run(words, check=False).returncode for words in commands]
+  return int(any(codes))
+
+
+def gpus(count: int, worker: int) -> dict[str, str]:
+  """The variables that give a worker so many of its own; none for 0."""
+  mine = range(worker * count, (worker + 1) * count)
+  return {'CUDA_VISIBLE_DEVICES': ','.join(map(str, mine))} if count else {}
 
 
 def plan(values: Mapping[str, Any], table: table_lib.Table,
-         found: Sequence[Cell], sweep_dir: str) -> str:
+         found: Sequence[Cell]) -> str:
   """What --dry_run prints."""
-  left = [cell.run for cell in found if not is_finished(cell, sweep_dir)]
+  left = [cell.run for cell in found
+          if not cell.is_finished(values['sweep_dir'])]
   text = (f'# {table.title}, scale {values["scale"]}: {len(found)} cells of '
           f'{table.binary}, {len(found) - len(left)} finished\n')
   if values['backend'] == 'slurm' and left:
-    text += script(values, left, sweep_dir)
-  elif left:
-    command, slices = commander(values, sweep_dir), values['tpu_names'] or [0]
-    text += ''.join(f'{shlex.join(command(run, number % len(slices)))}\n'
-                    for number, run in enumerate(left))
+    text += backends.slurm(left, values)
+  else:
+    slices = len(values['tpu_names']) or 1
+    text += ''.join(
+        f'{shlex.join(backends.command(run, values, number % slices))}\n'
+        for number, run in enumerate(left))
   text += '\n' + costs(found, values['devices'])
   compiled = _compiled(found)
   return text + '\n' + compiling.table(compiled) if compiled else text
@@ -304,46 +259,42 @@ def plan(values: Mapping[str, Any], table: table_lib.Table,
 
 def _compiled(found: Sequence[Cell]) -> dict[str, Mapping[str, Any]]:
   """What the compiler said of the cells, seeds left out."""
-  return {cell.run.name.rpartition('_seed')[0]: cell.compiled
-          for cell in found if cell.compiled}
+  return {cell.name: cell.compiled for cell in found if cell.compiled}
 
 
 def costs(found: Sequence[Cell], devices: int) -> str:
   """A Markdown table of the cells' figures, seeds left out; their sum."""
   from experiments import reporting
-  first = {cell.run.name.rpartition('_seed')[0]: cell.figures
-           for cell in reversed(found)}
-  rows = [{'cell': name, **_cost(figures, devices)}
-          for name, figures in reversed(first.items())]
+  columns = {
+      'parameters': ('parameters', 1, ','), 'steps': ('train_steps', 1, ','),
+      'batch': ('batch_size', 1, ','), 'rate': ('learning_rate', 1, '.4g'),
+      'multiply-adds': ('training_flops', 1, '.3g'),
+      'weights (MB)': ('weight_bytes', 1e6, ',.1f'),
+      'optimizer (MB)': ('optimizer_bytes', 1e6, ',.1f'),
+      'activations (MB)': ('activation_bytes', devices * 1e6, ',.1f')}
+  first = {}
+  for cell in found:
+    first.setdefault(cell.name, cell.figures)
+  rows = [{'cell': name, **{
+      column: figures[figure] / unit if unit > 1 else figures[figure]
+      for column, (figure, unit, _) in columns.items()}}
+          for name, figures in first.items()]
   total = sum(cell.figures['training_flops'] for cell in found)
   return reporting.markdown_table(rows, formats={
-      'parameters': ',', 'steps': ',', 'batch': ',', 'rate': '.4g',
-      'multiply-adds': '.3g', 'weights (MB)': ',.1f', 'optimizer (MB)': ',.1f',
-      'activations (MB)': ',.1f'}) + (
+      column: shown for column, (_, _, shown) in columns.items()}) + (
           f'\n{total:.3g} multiply-adds in all {len(found)} cells. Memory is '
           f'that of one device of {devices}.\n')
-
-
-def _cost(figures, devices) -> dict[str, Any]:
-  return {
-      'parameters': figures['parameters'], 'steps': figures['train_steps'],
-      'batch': figures['batch_size'], 'rate': figures['learning_rate'],
-      'multiply-adds': figures['training_flops'],
-      'weights (MB)': figures['weight_bytes'] / 1e6,
-      'optimizer (MB)': figures['optimizer_bytes'] / 1e6,
-      'activations (MB)': figures['activation_bytes'] / devices / 1e6}
 
 
 def run(values: Mapping[str, Any], table: table_lib.Table) -> int:
   """What the program does with its flags; returns the status."""
   check(values)
-  sweep_dir = sweep_dir_of(values)
-  found = cells(runs_of(values, table), sweep_dir, values['dry_run'],
-                values['compile'])
+  values = {**values, 'sweep_dir': sweep_dir_of(values)}
+  found = cells(values, table)
   if values['dry_run']:
-    print(plan(values, table, found, sweep_dir), end='', flush=True)
+    print(plan(values, table, found), end='', flush=True)
     return 0 if compiling.fits(_compiled(found)) else 1
-  return start(values, found, sweep_dir)
+  return start(values, found)
 
 
 def main(argv):

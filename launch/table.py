@@ -5,14 +5,10 @@ where it stands. Points of equal flags share one run: the accuracy and the FLOPs
 of a row are two points of one run.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import math
 import re
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SCALES = ('paper', 'small')
 
@@ -20,44 +16,35 @@ SCALES = ('paper', 'small')
 class Metric(NamedTuple):
   """A number of a finished run, in the unit that the papers print."""
 
-  label: str  # For axes and heads of columns.
   read: Callable[[Mapping[str, Any]], float]  # Of what result.json holds.
   digits: int = 2  # After the decimal point.
 
 
-def _reduction(name: str) -> Callable[[Mapping[str, Any]], float]:
-  return lambda result: 100 * (1 - result['cost'][name])
+def _percent(name: str, digits: int = 1) -> Metric:
+  return Metric(lambda result: 100 * result[name], digits)
 
 
-# Fractions in result.json are percent here.
+def _saved(name: str) -> Metric:
+  return Metric(lambda result: 100 * (1 - result['cost'][name]), 1)
+
+
+# Fractions in result.json are percent here, but for the first of the FLOPs.
 METRICS = {
-    'accuracy': Metric('top-1 accuracy (%)',
-                       lambda result: 100 * result['test_accuracy']),
+    'accuracy': _percent('test_accuracy', 2),
     'bits_per_character': Metric(
-        'bits per character',
         lambda result: result['test_bits_per_character'], 3),
     # Of a token: of a byte where the small scale reads bytes.
-    'perplexity': Metric('perplexity',
-                         lambda result: math.exp(result['test_loss']), 1),
+    'perplexity': Metric(lambda result: math.exp(result['test_loss']), 1),
     'training_flops': Metric(
-        'training FLOPs, as a fraction of dense',
         lambda result: result['cost']['training_multiplier_rigl'], 3),
     'training_cost': Metric(
-        'FLOPs of training (% of dense)',
         lambda result: 100 * result['cost']['training_multiplier'], 1),
-    'sparsity': Metric('sparsity (%)', lambda result: 100 * result['sparsity'],
-                       1),
-    'effective_sparsity': Metric(
-        'weights that are zero or on no path (%)',
-        lambda result: 100 * result['effective_sparsity'], 1),
-    'training_reduction': Metric('training FLOPs saved (%)',
-                                 _reduction('training_multiplier'), 1),
-    'inference_reduction': Metric('inference FLOPs saved (%)',
-                                  _reduction('inference_multiplier'), 1),
-    'forward_speedup': Metric('speed-up of the forward pass',
-                              lambda result: result['forward_speedup']),
-    'backward_speedup': Metric('speed-up of the backward pass',
-                               lambda result: result['backward_speedup']),
+    'sparsity': _percent('sparsity'),
+    'effective_sparsity': _percent('effective_sparsity'),
+    'training_reduction': _saved('training_multiplier'),
+    'inference_reduction': _saved('inference_multiplier'),
+    'forward_speedup': Metric(lambda result: result['forward_speedup']),
+    'backward_speedup': Metric(lambda result: result['backward_speedup']),
 }
 
 
@@ -157,41 +144,33 @@ def chosen(points: Iterable[Point], rows: Sequence[str]) -> list[Point]:
 
 def runs(table: Table, seeds: Iterable[int] | None = None) -> list[Run]:
   """The runs of a table, each once, all of a seed before those of the next."""
-  names = run_names(table.points)
-  return [Run(f'{name}_seed{seed}', table.binary, dict(flags) | {'seed': seed})
+  flags = {}
+  for point, name in named(table.points):
+    if name is not None:
+      flags.setdefault(name, point.flags)
+  return [Run(f'{name}_seed{seed}', table.binary, {**of, 'seed': seed})
           for seed in (table.seeds if seeds is None else seeds)
-          for name, flags in names.items()]
+          for name, of in flags.items()]
 
 
-def run_names(points: Sequence[Point]) -> dict[str, Mapping[str, Any]]:
-  """The flags of each run by its name, that of its first point."""
-  found, keys = {}, set()
+def named(points: Sequence[Point]) -> list[tuple[Point, str | None]]:
+  """Each point with the name of its run, that of the run's first point.
+
+  Seeds are no part of it, and a point that is only quoted has None. A
+  ValueError if two runs have one name.
+  """
+  names, found = {}, []
   for point in points:
-    if point.flags is None or key_of(point.flags) in keys:
+    if point.flags is None:
+      found.append((point, None))
       continue
-    keys.add(key_of(point.flags))
-    name = _name(point)
-    if name in found:
-      raise ValueError(f'`points` must not have two runs named {name!r}.')
-    found[name] = point.flags
+    key = repr(sorted(map(argument, point.flags, point.flags.values())))
+    if key not in names:
+      # In the letters that any file system and shell takes.
+      name = re.sub(r'[^a-z0-9.]+', '_',
+                    f'{point.row}_{point.column}'.lower()).strip('_')
+      if name in names.values():
+        raise ValueError(f'`points` must not have two runs named {name!r}.')
+      names[key] = name
+    found.append((point, names[key]))
   return found
-
-
-def name_of(table: Table, point: Point) -> str | None:
-  """The name of a point's run without its seed; None if it is quoted."""
-  if point.flags is None:
-    return None
-  return {key_of(flags): name for name, flags in
-          run_names(table.points).items()}[key_of(point.flags)]
-
-
-def key_of(flags: Mapping[str, Any]) -> str:
-  """Equal for equal flags, whatever their order."""
-  return repr(sorted((name, argument(name, value))
-                     for name, value in flags.items()))
-
-
-def _name(point: Point) -> str:
-  """Row and column in the letters that any file system and shell takes."""
-  text = f'{point.row}_{point.column}'.lower()
-  return re.sub(r'[^a-z0-9.]+', '_', text).strip('_')

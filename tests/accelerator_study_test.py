@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from unittest import mock
 
 from absl import flags
 from absl.testing import absltest
@@ -40,47 +41,35 @@ class AcceleratorStudyTest(parameterized.TestCase):
       with tempfile.TemporaryDirectory() as folder:
         values = _values(sparsity=sparsity, rows=1, lookahead=9, lookaside=10,
                          workdir=os.path.join(folder, 'new'))
-        shown = []
-        accelerator.run(values, shown.append)
+        with mock.patch('builtins.print') as shown:
+          accelerator.run(values)
         with open(os.path.join(values['workdir'], 'result.json')) as file:
           result = json.load(file)
       self.assertEqual(result['flags'], values)
-      self.assertIn('1 row, 9 ahead, 10 aside', shown[-1])
+      table, last = (call.args[0] for call in shown.call_args_list)
+      self.assertEqual(table.count('kernel'), 3)
       for part in ('forward', 'backward'):
-        self.assertIn(f'{result[f"{part}_speedup"]:.2f}', shown[-1])
+        self.assertIn(f'{part} {result[f"{part}_speedup"]:.2f}', last)
       speedups[sparsity] = result['forward_speedup']
     # Two of three layers have a tenth of their weights.
     self.assertGreater(speedups[.9], 1.5 * speedups[0.])
     self.assertLess(speedups[.9], 10.)
 
-  def test_without_a_sparsity_and_an_array_all_are_shown(self):
-    shown = []
-    with tempfile.TemporaryDirectory() as folder:
-      here = os.getcwd()
-      os.chdir(folder)
-      self.addCleanup(os.chdir, here)
-      rows = accelerator.study_all(_values(steps=0), shown.append)
-      self.assertEmpty(os.listdir(folder))
-    self.assertLen(rows, 3 * 4)
-    self.assertEqual([row['published'] for row in rows[::4]], [1., 3.3, 5.6])
-    self.assertLen(shown, 2 * 3 + 1)
-
   def test_the_seed_draws_weights_and_batches(self):
     values = _values(sparsity=.5, rows=1)
-    first, second, again = (
-        accelerator.study_all(values | {'seed': seed}, lambda text: None)
-        for seed in (0, 1, 0))
+    first, second, again = ({name: value for name, value in accelerator.run(
+        values | {'seed': seed}).items() if name != 'flags'}
+                            for seed in (0, 1, 0))
     self.assertEqual(first, again)
     self.assertNotEqual(first, second)
 
   def test_arrays_have_one_size(self):
-    found = accelerator.machines(_values()) | accelerator.machines(
-        _values(rows=4)) | accelerator.machines(_values(lookaside=1))
-    self.assertLen(found, 6)
-    for name, machine in found.items():
+    for given in ({}, {'rows': 1}, {'rows': 4, 'lookaside': 1}):
+      machine = accelerator.machine_of(_values(**given))
       self.assertEqual(machine.lanes * machine.columns * machine.rows
-                       * machine.tiles, 65_536, name)
-    self.assertEqual(found['4 rows, 2 ahead, 5 aside'].rows, 4)
+                       * machine.tiles, 65_536)
+      self.assertEqual((machine.rows, machine.lookahead, machine.lookaside),
+                       (given.get('rows', 16), 2, given.get('lookaside', 5)))
 
   def test_describe_counts_by_hand(self):
     """LeNet-300-100 on digits; the weights' gradient is dense."""
@@ -101,16 +90,10 @@ class AcceleratorStudyTest(parameterized.TestCase):
       ({'seed': -1}, r'`seed` \(=-1\) must be'),
       ({'sparsity': 1.}, r'`sparsity` \(=1.0\) must be in \[0, 1\)'),
       ({'rows': 3}, r'`rows` \(=3\) must divide 256'),
-      ({'lookaside': 16}, r'`lookaside` \(=16\) must be below'),
-      ({'workdir': 'x', 'rows': 1}, "`sparsity` .=None.*`workdir` .='x'"),
-      ({'workdir': 'x', 'sparsity': .5}, "one of rows, look.* for a `workdir`"))
+      ({'lookaside': 16}, r'`lookaside` \(=16\) must be below'))
   def test_bad_flags_are_named(self, given, message):
     with self.assertRaisesRegex(ValueError, message):
-      accelerator.study_all(_values(**given), lambda text: None)
-
-  def test_what_is_no_single_run_cannot_be_described(self):
-    with self.assertRaisesRegex(ValueError, r'`sparsity` \(=None\)'):
-      accelerator.without_data(_values(rows=1))
+      accelerator.run(_values(**given))
 
 
 if __name__ == '__main__':

@@ -36,9 +36,10 @@ class TableTest(parameterized.TestCase):
     values = {**_values(), 'compile': 'v5e:2x4'}
     found = {**_FOUND, 'step': {'needed': '107G of 15.75G'}}
     table = tables.get('compare_fashion_mnist', 'small')
-    cells = run.cells(run.runs_of(values, table), 'sweep', True)[:1]
+    cell = run.cells({**values, 'sweep_dir': 'sweep', 'compile': None},
+                     table)[0]
     with mock.patch.object(run, 'cells', lambda *_: [
-        cells[0]._replace(compiled=found)]), mock.patch.object(
+        cell._replace(compiled=found)]), mock.patch.object(
             compiling, 'check'), mock.patch('builtins.print') as said:
       self.assertEqual(run.run(values, table), 1)
     self.assertIn('does not fit: 107G of 15.75G', said.call_args.args[0])

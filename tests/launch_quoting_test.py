@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 
+from absl import flags
 from absl.testing import absltest
 from absl.testing import parameterized
 
@@ -26,6 +27,14 @@ import json, os, sys
 with open(os.environ['NOTES'], 'a') as file:
   file.write(json.dumps(sys.argv[1:]) + '\\n')
 """
+
+
+def _values(backend, **given):
+  found = flags.FlagValues()
+  run_lib.define_flags(found)
+  found(['run'])
+  return found.flag_values_dict() | {
+      'backend': backend, 'sweep_dir': 'sweep', 'table': 'table'} | given
 
 
 def _run(*values):
@@ -70,9 +79,9 @@ class QuotingTest(parameterized.TestCase):
     sweep_dir = '$(touch owned) `touch owned` "it\'s" %a'
     python = self.command('my $(touch owned) python', _NOTE.format(
         python=sys.executable), self.folder / 'a b')
-    text = backends.slurm(
-        [run], sweep_dir, backends.Slurm(2, ['--comment=$(touch owned) "x" #']),
-        job='a $(touch owned) name', workers=1, retries=0, python=python)
+    text = backends.slurm([run], _values(
+        'slurm', sweep_dir=sweep_dir, tasks=2, table='a $(touch owned) name',
+        sbatch=['--comment=$(touch owned) "x" #'], python=python))
     (self.folder / sweep_dir / 'locks').mkdir(parents=True)
     words, = self.shell(['bash'], input=text)
     self.assert_arrived(words, run, sweep_dir, '--distributed')
@@ -87,20 +96,20 @@ class QuotingTest(parameterized.TestCase):
     self.command('gcloud', '#!/bin/bash\n'
                  'for word; do case $word in --command=*)\n'
                  'exec bash -c "${word#--command=}" ;; esac; done\n')
-    where = backends.TpuVm(['$(touch owned)'], '$(touch owned)',
-                           'my $(touch owned) project')
+    values = _values('tpu_vm', tpu_names=['$(touch owned)'],
+                     zone='$(touch owned)')
     with self.assertRaisesRegex(ValueError, '`remote_dir` .*must have no let'):
-      backends.tpu_vm(run, 'sweep', where, 0)
-    where = where._replace(folder='project')
+      backends.command(run, {**values, 'remote_dir': 'my $(touch owned) dir'})
     self.command('run.sh', '#!/bin/bash\nexec "${@/#python/python3}"\n',
                  self.folder / 'project' / 'launch')
-    words, = self.shell(backends.tpu_vm(run, 'sweep', where, 0))
+    words, = self.shell(backends.command(
+        run, {**values, 'remote_dir': 'project'}))
     self.assert_arrived(words, run, 'sweep', '--distributed')
 
   def test_xpk(self):
     run = _run(*NASTY)
-    words = backends.xpk(run, 'a $(touch owned)', backends.Xpk(
-        '$(touch owned)', 't', 'image'), 'table')
+    words = backends.command(run, _values(
+        'xpk', sweep_dir='a $(touch owned)', cluster='$(touch owned)'))
     self.assertIn('--cluster=$(touch owned)', words)  # Not through a shell.
     command = words[-1].removeprefix('--command=')
     words, = self.shell(['bash', '-c', command])
@@ -108,31 +117,24 @@ class QuotingTest(parameterized.TestCase):
 
   @parameterized.parameters('two\nlines', 'a\rb', 'a\0b', 'tab\tbed')
   def test_a_line_break_is_refused_before_anything_is_written(self, value):
-    run = _run(value)
-    for make in (
-        lambda: backends.slurm([run], 'sweep', backends.Slurm(1), job='j',
-                               workers=1, retries=0),
-        lambda: backends.slurm([_run()], value, backends.Slurm(1), job='j',
-                               workers=1, retries=0),
-        lambda: backends.slurm([_run()], 's', backends.Slurm(1, [value]),
-                               job='j', workers=1, retries=0),
-        lambda: backends.tpu_vm(run, 's', backends.TpuVm(['t'], 'z', 'f'), 0),
-        lambda: backends.tpu_vm(_run(), value, backends.TpuVm(
-            ['t'], 'z', 'f'), 0),
-        lambda: backends.xpk(run, 's', backends.Xpk('c', 't', 'i'), 'table')):
+    slurm, tpu_vm, xpk = (_values(name, tpu_names=['t'], zone='z')
+                          for name in ('slurm', 'tpu_vm', 'xpk'))
+    script = lambda run, values: backends.slurm([run], values)
+    for make, run, values in (
+        (script, _run(value), slurm),
+        (script, _run(), {**slurm, 'sweep_dir': value}),
+        (script, _run(), {**slurm, 'sbatch': [value]}),
+        (backends.command, _run(value), tpu_vm),
+        (backends.command, _run(), {**tpu_vm, 'sweep_dir': value}),
+        (backends.command, _run(value), xpk)):
       with self.assertRaisesRegex(ValueError, 'line|no letters'):
-        make()
+        make(run, values)
 
   def test_here_no_shell_stands_between(self):
     run = _run(*NASTY, 'two\nlines')
-    words = backends.local(run, 'sweep', 'python3')
+    words = backends.command(run, _values('local', python='my python'))
+    self.assertEqual(words[0], 'my python')
     self.assert_arrived(words[1:], run, 'sweep')
-
-  def test_every_line_of_a_plan_is_a_command(self):
-    values = {'backend': 'local', 'python': 'my python'}
-    command = run_lib.commander(values, 'my sweep')(_run('a b'), 0)
-    self.assertEqual(command[0], 'my python')
-    self.assertEqual(command[3], '--flag0=a b')
 
 
 if __name__ == '__main__':

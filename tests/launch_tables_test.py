@@ -90,8 +90,8 @@ class TablesTest(parameterized.TestCase):
     self.assertLen(table_lib.runs(table, [0]), 14)
     mine = [point for point in table.points if point.row == 'SWAT-U']
     self.assertLen(mine, 6)
-    self.assertEqual({table_lib.name_of(table, point) for point in mine},
-                     {'swat_u_80', 'swat_u_90'})
+    self.assertEqual({name for point, name in table_lib.named(table.points)
+                      if point in mine}, {'swat_u_80', 'swat_u_90'})
     self.assertLen(table_lib.runs(table), 3 * 14)
 
   @parameterized.parameters(*comparisons.NARROW)
@@ -125,7 +125,7 @@ class TablesTest(parameterized.TestCase):
     points = [table_lib.Point('A b', 'c', 1., {'rate': rate})
               for rate in (1, 2)]
     with self.assertRaisesRegex(ValueError, "`points` .*named 'a_b_c'"):
-      table_lib.run_names(points)
+      table_lib.named(points)
 
   @parameterized.parameters((None,), ({'x': 1},))
   def test_a_value_that_no_flag_has_is_refused(self, value):

@@ -21,9 +21,9 @@ class PermutedBlocksStudyTest(absltest.TestCase):
     data = (jax.random.normal(keys[0], (400, 12)), jnp.arange(400) % 10)
     fewer = {'magnitude': ('blocks', 'permuted'), 'snip': ('permuted',)}
     with mock.patch.dict(permuted_blocks.ARRANGEMENTS, fewer):
-      rows = permuted_blocks.study(
+      rows = list(permuted_blocks.study(
           data, data, methods=list(fewer), blocks=[4], sparsities=[75.],
-          seeds=[0], width=16, steps=8, tune_steps=1, scratch_steps=1)
+          seeds=[0], width=16, steps=8, tune_steps=1, scratch_steps=1))
     found = {(row['method'], row['arrangement']): row for row in rows}
     self.assertLen(found, len(rows))
     self.assertEqual(found['magnitude', 'entries']['kept'], 25.)

@@ -17,7 +17,9 @@ from absl.testing import parameterized
 from launch import backends
 from launch import table as table_lib
 
-_WHERE = backends.Xpk('cluster', 'v5p-32', 'image', num_slices=2)
+_VALUES = {'backend': 'xpk', 'cluster': 'cluster', 'tpu_type': 'v5p-32',
+           'docker_image': 'image', 'num_slices': 2, 'sweep_dir': 'sweep',
+           'table': 'table1', 'scale': 'small'}
 # What is asked where a cluster would be: no project, no kubectl, no login.
 _DRY = ('--dry-run', '--skip-validation', '--project=p', '--zone=us-east5-a')
 
@@ -36,7 +38,7 @@ class XpkTest(parameterized.TestCase):
   def job_set(self, **flags):
     """The JobSet of a cell of those flags, and our command."""
     run = table_lib.Run('A value_seed0', 'some.binary', flags, ('--bfloat16',))
-    words = backends.xpk(run, 'sweep', _WHERE, 'table1-small')
+    words = backends.command(run, _VALUES)
     home = self.enterContext(tempfile.TemporaryDirectory())
     done = subprocess.run(
         [*words, *_DRY], text=True, stdout=subprocess.PIPE,

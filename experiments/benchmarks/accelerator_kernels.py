@@ -30,7 +30,6 @@ import glob
 import os
 import re
 import tempfile
-from typing import NamedTuple
 
 from absl import app
 from absl import flags
@@ -42,6 +41,9 @@ import sparse_jax
 from experiments import reporting
 from experiments.benchmarks import schedules
 from experiments.benchmarks import timing
+from launch import compiling
+from launch.cycles import CHIPS
+from launch.cycles import Chip
 from sparse_jax.blocks import packing
 from sparse_jax.blocks import tpu_sizes
 
@@ -59,28 +61,17 @@ _ROUNDS = flags.DEFINE_integer('rounds', 15, 'Timings of each contender.')
 _REPEATS = flags.DEFINE_integer('repeats', 10, 'Calls within a timing.')
 
 
-class Peak(NamedTuple):
-  """Of a chip, as its maker states them."""
-
-  flops: float  # A second, in bfloat16.
-  bandwidth: float  # Bytes a second.
-  clock: float | None = None  # Of a TPU core, whose matrix units make `flops`.
-
-
+# Operations in bfloat16 and bytes a second of a chip, as its maker states them.
 PEAKS = {
-    'TPU v4': Peak(275e12, 1.23e12),
-    'TPU v5 lite': Peak(197e12, 8.2e11, 1.5e9),
-    'TPU v5': Peak(459e12, 2.46e12, 1.75e9),
-    'TPU v6 lite': Peak(918e12, 1.64e12, 1.75e9),
-    'A100': Peak(312e12, 2.04e12), 'H100': Peak(989e12, 3.35e12),
-    'H200': Peak(989e12, 4.8e12), 'L4': Peak(121e12, 3e11),
-    'B200': Peak(2250e12, 8e12)}
+    **{name: (chip.flops, chip.bandwidth) for name, chip in CHIPS.items()},
+    'A100': (312e12, 2.04e12), 'H100': (989e12, 3.35e12),
+    'H200': (989e12, 4.8e12), 'L4': (121e12, 3e11), 'B200': (2250e12, 8e12)}
 
 
-def peak(kind: str) -> Peak | None:
+def peak(kind: str) -> tuple[float, float] | None:
   """The peak of the longest name that the kind of a device has in it."""
-  known = [name for name in PEAKS if name in kind]
-  return PEAKS[max(known, key=len)] if known else None
+  return PEAKS.get(max((name for name in PEAKS if name in kind), key=len,
+                       default=''))
 
 
 def problem(side: int, density: float):
@@ -166,85 +157,57 @@ def measured(side: int, density: float) -> list[dict]:
                   f'{what} us': 1e6 * times[name],
                   f'{what}, times dense': times['dense'] / times[name]})
       if best:
-        flops, moved = work(what, x, weight)
-        row[f'{what}, of roofline'] = max(
-            flops / best.flops, moved / best.bandwidth) / times[name]
+        row[f'{what}, of roofline'] = max(needed / rate for needed, rate in zip(
+            work(what, x, weight), best)) / times[name]
       row['temporaries MiB'] = mib(run)
       row['differs by'] = None if name == 'dense' else (
           f'{difference(run(x, dy, weight), wanted):.0e}')
   return list(rows.values())
 
 
-class Compiler:
-  """The compiler of a TPU that is not there, and what it writes down."""
+def estimated(mesh, folder: str, side: int, density: float) -> list[dict]:
+  """Rows of the table of one block and density, by the compiler.
 
-  def __init__(self, topology: str):
-    self._folder = tempfile.TemporaryDirectory()
-    os.environ.update(
-        TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1',
-        LIBTPU_INIT_ARGS=f'--xla_jf_dump_to={self._folder.name} '
-        '--xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true')
-    from jax.experimental import topologies
-    device = topologies.get_topology_desc(
-        platform='tpu', topology_name=topology).devices[0]
-    self.mesh = jax.sharding.Mesh(
-        [device], ('one',), axis_types=(jax.sharding.AxisType.Auto,))
-    self.peak = peak(device.device_kind)
-
-  def __call__(self, fn, *args):
-    """The compiled program, and the schedules of its kernels by their names."""
-    for path in glob.glob(os.path.join(self._folder.name, '*')):
-      os.remove(path)
-    place = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-    args = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=place), args)
-    with jax.set_mesh(self.mesh):
-      compiled = jax.jit(fn).lower(*args).compile()
-    found = []
-    for path in glob.glob(os.path.join(self._folder.name,
-                                       '*-packed_*-final_bundles.txt')):
-      if 'schedule-analysis' not in path:
-        with open(path) as file:
-          found.append((os.path.basename(path), file.read()))
-    return compiled, found
-
-
-def estimated(compiler: Compiler, side: int, density: float) -> list[dict]:
-  """Rows of the table of one block and density, by the compiler."""
+  It writes the schedules of its kernels to `folder`.
+  """
   x, dy, packed = problem(side, density)
-  dense = jax.ShapeDtypeStruct(packed.shape, packed.dtype)
+  chip = CHIPS[mesh.devices.flat[0].device_kind]
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   rows = {name: {'block': side, 'density': density, 'way': name}
           for name in ('dense', 'batched', 'tpu')}
   for what in ('forward', 'both'):
     for name, row in rows.items():
-      multiply = jnp.matmul if name == 'dense' else ways([name])[name]
-      weight = dense if name == 'dense' else packed
-      compiled, found = compiler(programs(multiply)[what], x, dy, weight)
+      multiply, weight = (jnp.matmul, jax.ShapeDtypeStruct(
+          packed.shape, packed.dtype)) if name == 'dense' else (
+              ways([name])[name], packed)
+      args = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=whole), (x, dy, weight))
+      for path in glob.glob(os.path.join(folder, '*')):
+        os.remove(path)
+      with jax.set_mesh(mesh):
+        compiled = jax.jit(programs(multiply)[what]).lower(*args).compile()
+        # There are no loops but those of kernels.
+        spent = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"',
+                                        compiled.as_text()))) / chip.clock
+        for path in glob.glob(os.path.join(
+            folder, '*-packed_*-final_bundles.txt')):
+          if 'schedule-analysis' not in path:
+            with open(path) as file:
+              spent += kernel_seconds(os.path.basename(path), file.read(), x,
+                                      packed, chip)
       row['temporaries MiB'] = mib(compiled)
-      if compiler.peak is None or compiler.peak.clock is None:
-        continue
-      spent = xla_seconds(compiled.as_text(), compiler.peak)
-      with jax.set_mesh(compiler.mesh):
-        spent += sum(kernel_seconds(*file, x, packed, compiler.peak)
-                     for file in found)
       row[f'{what} us'] = 1e6 * spent
       row[f'{what}, times dense'] = rows['dense'][f'{what} us'] / (1e6 * spent)
   return list(rows.values())
 
 
-def xla_seconds(text: str, best: Peak) -> float:
-  """Of all that is no kernel; there are no loops in these programs."""
-  cycles = re.findall(r'"estimated_cycles":"(\d+)"', text)
-  return sum(map(int, cycles)) / best.clock
-
-
-def kernel_seconds(name: str, text: str, x, packed, best: Peak) -> float:
+def kernel_seconds(name: str, text: str, x, packed, chip: Chip) -> float:
   """Of a product or a gradient of the blocks, from its schedule."""
   side, size = packed.block[0], x.dtype.itemsize
   count, columns = packed.blocks.shape[0], packed.grid[1]
-  per_core = best.flops / best.clock / 2 / tpu_sizes.chip().cores
-  used = len(np.unique(packed.rows)) / columns
   cores = tpu_sizes.chip().cores
+  per_core = chip.flops / chip.clock / 2 / cores
+  used = len(np.unique(packed.rows)) / columns
   if 'packed_product' in name:
     rows, group = tpu_sizes.panel(x, packed.block, side, x.shape[1])
     panels = x.shape[0] // rows
@@ -263,22 +226,27 @@ def kernel_seconds(name: str, text: str, x, packed, best: Peak) -> float:
                2 / panels], {1: [strips]}, {1: rows * side**2 / per_core})
     moved = chunks * 2 * x.nbytes + packed.blocks.nbytes
     ends = 2 * rows * x.shape[1] * size
-  return max(cycles / cores / best.clock + ends / best.bandwidth,
-             moved / best.bandwidth)
+  return max(cycles / cores / chip.clock + ends / chip.bandwidth,
+             moved / chip.bandwidth)
 
 
 def main(_):
-  kernels = (128, 256, 512)
-  if _AOT.value is None and jax.devices()[0].platform != 'tpu':
-    kernels = (32, 64, 128)
-  row_of = measured
+  row_of, kernels = measured, (128, 256, 512)
   if _AOT.value is not None:
-    compiler = Compiler(_AOT.value)
-    row_of = functools.partial(estimated, compiler)
-    kind = compiler.mesh.devices.flat[0].device_kind
-    print(f'{kind}, jax {jax.__version__}: compiled and estimated, not run\n')
+    compiling.check(_AOT.value)
+    dumped = tempfile.TemporaryDirectory()  # Goes when this returns.
+    os.environ.update(compiling.ENVIRONMENT, LIBTPU_INIT_ARGS=(
+        '--xla_jf_emit_annotations=true --xla_jf_dump_llo_text=true '
+        f'--xla_jf_dump_to={dumped.name}'))
+    mesh = compiling.mesh_of(_AOT.value, chips=1)
+    row_of = functools.partial(estimated, mesh, dumped.name)
+    print(f'{mesh.devices.flat[0].device_kind}, jax {jax.__version__}: '
+          'compiled and estimated, not run\n')
   else:
-    print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}\n')
+    device = jax.devices()[0]
+    if device.platform != 'tpu':
+      kernels = (32, 64, 128)
+    print(f'{device.device_kind}, jax {jax.__version__}\n')
   rows = [row for side in _BLOCKS.value or kernels
           for density in _DENSITIES.value for row in row_of(side, density)]
   shown = {name: '.2f' if 'dense' in name or 'roof' in name else '.0f'

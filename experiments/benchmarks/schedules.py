@@ -6,8 +6,7 @@ who knows the kernel.
 """
 
 import collections
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import re
 from typing import NamedTuple
 

@@ -13,17 +13,15 @@ everything and has not touched a device.
 """
 
 import collections
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import multiprocessing
 import os
 import pathlib
 import random
 import sys
 import time
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import app
 from absl import flags
@@ -48,18 +46,11 @@ _TERM_SHARE = .2
 _ENDS = {'kill': (-9,), 'terminate': (checkpointing.REQUEUE_EXIT_CODE, -15)}
 
 
-class Kill(NamedTuple):
-  """The end of one life."""
-
-  how: str  # 'kill' or 'terminate'.
-  where: str  # What the run was doing.
-
-
 class Outcome(NamedTuple):
   """What became of the killed run."""
 
-  kills: tuple[Kill, ...]
-  differences: tuple[str, ...]  # Paths of leaves, 'metrics.jsonl'.
+  kills: list[tuple[str, str]]  # 'kill' or 'terminate', what it was doing.
+  differences: list[str]  # Paths of leaves, 'metrics.jsonl'.
 
 
 def soak(values: Mapping[str, Any], cycles: int,
@@ -78,23 +69,31 @@ def soak(values: Mapping[str, Any], cycles: int,
   folder, chance = values['workdir'], random.Random(values['seed'])
   unbroken, killed = ({**values, 'workdir': os.path.join(folder, name)}
                       for name in ('unbroken', 'killed'))
-  settings = cached(folder) | dict(settings or {})
+  settings = {  # Every life but the first finds its programs compiled.
+      'jax_compilation_cache_dir': os.path.join(folder, 'compiled'),
+      'jax_persistent_cache_min_compile_time_secs': 0.,
+      'jax_persistent_cache_min_entry_size_bytes': -1, **(settings or {})}
   finish(start(unbroken, settings))
   kills, startup = [], 5.
   for _ in range(cycles):
-    kill, startup = live(killed, settings, chance, startup)
-    if kill is None:
+    how = 'terminate' if chance.random() < _TERM_SHARE else 'kill'
+    aim = chance.choice(('starting', 'saving', 'training'))
+    delay, begin = chance.random(), time.monotonic()
+    life = start(killed, settings)
+    if aim == 'starting':
+      delay *= startup  # The seconds that a life took to its first save.
+    elif wait(life, life.is_saving if aim == 'saving' else life.has_saved):
+      startup = time.monotonic() - begin
+      delay *= .03 if aim == 'saving' else .5
+    life.process.join(delay)
+    getattr(life.process, how)()
+    life.process.join(_PATIENCE)
+    if life.process.exitcode == 0:  # It came to its own end before.
       break
-    kills.append(kill)
+    life.check(_ENDS[how])
+    kills.append((how, life.doing()))
   finish(start(killed, settings))
-  return Outcome(tuple(kills), tuple(differences(unbroken, killed)))
-
-
-def cached(folder: str) -> dict[str, Any]:
-  """Lets every life but the first find its programs compiled."""
-  return {'jax_compilation_cache_dir': os.path.join(folder, 'compiled'),
-          'jax_persistent_cache_min_compile_time_secs': 0.,
-          'jax_persistent_cache_min_entry_size_bytes': -1}
+  return Outcome(kills, list(differences(unbroken, killed)))
 
 
 class Life(NamedTuple):
@@ -103,8 +102,30 @@ class Life(NamedTuple):
   process: multiprocessing.Process
   values: Mapping[str, Any]
   newest: int  # The last whole checkpoint, 0 if none.
-  unfinished: frozenset  # Checkpoints that earlier lives began to write.
+  unfinished: set  # Checkpoints that earlier lives began to write.
   log: str
+
+  def is_saving(self) -> bool:
+    return bool(unfinished(self.values['workdir']) - self.unfinished)
+
+  def has_saved(self) -> bool:
+    return newest(self.values['workdir']) > self.newest
+
+  def doing(self) -> str:
+    """What a process that is now dead was about."""
+    if self.is_saving():
+      return 'saving'
+    step = newest(self.values['workdir'])
+    if not step:
+      return 'before the first checkpoint'
+    if step == self.values['train_steps']:
+      return 'reporting'
+    return 'training on' if self.has_saved() else 'starting again'
+
+  def check(self, codes: tuple[int, ...]) -> None:
+    code = self.process.exitcode
+    if code not in codes:
+      raise RuntimeError(f'the run left with status {code}; see {self.log}')
 
 
 def start(values: Mapping[str, Any], settings: Mapping[str, Any]) -> Life:
@@ -135,35 +156,7 @@ def _run(values, settings, log):
 def finish(life: Life) -> None:
   """Waits until the run has come to its end."""
   wait(life, lambda: False)
-  _check(life, (0,))
-
-
-def live(values: Mapping[str, Any], settings: Mapping[str, Any],
-         chance: random.Random, startup: float) -> tuple[Kill | None, float]:
-  """One life up to its kill, at a random moment of one of three phases.
-
-  `startup` are the seconds from the start of a life to its first save, about.
-  Returns the kill, None if the run came to its own end before; and `startup` as
-  this life has shown it.
-  """
-  how = 'terminate' if chance.random() < _TERM_SHARE else 'kill'
-  aim = chance.choice(('starting', 'saving', 'training'))
-  delay, begin = chance.random(), time.monotonic()
-  life = start(values, settings)
-  if aim == 'starting':
-    delay *= startup
-  elif wait(life, {'saving': lambda: unfinished(values['workdir'])
-                   - life.unfinished, 'training': lambda: newest(
-                       values['workdir']) > life.newest}[aim]):
-    startup = time.monotonic() - begin
-    delay *= .03 if aim == 'saving' else .5
-  life.process.join(delay)
-  getattr(life.process, how)()
-  life.process.join(_PATIENCE)
-  if life.process.exitcode == 0:
-    return None, startup
-  _check(life, _ENDS[how])
-  return Kill(how, doing(life)), startup
+  life.check((0,))
 
 
 def wait(life: Life, condition: Callable[[], Any]) -> bool:
@@ -179,42 +172,24 @@ def wait(life: Life, condition: Callable[[], Any]) -> bool:
   return True
 
 
-def doing(life: Life) -> str:
-  """What a process that is now dead was about."""
-  workdir = life.values['workdir']
-  if unfinished(workdir) - life.unfinished:
-    return 'saving'
-  step = newest(workdir)
-  if not step:
-    return 'before the first checkpoint'
-  if step == life.values['train_steps']:
-    return 'reporting'
-  return 'training on' if step > life.newest else 'starting again'
-
-
 def newest(workdir: str) -> int:
   """The step of the last whole checkpoint."""
-  return max((int(path.name) for path in _folders(workdir)
+  return max((int(path.name) for path in _checkpoints(workdir)
               if path.name.isdigit()), default=0)
 
 
-def unfinished(workdir: str) -> frozenset:
+def unfinished(workdir: str) -> set:
   """Which checkpoints are begun and not whole, told apart by their inode."""
   found = set()
-  for path in _folders(workdir):
-    try:
-      if 'tmp' in path.name:
+  for path in _checkpoints(workdir):
+    if 'tmp' in path.name:
+      with contextlib.suppress(FileNotFoundError):  # It has become whole.
         found.add((path.name, path.stat().st_ino))
-    except FileNotFoundError:  # It has become whole.
-      pass
-  return frozenset(found)
+  return found
 
 
-def _folders(workdir) -> Iterator[pathlib.Path]:
-  """What a directory of checkpoints holds, but for config.json."""
-  folder = pathlib.Path(workdir, 'checkpoints')
-  return (path for path in (folder.iterdir() if folder.exists() else ())
-          if path.name[0].isdigit())
+def _checkpoints(workdir) -> Iterator[pathlib.Path]:
+  return pathlib.Path(workdir, 'checkpoints').glob('[0-9]*')
 
 
 def differences(unbroken, killed) -> Iterator[str]:
@@ -244,36 +219,24 @@ def rows(values: Mapping[str, Any]) -> list[dict[str, Any]]:
           for row in found]
 
 
-def _check(life, codes):
-  code = life.process.exitcode
-  if code not in codes:
-    raise RuntimeError(f'the run left with status {code}; see {life.log}')
-
-
-def small_run(cycles: int) -> dict[str, Any]:
-  """What flags are that are not given: a checkpoint at every tenth step."""
-  return {'workdir': os.path.join('runs', 'soak'), 'width': .1,
-          'train_steps': 20 * cycles, 'log_every': 10, 'eval_every': 50,
-          'checkpoint_every': 10}
-
-
 def main(_):
-  values = train.run_config() | {
-      name: value for name, value in small_run(_CYCLES.value).items()
-      if not flags.FLAGS[name].present}
+  # A checkpoint at every tenth step, where flags do not say otherwise.
+  small = {'workdir': os.path.join('runs', 'soak'), 'width': .1,
+           'train_steps': 20 * _CYCLES.value, 'log_every': 10, 'eval_every': 50,
+           'checkpoint_every': 10}
+  values = train.run_config() | {name: value for name, value in small.items()
+                                 if not flags.FLAGS[name].present}
   logging.set_verbosity(logging.WARNING)  # Orbax logs every file at INFO.
   begin = time.monotonic()
-  outcome = soak(values, _CYCLES.value)
-  counts = collections.Counter(outcome.kills)
-  places = sorted({kill.where for kill in outcome.kills})
+  kills, different = soak(values, _CYCLES.value)
+  counts = collections.Counter(kills)
   print(reporting.markdown_table(
-      [{'the run was': where, 'kill -9': counts[Kill('kill', where)],
-        'SIGTERM': counts[Kill('terminate', where)]} for where in places],
-      formats={}))
-  print(f'{len(outcome.kills)} kills in {time.monotonic() - begin:.0f} s; '
-        'different from the unbroken run: '
-        f'{", ".join(outcome.differences) or "nothing"}')
-  sys.exit(bool(outcome.differences))
+      [{'the run was': where, 'kill -9': counts['kill', where],
+        'SIGTERM': counts['terminate', where]}
+       for where in sorted({where for _, where in kills})]))
+  print(f'{len(kills)} kills in {time.monotonic() - begin:.0f} s; different '
+        f'from the unbroken run: {", ".join(different) or "nothing"}')
+  sys.exit(bool(different))
 
 
 if __name__ == '__main__':

@@ -4,8 +4,7 @@ What disturbs the machine then disturbs all alike, and ratios of medians hold
 where single times do not.
 """
 
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import ctypes
 import statistics
 import sys

@@ -1,7 +1,6 @@
 """Every table and figure that can be run, by name."""
 
-from launch.table import SCALES
-from launch.table import Table
+from launch.table import SCALES, Table
 from launch.tables import comparisons
 from launch.tables import language
 from launch.tables import resnet50

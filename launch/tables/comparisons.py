@@ -5,12 +5,9 @@ is a method and its flags; a comparison of your own is a few such lines. The
 small scale is what experiments/README.md reports.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from launch.table import Figure
-from launch.table import Point
-from launch.table import Table
+from launch.table import Figure, Point, Table
 
 _SPARSITIES = (80, 90, 95, 98)
 _ACCURACY = 'test accuracy (%)'

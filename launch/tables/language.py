@@ -4,8 +4,7 @@ Top-KAST's table 5 has itself and pruning; here its other baselines stand
 beside them on the same network, text and schedule.
 """
 
-from launch.table import Point
-from launch.table import Table
+from launch.table import Point, Table
 from launch.tables import recipes
 
 _BINARY = 'experiments.language.train'

@@ -5,8 +5,7 @@ takes from seconds to minutes on two cores: it shows that every cell trains and
 in what order the methods come out, and its numbers are not the papers'.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Flags = dict[str, Any]

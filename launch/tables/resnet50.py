@@ -5,9 +5,7 @@ long run is quoted alone), AC/DC's, STR's, whose sparsity is what it reached and
 whose weight decay is published for one of them, so that none has a run here.
 """
 
-from launch.table import Figure
-from launch.table import Point
-from launch.table import Table
+from launch.table import Figure, Point, Table
 from launch.tables import recipes
 
 _RIGL = {  # By multiple of 32,000 steps: sparsity in percent, accuracy.

@@ -6,9 +6,7 @@ parameters, ours covers kernels. The authors keep the best test accuracy of a
 run, we the last.
 """
 
-from launch.table import Figure
-from launch.table import Point
-from launch.table import Table
+from launch.table import Figure, Point, Table
 from launch.tables import recipes
 
 _ACCURACY = 'top-1 accuracy (%)'
@@ -34,11 +32,15 @@ def _structured(sparsity, period):
       'update_every': 1}
 
 
-def _both(row, column, flags, accuracy, deviation, reduction):
-  """Accuracy and FLOPs of one run."""
-  return [Point(row, column, accuracy, flags, deviation=deviation),
-          Point(row, f'{column}, FLOPs saved', reduction, flags,
-                'training_reduction')]
+def _points(row, column, flags, accuracy, deviation=None, training=None,
+            inference=None):
+  """Accuracy and FLOPs saved of one run; no flags: of what is only quoted."""
+  return [Point(row, column + suffix, value, flags, metric, deviation=spread)
+          for suffix, metric, value, spread in (
+              ('', 'accuracy', accuracy, deviation),
+              (', FLOPs saved', 'training_reduction', training, None),
+              (', inference FLOPs saved', 'inference_reduction', inference,
+               None)) if value is not None]
 
 
 def cifar_10(scale: str) -> Table:
@@ -55,8 +57,8 @@ def cifar_10(scale: str) -> Table:
       ('DenseNet-121', 'M', 90, 94.29, .11, 84.2)):
     flags = recipes.cifar(scale, network) | _swat(
         sparsity, _PERIODS[network], **_KINDS[kind])
-    points += _both(network, f'SWAT-{kind}', flags, accuracy, deviation,
-                    reduction)
+    points += _points(network, f'SWAT-{kind}', flags, accuracy, deviation,
+                      reduction)
   return Table('swat_cifar10', 'SWAT: CIFAR-10, unstructured', tuple(points),
                seeds=_SEEDS[scale])
 
@@ -82,8 +84,8 @@ def cifar_10_structured(scale: str) -> Table:
                        (70, 94.81, .20, 69.9))}.items():
     for sparsity, accuracy, deviation, reduction in row:
       flags = recipes.cifar(scale, network) | _structured(sparsity, 10)
-      points += _both(network, f'{sparsity}%', flags, accuracy, deviation,
-                      reduction)
+      points += _points(network, f'{sparsity}%', flags, accuracy, deviation,
+                        reduction)
   return Table('swat_cifar10_structured', 'SWAT: CIFAR-10, channels',
                tuple(points), seeds=_SEEDS[scale])
 
@@ -123,16 +125,15 @@ def imagenet(scale: str) -> Table:
       ('SWAT-ERK', 90, 73.8, .23, 79.0, 77.8,
        _swat(90, period, **_KINDS['ERK'])),
       ('SWAT-M', 80, 74.6, .10, 45.9, 45.0, _swat(80, period, **_KINDS['M'])),
-      ('SWAT-M', 90, 74.0, .18, 65.4, 64.8,
-       _swat(90, period, **_KINDS['M']))):
-    flags = base | {'sparsity': sparsity / 100} | flags
-    points += _both(row, f'{sparsity}%', flags, accuracy, deviation, training)
-    points.append(Point(row, f'{sparsity}%, inference FLOPs saved', inference,
-                        flags, 'inference_reduction'))
-  points += _quoted(
-      ('DST', '80%', 74.0, 67.1, 84.9), ('DST', '90%', 72.8, 75.8, 91.3),
-      ('SWAT-U, WRN-50-2', '80%', 76.4, 78.6, None),
-      ('SWAT-U, WRN-50-2', '90%', 74.7, 88.4, None))
+      ('SWAT-M', 90, 74.0, .18, 65.4, 64.8, _swat(90, period, **_KINDS['M'])),
+      ('DST', 80, 74.0, None, 67.1, 84.9, None),
+      ('DST', 90, 72.8, None, 75.8, 91.3, None),
+      ('SWAT-U, WRN-50-2', 80, 76.4, None, 78.6, None, None),
+      ('SWAT-U, WRN-50-2', 90, 74.7, None, 88.4, None, None)):
+    if flags is not None:
+      flags = base | {'sparsity': sparsity / 100} | flags
+    points += _points(row, f'{sparsity}%', flags, accuracy, deviation, training,
+                      inference)
   return Table('swat_imagenet', 'SWAT: ImageNet, ResNet-50, unstructured',
                tuple(points), seeds=_SEEDS[scale], note='The methods above '
                'SWAT are quoted there from their own papers; here they have '
@@ -144,35 +145,22 @@ def _imagenet_period(scale):
   return 1_001 if scale == 'paper' else 10
 
 
-def _quoted(*rows):
-  for row, column, accuracy, training, inference in rows:
-    for suffix, metric, value in (
-        ('', 'accuracy', accuracy),
-        (', FLOPs saved', 'training_reduction', training),
-        (', inference FLOPs saved', 'inference_reduction', inference)):
-      if value is not None:
-        yield Point(row, column + suffix, value, None, metric)
-
-
 def imagenet_structured(scale: str) -> Table:
   base, period = recipes.swat_imagenet(scale), _imagenet_period(scale)
-  points = []
-  for sparsity, accuracy, deviation, training, inference in (
-      (50, 76.51, .30, 47.6, 48.6), (60, 76.35, .06, 57.1, 58.3),
-      (70, 75.67, .06, 66.6, 68.0)):
-    flags = base | _structured(sparsity, period)
-    points += _both('SWAT-U', f'{sparsity}%', flags, accuracy, deviation,
-                    training)
-    points.append(Point('SWAT-U', f'{sparsity}%, inference FLOPs saved',
-                        inference, flags, 'inference_reduction'))
-  points += _quoted(
-      ('SWAT-U, WRN-50-2', '50%', 78.08, 49.1, None),
-      ('SWAT-U, WRN-50-2', '60%', 77.55, 58.9, None),
-      ('SWAT-U, WRN-50-2', '70%', 77.19, 68.7, None),
-      ('DCP', '-', 75.95, None, 55.0), ('CCP, 35% of channels', '-', 75.50,
-                                        None, 48.8),
-      ('AOFP', '-', 75.11, None, 56.7),
-      ('Soft-Pruning, 30% of channels', '-', 74.61, None, 41.8))
+  ours = {sparsity: base | _structured(sparsity, period)
+          for sparsity in (50, 60, 70)}
+  points = [point for given in (
+      ('SWAT-U', '50%', ours[50], 76.51, .30, 47.6, 48.6),
+      ('SWAT-U', '60%', ours[60], 76.35, .06, 57.1, 58.3),
+      ('SWAT-U', '70%', ours[70], 75.67, .06, 66.6, 68.0),
+      ('SWAT-U, WRN-50-2', '50%', None, 78.08, None, 49.1),
+      ('SWAT-U, WRN-50-2', '60%', None, 77.55, None, 58.9),
+      ('SWAT-U, WRN-50-2', '70%', None, 77.19, None, 68.7),
+      ('DCP', '-', None, 75.95, None, None, 55.0),
+      ('CCP, 35% of channels', '-', None, 75.50, None, None, 48.8),
+      ('AOFP', '-', None, 75.11, None, None, 56.7),
+      ('Soft-Pruning, 30% of channels', '-', None, 74.61, None, None, 41.8))
+            for point in _points(*given)]
   return Table('swat_imagenet_structured', 'SWAT: ImageNet, ResNet-50, '
                'channels', tuple(points), seeds=_SEEDS[scale],
                note='Training FLOPs as in the README; the poster prints 49.1, '

@@ -6,9 +6,7 @@ Its weight decay of 1e-4 is both the optimizer's and the coefficient of the
 exploration loss, which the paper does not give.
 """
 
-from launch.table import Figure
-from launch.table import Point
-from launch.table import Table
+from launch.table import Figure, Point, Table
 from launch.tables import recipes
 
 _ACCURACY = 'top-1 accuracy (%)'
