@@ -334,7 +334,7 @@ def check_workdir(workdir: str) -> None:
 def open_checkpoints(run: Run, guard) -> checkpointing.Checkpoints:
   """The checkpoints of a run, by default one with each evaluation."""
   with _naming_workdir(run.workdir):
-    return checkpointing.open(
+    return checkpointing.Checkpoints(
         _checkpoints_of(run), config=_config(run), free=_FREE, guard=guard,
         save_every=steps_between('checkpoint', run.values))
 
