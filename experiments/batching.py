@@ -14,14 +14,6 @@ from typing import Any
 def process_rows(
     batch_size: int, process_index: int, process_count: int) -> slice:
   """The slice of each batch that belongs to one process."""
-  if not 0 <= process_index < process_count:
-    raise ValueError(
-        f'process_index must be in [0, process_count={process_count}); got '
-        f'{process_index}')
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
-        f'batch_size must be a positive multiple of process_count='
-        f'{process_count}; got {batch_size}')
   size = batch_size // process_count
   return slice(process_index * size, (process_index + 1) * size)
 
@@ -34,12 +26,6 @@ def prefetch(iterator: Iterator[Any], size: int = 2) -> Iterator[Any]:
   the iterator is closed, when the result is exhausted, closed with `close()`,
   or no longer referred to, and at exit.
   """
-  if size < 1:
-    raise ValueError(f'size must be at least 1; got {size}')
-  return _prefetched(iterator, size)
-
-
-def _prefetched(iterator, size):
   end, at_exit = object(), sys.is_finalizing  # Globals are gone by then.
   pool, waiting = futures.ThreadPoolExecutor(1), collections.deque()
   try:

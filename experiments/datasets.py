@@ -5,13 +5,11 @@ written without network and without TensorFlow, and what TFDS itself prepared in
 that format is read the same way.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import os
 import pathlib
 import tempfile
-from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -21,21 +19,15 @@ FILE_FORMAT = 'array_record'
 
 
 class LocalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """What the builders share: a subclass says how its files are read.
+  """What the builders share.
 
-  One whose files the user must provide says in MANUAL_DOWNLOAD_INSTRUCTIONS
-  what they are.
+  A subclass has `read(source)`, which gives the examples of every split from
+  the files of a folder, and `check(split, examples)`, which raises a ValueError
+  if these cannot be the split. One whose files the user must provide says in
+  MANUAL_DOWNLOAD_INSTRUCTIONS what they are.
   """
 
   VERSION = tfds.core.Version('1.0.0')
-
-  def read(self, source: pathlib.Path | None) -> dict[str, Any]:
-    """Returns the examples of every split, read from the folder `source`."""
-    raise NotImplementedError
-
-  def check(self, split: str, examples: Any) -> None:
-    """Raises a ValueError if what `read` returned cannot be the split."""
-    raise NotImplementedError
 
   def _split_generators(self, dl_manager):
     source = None
@@ -56,7 +48,7 @@ class LocalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def default_data_dir() -> pathlib.Path:
-  """Returns the folder TFDS uses when it is told none."""
+  """The folder TFDS uses when it is told none."""
   home = pathlib.Path.home() / 'tensorflow_datasets'
   return pathlib.Path(os.environ.get('TFDS_DATA_DIR') or home)
 
@@ -65,14 +57,13 @@ def find(name: str, data_dir: str | os.PathLike) -> pathlib.Path | None:
   """The folder `<data_dir>/<name>/<version>` of the highest version of a set,
   ours or one that TFDS made, that is stored as array_record; or None.
   """
-  found = [path for path, formats in stored_formats(name, data_dir).items()
+  found = [path for path, formats in _stored_formats(name, data_dir).items()
            if FILE_FORMAT in formats]
   return max(found, key=lambda path: tfds.core.Version(path.name), default=None)
 
 
-def stored_formats(
-    name: str, data_dir: str | os.PathLike) -> dict[pathlib.Path, list[str]]:
-  """Returns the file formats of each version of a set that is in a folder."""
+def _stored_formats(name, data_dir) -> dict[pathlib.Path, list[str]]:
+  """The file formats of each version of a set that is in a folder."""
   formats = {}
   folder = pathlib.Path(data_dir, name).expanduser()
   for path in folder.glob('*/dataset_info.json'):
@@ -83,21 +74,12 @@ def stored_formats(
   return formats
 
 
-def cache_dir() -> pathlib.Path:
-  """Returns the folder in which embedded sets are made at first use."""
-  cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-  return pathlib.Path(cache, 'sparse_jax', 'tfds')
-
-
 def cached(prepare_in: Callable[[pathlib.Path], pathlib.Path]) -> pathlib.Path:
-  """Makes an embedded set in the cache folder, unless it is there.
-
-  Raises:
-    ValueError: if the cache folder cannot be used, naming it.
-  """
+  """Makes an embedded set in the cache folder, unless it is there."""
   place = 'the cache folder'
   try:
-    folder = cache_dir()
+    cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+    folder = pathlib.Path(cache, 'sparse_jax', 'tfds')
     place = f'the cache folder {folder}'
     return prepare_in(folder)
   except FileNotFoundError:
@@ -133,15 +115,8 @@ def require(
     advice: str) -> pathlib.Path:
   """Finds a prepared data set, or says how to prepare it.
 
-  Args:
-    name: the name of the set.
-    data_dir: the folder of all sets; None is TFDS's default folder.
-    advice: ends an error's message: the command that prepares the set, to
-      which `--data_dir` is added.
-
-  Raises:
-    ValueError: if `data_dir` is ''.
-    FileNotFoundError: if the set is not prepared in `data_dir`.
+  Without `data_dir` it is looked for in TFDS's default folder. `advice` ends an
+  error's message: the command that prepares it, to which --data_dir is added.
   """
   if data_dir is not None and not os.fspath(data_dir):
     raise ValueError(
@@ -149,15 +124,32 @@ def require(
   data_dir = pathlib.Path(data_dir or default_data_dir()).expanduser()
   found = find(name, data_dir)
   if found is None:
+    formats = sorted({one for formats in _stored_formats(
+        name, data_dir).values() for one in formats})
+    others = (f' as {FILE_FORMAT}, only as {", ".join(formats)}' if formats
+              else '')
     raise FileNotFoundError(
-        f'{name} is not prepared in data_dir={str(data_dir)!r}'
-        f'{_other_formats(name, data_dir)}. {advice} --data_dir={data_dir}')
+        f'{name} is not prepared in data_dir={str(data_dir)!r}{others}. '
+        f'{advice} --data_dir={data_dir}')
   return found
 
 
+def builder_class(builders: Mapping[str, type[LocalBuilder]], name: str
+                  ) -> type[LocalBuilder]:
+  """The builder of that key; a ValueError if there is none."""
+  if name == 'imagenet2012':
+    raise ValueError(
+        '`name` (=\'imagenet2012\') is prepared by TFDS with TensorFlow: see '
+        'experiments/image/prepare.py')
+  if name not in builders:
+    raise ValueError(f'`name` (={name!r}) must be one of {sorted(builders)}')
+  return builders[name]
+
+
 def prepare(
-    builder_class: type[LocalBuilder], source: str | os.PathLike | None,
-    data_dir: str | os.PathLike) -> pathlib.Path:
+    builders: Mapping[str, type[LocalBuilder]], name: str,
+    source: str | os.PathLike | None, data_dir: str | os.PathLike
+    ) -> pathlib.Path:
   """Writes a data set to where TFDS looks for it, unless it is there.
 
   The set is written in a scratch folder inside `data_dir` and moved in one
@@ -165,29 +157,35 @@ def prepare(
   prepare one set at once: the later one throws its own away. A process killed
   meanwhile leaves at most a scratch folder, `.<name>.*`, to delete.
 
-  Args:
-    builder_class: the builder, whose `name` is the name of the set.
-    source: the folder with the files as published, of a builder that has
-      MANUAL_DOWNLOAD_INSTRUCTIONS.
-    data_dir: the folder of all sets; made if absent.
-
-  Returns:
-    The folder of the set, `<data_dir>/<name>/<version>`.
-
-  Raises:
-    ValueError, FileNotFoundError: if a file is corrupt, or not there.
+  `source` is the folder with the files as published, of a builder that has
+  MANUAL_DOWNLOAD_INSTRUCTIONS, `data_dir` that of all sets, made if absent.
+  A ValueError or FileNotFoundError says that a file is corrupt or not there.
   """
-  name = builder_class.name
+  chosen = builder_class(builders, name)
   data_dir = pathlib.Path(data_dir).expanduser()
-  found = find(name, data_dir)
+  found = find(chosen.name, data_dir)
   if found:
     return found
-  if builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS:
-    source = _check_source(builder_class, source)
+  if chosen.MANUAL_DOWNLOAD_INSTRUCTIONS:
+    needed = f'{chosen.name}: {chosen.MANUAL_DOWNLOAD_INSTRUCTIONS}'
+    if not source:
+      raise ValueError(f'source must be given for {needed}; got {source!r}')
+    source = pathlib.Path(source).expanduser()
+    if not source.is_dir():
+      raise FileNotFoundError(f'source={str(source)!r} is not a folder')
+    if not any(source.iterdir()):
+      raise FileNotFoundError(
+          f'source={str(source)!r} is empty; needed for {needed}')
   data_dir.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix=f'.{name}.', dir=data_dir) as scratch:
-    made = _build(builder_class, source, scratch)
-    return _move(made, data_dir / name / made.name)
+  with tempfile.TemporaryDirectory(
+      prefix=f'.{chosen.name}.', dir=data_dir) as scratch:
+    builder = chosen(data_dir=scratch, file_format=FILE_FORMAT)
+    tfds.disable_progress_bar()  # It names the scratch folder.
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(
+            manual_dir=source and os.path.abspath(source)))
+    made = pathlib.Path(builder.data_path)
+    return _move(made, data_dir / chosen.name / made.name)
 
 
 def require_files(
@@ -197,35 +195,6 @@ def require_files(
   if missing:
     raise FileNotFoundError(
         f'source={str(source)!r} has no {", ".join(missing)}{otherwise}')
-
-
-def _other_formats(name, data_dir):
-  stored = stored_formats(name, data_dir).values()
-  formats = sorted({one for formats in stored for one in formats})
-  return f' as {FILE_FORMAT}, only as {", ".join(formats)}' if formats else ''
-
-
-def _check_source(builder_class, source):
-  needed = (f'{builder_class.name}: '
-            f'{builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS}')
-  if not source:
-    raise ValueError(f'source must be given for {needed}; got {source!r}')
-  source = pathlib.Path(source).expanduser()
-  if not source.is_dir():
-    raise FileNotFoundError(f'source={str(source)!r} is not a folder')
-  if not any(source.iterdir()):
-    raise FileNotFoundError(
-        f'source={str(source)!r} is empty; needed for {needed}')
-  return source
-
-
-def _build(builder_class, source, data_dir):
-  builder = builder_class(data_dir=data_dir, file_format=FILE_FORMAT)
-  config = tfds.download.DownloadConfig(
-      manual_dir=source and os.path.abspath(source))
-  tfds.disable_progress_bar()  # It names the scratch folder.
-  builder.download_and_prepare(download_config=config)
-  return pathlib.Path(builder.data_path)
 
 
 def _move(made, place):

@@ -22,16 +22,11 @@ def training_curves(rows: Sequence[Mapping[str, Any]],
 
   Args:
     rows: metrics with `step` and any of `train_<metric>`, `test_<metric>`;
-      `churn_min`, `churn_mean`, `churn_max`, over the layers, the share of the
-      forward set that is new since a refresh; `sparsity` and
-      `effective_sparsity`. Where all rows lack the last ones, there is no
-      panel for them. Missing values and nan are gaps.
+      `churn_min`, `churn_mean`, `churn_max` over the layers; `sparsity` and
+      `effective_sparsity`. There is no panel of what all rows lack; missing
+      values and nan are gaps.
   """
-  fractions = ['churn_min', 'churn_mean', 'churn_max', 'sparsity',
-               'effective_sparsity']
-  if plots.METRICS[metric].unit == '%':
-    fractions += [f'train_{metric}', f'test_{metric}']
-  plots.check(rows, fractions)
+  plots.check(rows)
   panels = [_draw_metric]
   panels += [_draw_churn] * bool(_series(rows, 'churn_mean')[0].size)
   panels += [_draw_density] * bool(_series(rows, 'sparsity')[0].size)
@@ -63,11 +58,12 @@ def layer_density(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
     rows: dicts with `layer`, `forward_density` and perhaps `backward_density`,
       `effective_density`, and `collapsed`.
   """
-  names = ('forward_density', 'backward_density', 'effective_density')
-  plots.check(rows, names)
+  plots.check(rows)
   fontsize, height = (9, .26) if len(rows) <= 30 else (7, .17)
   forward, backward, effective = (np.array([
-      100 * plots.number(row.get(name)) for row in rows]) for name in names)
+      100 * _number(row.get(f'{name}_density')) for row in rows])
+                                  for name in ('forward', 'backward',
+                                               'effective'))
 
   def draw(figure):
     axes = figure.subplots()
@@ -109,13 +105,10 @@ def masks(layers: Mapping[str, tuple[np.ndarray, np.ndarray]],
   """Draws the mask of each layer as an image, inputs down, outputs across.
 
   What is kept and on a path from an input to an output is blue, what is kept
-  for nothing orange. Large layers are drawn by the means of squares.
-
-  Args:
-    layers: by name, the densities float[inputs, outputs] of what is kept, and
-      of what of it is on a path.
+  for nothing orange. `layers` has by name the densities float[inputs, outputs],
+  of squares where a layer is large, of what is kept and of what is on a path.
   """
-  plots.check(layers, ())
+  plots.check(layers)
   columns = min(3, len(layers))
 
   def draw(figure):
@@ -145,8 +138,6 @@ def receptive_fields(fields: np.ndarray, read: np.ndarray | None,
     read: float[height, width], how many units read each pixel; None to leave
       that panel out.
   """
-  if not len(fields):
-    raise ValueError(f'`fields` (of shape {fields.shape}) must not be empty.')
   rows = 3 if len(fields) > 8 else 1
   columns = -(-len(fields) // rows)
 
@@ -241,15 +232,18 @@ def _draw_density(axes, rows, _):
 
 def _series(rows, name):
   """Steps and values where there is a value, in order of step."""
-  pairs = sorted((row['step'], plots.number(row.get(name))) for row in rows
-                 if not math.isnan(plots.number(row.get(name))))
+  pairs = sorted((row['step'], _number(row.get(name))) for row in rows
+                 if not math.isnan(_number(row.get(name))))
   return np.array(pairs, float).reshape(-1, 2).T
+
+
+def _number(value):
+  return math.nan if value is None else float(value)
 
 
 def _running_mean(values):
   """The mean over a window of a fiftieth of the run, narrower at its ends."""
-  half = values.size // 100
-  window = np.ones(2 * half + 1)
+  window = np.ones(2 * (values.size // 100) + 1)
   return (np.convolve(values, window, 'same')
           / np.convolve(np.ones(values.size), window, 'same'))
 

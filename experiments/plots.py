@@ -2,7 +2,7 @@
 
 A picture is one PNG at `path` under a `title`, written whole or not at all, and
 matplotlib's global state is left alone; a ValueError says that there is nothing
-to draw, or that a fraction is outside [0, 1]. The colours are those of Okabe
+to draw. The colours are those of Okabe
 and Ito, chosen to be told apart by colour-blind readers; lines differ in marker
 as well. Legends stand outside the axes, where no point can be taken for one.
 """
@@ -10,8 +10,7 @@ as well. Legends stand outside the axes, where no point can be taken for one.
 from collections.abc import Mapping, Sequence
 import math
 import os
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,7 +72,7 @@ def lines(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
     published: whether the published points are drawn too; those of another
       network would leave no room for ours.
   """
-  check(rows, ())
+  check(rows)
   names = list(dict.fromkeys(row['row'] for row in rows))
 
   def draw(figure):
@@ -82,7 +81,7 @@ def lines(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
     across = {}
     for index, name in enumerate(names):
       _draw_row(axes, [row for row in rows if row['row'] == name], name,
-                _look(index), scale, published, across)
+                index, scale, published, across)
     _leave_out_failures(axes, rows, published)
     _name_across(axes, across)
     axes.set_title(title)
@@ -111,9 +110,10 @@ def _scale_axis(axes, scale):
   axes.xaxis.set_minor_locator(ticker.NullLocator())
 
 
-def _draw_row(axes, rows, name, look, scale, published, across):
+def _draw_row(axes, rows, name, index, scale, published, across):
   """One line of a table; `across` gets the places of lines to compare with."""
-  colour, marker = look
+  colour = _COLOURS[index % len(_COLOURS)]
+  marker = _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)]
   theirs = _points(rows, 'published_x', 'published') if published else []
   ours = _points(rows, 'x', 'ours')
   if theirs:
@@ -172,24 +172,9 @@ def _points(rows, x, y):
                 if row.get(x) is not None and row.get(y) is not None)
 
 
-def check(rows, names):
+def check(rows):
   if not rows:
     raise ValueError(f'rows (={rows}) must not be empty')
-  for row in rows if names else ():
-    for name in names:
-      value = number(row.get(name))
-      if not math.isnan(value) and not 0 <= value <= 1:
-        raise ValueError(f'rows: {name} (={value}) must be a fraction, '
-                         'in [0, 1]')
-
-
-def number(value):
-  return math.nan if value is None else float(value)
-
-
-def _look(index):
-  return (_COLOURS[index % len(_COLOURS)],
-          _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)])
 
 
 def format_percent(value, _):

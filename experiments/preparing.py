@@ -17,10 +17,11 @@ def run(module: types.ModuleType, dataset: str, source: str | None,
         data_dir: str | None) -> str:
   """Prepares one set and returns a sentence on what was done.
 
-  `module` has `BUILDERS`, `builder_class` and `prepare`.
+  `module` has `BUILDERS` and `prepare`.
   """
   data_dir = data_dir or datasets.default_data_dir()
-  found = datasets.find(module.builder_class(dataset).name, data_dir)
+  found = datasets.find(
+      datasets.builder_class(module.BUILDERS, dataset).name, data_dir)
   if found:
     return f'{dataset} is already prepared in {found}.'
   return f'Prepared {dataset} in {module.prepare(dataset, source, data_dir)}.'

@@ -27,7 +27,7 @@ from experiments import locking
 
 BAD = 2  # The status for what somebody must mend.
 _OURS = ('experiments', 'launch', 'sparse_jax')
-_TITLES = {'experiments.training': 'The run',
+_TITLES = {'experiments.run_flags': 'The run',
            'experiments.sparsity': 'The method and its masks',
            'experiments.optimization': 'The optimizer',
            'experiments.devices': 'Several processes',

@@ -2,18 +2,13 @@
 
 A row of metrics belongs to the step that made it, counted from 1, as a
 checkpoint named N is the state after step N. A run that resumes from
-checkpoint N therefore starts at step N + 1 and drops the rows from there on:
-
-  writers = reporting.open_writers(workdir, start_step=start + 1)
-  progress = reporting.Progress(train_steps, steps_done=start)
-  for step in range(start + 1, train_steps + 1):
-    ...
-    writers.write_scalars(step, {'train_loss': loss})
-    progress.update(step, loss=loss)
+checkpoint N therefore starts at step N + 1 and drops the rows from there on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import csv
+import datetime
 import io
 import json
 import math
@@ -33,9 +28,9 @@ from experiments import files
 class JsonlWriter:
   """Appends scalars to a file, one JSON object a line, from `start_step` on.
 
-  A line holds the step, the time in seconds since 1970, and the scalars;
-  an infinite or undefined one as null, which is what JSON has for it. Lines of
-  `start_step` and later are dropped first, and a last one that was cut short.
+  A line holds the step, the time in seconds since 1970, and the scalars; an
+  infinite or undefined one as null. Lines of `start_step` and later are dropped
+  first, and a last one that was cut short.
 
   Law: a run killed at any moment and resumed at `start_step` leaves the lines
   of an unbroken run, the times aside.
@@ -44,7 +39,11 @@ class JsonlWriter:
   def __init__(self, path: str | os.PathLike, start_step: int = 0):
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _drop_lines(path, start_step)
+    if path.exists():
+      kept = ''.join(line + '\n' for line, row in _parse_lines(path)
+                     if row.get('step', -1) < start_step)
+      if kept.encode() != path.read_bytes():
+        files.write_text(path, kept)
     self._file = path.open('a', buffering=1, encoding='utf-8')
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]):
@@ -93,14 +92,11 @@ class TensorBoardWriter:
                                          **what))
 
 
-class Writers:
-  """Writes everything to each of several writers; a context manager."""
+class Writers(contextlib.AbstractContextManager):
+  """Writes everything to each of several writers."""
 
   def __init__(self, writers: Sequence[JsonlWriter | TensorBoardWriter]):
     self._writers = tuple(writers)
-
-  def __enter__(self) -> 'Writers':
-    return self
 
   def __exit__(self, *exc_info):
     self.close()
@@ -131,89 +127,61 @@ def open_writers(workdir: str | os.PathLike, start_step: int = 0) -> Writers:
   return Writers(writers)
 
 
-class Progress:
-  """Shows how far a run is: a bar on a terminal, else a line now and then.
+class Progress(contextlib.AbstractContextManager):
+  """Shows how far a run is, in a line now and then; one line on a terminal.
 
   Rates count this session's steps only, from the end of its first, which is
   the one that compiles. Nothing is shown by any process but the first.
 
   Args:
-    total_steps: steps of the whole run.
-    steps_done: steps done before this session.
-    log_every: steps between lines where there is no terminal; at least 1.
-    batch_size: units in a step over all processes; None shows no such rate.
-    unit: what they are called, in the plural.
-    stream: where to show it; standard error if None.
-    clock: seconds now.
+    total_steps, steps_done: of the whole run, and before this session.
+    log_every: steps between lines.
+    batch_size, unit: what is in a step over all processes, and its name in the
+      plural; None shows no such rate.
+    stream, clock: where to show it, standard error if None; seconds now.
   """
 
   def __init__(self, total_steps: int, steps_done: int = 0,
                log_every: int = 100, batch_size: int | None = None,
-               unit: str = 'examples',
-               stream: TextIO | None = None,
+               unit: str = 'examples', stream: TextIO | None = None,
                clock: Callable[[], float] = time.monotonic):
-    if log_every < 1:
-      raise ValueError(f'log_every (={log_every}) must be at least 1')
     self._total, self._log_every = total_steps, log_every
     self._batch_size, self._unit, self._clock = batch_size, unit, clock
     self._stream = stream or sys.stderr
-    self._step, self._time = steps_done, clock()
-    self._first = self._step, self._time
-    self._begun = False
-    self._shown = jax.process_index() == 0
-    self._bar = self._open_bar() if self._shown else None
-
-  def __enter__(self) -> 'Progress':
-    return self
+    self._begin = None  # Step and time at the end of the first step.
+    self._line_is_open = False
 
   def __exit__(self, *exc_info):
     self.close()
 
+  def close(self):
+    """Ends the line on a terminal."""
+    if self._line_is_open:
+      print(file=self._stream, flush=True)
+
   def update(self, step: int, **values: float):
     """Notes that `step` steps are done; `values` are shown beside them."""
-    self._step, self._time = step, self._clock()
-    line = self.describe(values)
-    if not self._begun:
-      self._first, self._begun = (self._step, self._time), True
-    if self._bar is not None:
-      self._bar.set_postfix_str(_values_text(values), refresh=False)
-      self._bar.update(step - self._bar.n)
-    elif self._shown and (step % self._log_every == 0 or step == self._total):
-      print(line, file=self._stream, flush=True)
+    self._begin = self._begin or (step, self._clock())
+    due = step % self._log_every == 0 or step == self._total
+    if due and jax.process_index() == 0:
+      self._line_is_open = self._stream.isatty()
+      erase = '\r\x1b[K' * self._line_is_open
+      print(erase + self.line(step, values), file=self._stream, flush=True,
+            end='' if self._line_is_open else '\n')
 
-  def steps_per_second(self) -> float:
-    """The rate so far; nan before there is one."""
-    seconds = self._time - self._first[1]
-    return (self._step - self._first[0]) / seconds if seconds else math.nan
-
-  def describe(self, values: Mapping[str, float] | None = None) -> str:
-    """The line: steps, share, rates, time to go, then `values`."""
-    rate = self.steps_per_second()
-    parts = [f'step {self._step}/{self._total}',
-             f'{self._step / max(1, self._total):4.0%}',
-             f'{_short(rate)} steps/s']
-    if self._batch_size is not None:
-      parts.append(f'{_short(rate * self._batch_size)} {self._unit}/s')
-    left = (self._total - self._step) / rate if rate else math.nan
-    parts += [f'eta {_clock_text(left)}', _values_text(values or {})]
-    return '  '.join(part for part in parts if part)
-
-  def close(self):
-    """Leaves the last state of the bar on the terminal."""
-    if self._bar is not None:
-      self._bar.close()
-      self._bar = None
-
-  def _open_bar(self):
-    if not getattr(self._stream, 'isatty', lambda: False)():
-      return None
-    try:
-      import tqdm
-    except ImportError:
-      return None
-    # Tqdm's own rate counts from `initial`. Its rate is a moving average.
-    return tqdm.tqdm(total=self._total, initial=self._step, file=self._stream,
-                     dynamic_ncols=True, unit='step')
+  def line(self, step: int, values: Mapping[str, float]) -> str:
+    """Steps and share, rates and time to go once there are any, `values`."""
+    parts = [f'step {step}/{self._total}', f'{step / max(1, self._total):4.0%}']
+    first, begin = self._begin
+    if step > first:
+      rate = (step - first) / max(self._clock() - begin, 1e-9)
+      parts.append(f'{_short(rate)} steps/s')
+      if self._batch_size is not None:
+        parts.append(f'{_short(rate * self._batch_size)} {self._unit}/s')
+      left = datetime.timedelta(seconds=round((self._total - step) / rate))
+      parts.append(f'eta {left}')
+    parts += [f'{name} {_short(value)}' for name, value in values.items()]
+    return '  '.join(parts)
 
 
 def write_json(path: str | os.PathLike, value: Any):
@@ -241,9 +209,9 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
   infinite number having become nan. A last line cut short is left out; any
   other that is no JSON object is a ValueError that names it.
   """
-  rows = _parse_lines(pathlib.Path(path))
   return [{name: math.nan if value is None else value
-           for name, value in row.items()} for _, row in rows]
+           for name, value in row.items()}
+          for _, row in _parse_lines(pathlib.Path(path))]
 
 
 def markdown_table(
@@ -254,63 +222,46 @@ def markdown_table(
   Args:
     rows: a dict for each row; a value that is absent or None is left blank.
     columns: which to show, in order; None is all, in order of appearance.
-    formats: for a column, a format specification such as '.2f', or a function
-      that gives the text. Columns of numbers are aligned to the right.
-
-  Raises:
-    ValueError: if `formats` has a column that is not shown.
+    formats: for a column, which must be shown, a format specification such as
+      '.2f', or a function that gives the text. Columns of numbers are aligned
+      to the right.
 
   Example:
-    >>> rows = [{'method': 'rigl', 'accuracy': 74.63},
-    ...         {'method': 'top_kast', 'accuracy': 75.0}]
-    >>> print(markdown_table(rows, formats={'accuracy': '.1f'}), end='')
-    | method   | accuracy |
-    |:---------|---------:|
-    | rigl     |     74.6 |
-    | top_kast |     75.0 |
+    >>> print(markdown_table([{'method': 'rigl', 'accuracy': 74.63}]), end='')
+    | method | accuracy |
+    |:-------|---------:|
+    | rigl   |    74.63 |
   """
   if columns is None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
   formats = formats or {}
   if unknown := sorted(set(formats) - set(columns)):
     raise ValueError(f'formats (={unknown}) must be among columns (={columns})')
-  shown = [_column(name, rows, formats.get(name, '')) for name in columns]
+  shown = [_column(name, [row.get(name) for row in rows],
+                   formats.get(name, '')) for name in columns]
   return ''.join(f'|{"|".join(cells)}|\n' for cells in zip(*shown))
 
 
-def _column(name, rows, format_spec):
+def _column(name, values, how):
   """The cells of one column, padded: head, rule, body."""
-  values = [row.get(name) for row in rows]
-  right = _all_numbers(values)
-  texts = [_cell(name, '')] + [_cell(value, format_spec) for value in values]
+  there = [value for value in values if value is not None]
+  right = bool(there) and all(isinstance(value, (int, float, np.number))
+                              for value in there)
+  write = how if callable(how) else lambda value: format(value, how)
+  texts = [text.replace('|', '\\|').replace('\n', ' ') for text in (
+      name, *('' if value is None else write(value) for value in values))]
   width = max(3, *map(len, texts))
-  pad = str.rjust if right else str.ljust
-  head, *body = [f' {pad(text, width)} ' for text in texts]
+  head, *body = [f' {text:{">" if right else "<"}{width}} ' for text in texts]
   rule = '-' * (width + 1)
   return [head, f'{rule}:' if right else f':{rule}', *body]
 
 
-def _all_numbers(values):
-  kinds = {isinstance(value, (int, float, np.number)) for value in values
-           if value is not None}
-  return kinds == {True}
-
-
-def _cell(value, format_spec):
-  if value is None:
-    return ''
-  text = (format_spec(value) if callable(format_spec)
-          else format(value, format_spec))
-  return text.replace('|', '\\|').replace('\n', ' ')
-
-
 def _as_number(name, value):
   """A Python number of a scalar, None if it is not finite."""
-  if isinstance(value, (np.generic, np.ndarray, jax.Array)) and value.size == 1:
-    value = value.item()
-  if not isinstance(value, (int, float)):
+  value = np.asarray(value)
+  if value.size != 1 or not isinstance(value.item(), (int, float)):
     raise ValueError(f'scalar {name} (={value!r}) must be a number')
-  return value if math.isfinite(value) else None
+  return value.item() if math.isfinite(value.item()) else None
 
 
 def _as_json(value):
@@ -343,32 +294,7 @@ def _parse_lines(path) -> list[tuple[str, dict[str, Any]]]:
   return rows
 
 
-def _drop_lines(path, start_step):
-  """Rewrites a JSON lines file without rows from `start_step` on, if any."""
-  if not path.exists():
-    return
-  kept = [line for line, row in _parse_lines(path)
-          if row.get('step', -1) < start_step]
-  text = ''.join(line + '\n' for line in kept)
-  if text.encode() != path.read_bytes():
-    files.write_text(path, text)
-
-
-def _values_text(values: Mapping[str, float]) -> str:
-  return '  '.join(f'{name} {_short(value)}' for name, value in values.items())
-
-
 def _short(value) -> str:
   """Three or four digits, never in scientific notation where it is large."""
   value = float(value)
   return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.4g}'
-
-
-def _clock_text(seconds: float) -> str:
-  if not math.isfinite(seconds):
-    return '?'
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  if hours:
-    return f'{hours}:{minutes:02}:{seconds:02}'
-  return f'{minutes}:{seconds:02}'

@@ -36,57 +36,18 @@ from experiments import programs
 from experiments import report
 from experiments import reporting
 from experiments import results
+from experiments import run_flags
 from experiments import sparsity
 from experiments import tasks
 from experiments.tasks import Problem
 from experiments.tasks import Task
 from experiments.tasks import TrainState
 
-# Flags that may differ between a run and its continuation.
-FREE = ('workdir', 'data_dir', 'log_every', 'eval_every', 'checkpoint_every',
-        'model_parallel', 'effective_sparsity')
-_FREE = (*FREE, 'devices')  # How many there are is noted beside the flags.
-# The smallest and largest values of flags that no other file checks.
-LIMITS = {
-    'batch_size': (1, math.inf), 'log_every': (1, math.inf),
-    'eval_every': (1, math.inf), 'checkpoint_every': (1, math.inf),
-    'seed': (0, 2**32 - 1), 'compare_masks_every': (0, math.inf)}
+# How many devices there are is noted beside the flags.
+_FREE = (*run_flags.FREE, 'devices')
 # XLA optimises the random draws and searches of the first state for minutes on
 # a CPU; they run once. Half the compile time of ResNet-20, a sixth if dense.
 FAST_COMPILE = {'xla_backend_optimization_level': 0}
-
-
-def define_flags(*, batch_size: int, examples: str, target: float = .9,
-                 train_steps: int | None = None, **optimizer) -> None:
-  """Defines the flags below; the arguments are the binary's own defaults.
-
-  `examples` is what a batch is made of, `target` the default of --sparsity;
-  others are those of `optimization.define_flags`.
-  """
-  flags.DEFINE_integer('batch_size', batch_size,
-                       f'{examples} per step, over all devices.')
-  flags.DEFINE_integer('train_steps', train_steps,
-                       'Length of the run in steps.')
-  flags.DEFINE_integer('seed', 0, 'Of initial weights, data order and masks.')
-  flags.DEFINE_bool('bfloat16', False, 'Compute in bfloat16; parameters stay '
-                    'float32.')
-  flags.DEFINE_string('data_dir', None, 'Folder of the prepared data sets. '
-                      'Default: TFDS\'s own.')
-  flags.DEFINE_string('workdir', None, 'Where the run leaves everything. '
-                      'Default: runs/<dataset>_<model>_<method>_<sparsity>.')
-  flags.DEFINE_integer('log_every', 50, 'Steps between two rows of metrics.')
-  flags.DEFINE_integer('eval_every', 250, 'Steps between two evaluations.')
-  flags.DEFINE_integer('checkpoint_every', None, 'Steps between checkpoints. '
-                       'Default: those of --eval_every, at most 1000.')
-  flags.DEFINE_integer('compare_masks_every', 0, 'Steps between two looks at '
-                       'how far the masks have moved. 0: none.')
-  flags.DEFINE_bool('effective_sparsity', True, 'Evaluations also follow which '
-                    'weights are on a path from an input to an output.')
-  flags.DEFINE_integer('model_parallel', 1, 'Over how many devices parameters, '
-                       'masks and optimizer slots are split.')
-  sparsity.define_flags(sparsity=target)
-  optimization.define_flags(**optimizer)
-  devices.define_flags()
 
 
 class Run(NamedTuple):
@@ -239,10 +200,10 @@ def train(binary: Binary, values: Mapping[str, Any]) -> dict[str, Any]:
       data that is not there. Nothing has then been written.
     locking.Held: if another process is at this run.
   """
-  workdir = values['workdir'] or workdir_name(values)
+  workdir = values['workdir'] or run_flags.workdir_name(values)
   devices.check_equal(values, free=('data_dir',))
   result = devices.gather(devices.agree(
-      lambda: results.finished(workdir, values, FREE)))[0]
+      lambda: results.finished(workdir, values, run_flags.FREE)))[0]
   if result is None:
     run = devices.agree(lambda: _ready(binary, values, workdir))
     with _held(workdir), files.naming(workdir):
@@ -309,16 +270,6 @@ def run_steps(binary: Binary, run: Run) -> dict[str, Any]:
   } | {'seconds_this_session': time.monotonic() - begin})
 
 
-def check_values(values: Mapping[str, Any],
-                 limits: Mapping[str, tuple[float, float]]) -> None:
-  """Raises ValueError for a flag out of range that no other file checks."""
-  for flag, (least, most) in {**LIMITS, **limits}.items():
-    if values[flag] is not None and not least <= values[flag] <= most:
-      raise ValueError(f'`{flag}` (={values[flag]!r}) must be in '
-                       f'[{least}, {most}].')
-  devices.check_batch_size(values['batch_size'], values['model_parallel'])
-
-
 def check_workdir(workdir: str) -> None:
   """Raises ValueError where results lie that no checkpoints belong to."""
   if os.path.exists(os.path.join(workdir, 'checkpoints', 'config.json')):
@@ -334,14 +285,9 @@ def check_workdir(workdir: str) -> None:
 def open_checkpoints(run: Run, guard) -> checkpointing.Checkpoints:
   """The checkpoints of a run, by default one with each evaluation."""
   with _naming_workdir(run.workdir):
-    return checkpointing.open(
+    return checkpointing.Checkpoints(
         _checkpoints_of(run), config=_config(run), free=_FREE, guard=guard,
-        save_every=steps_between('checkpoint', run.values))
-
-
-def steps_between(event: str, values: Mapping[str, Any]) -> int:
-  """Steps from one row, evaluation or checkpoint to the next."""
-  return values[f'{event}_every'] or min(values['eval_every'], 1000)
+        save_every=run_flags.steps_between('checkpoint', run.values))
 
 
 def first_state(run: Run, checkpoints) -> tuple[TrainState, int]:
@@ -391,7 +337,7 @@ def measure(run: Run, state: TrainState, step: int, model=None
             ) -> dict[str, float]:
   """What is due to be written down after a step; mostly nothing."""
   due = {name for name in ('log', 'eval', 'checkpoint')
-         if step % steps_between(name, run.values) == 0
+         if step % run_flags.steps_between(name, run.values) == 0
          or step == run.train_steps}
   row = {}
   if due & {'log', 'checkpoint'}:
@@ -472,22 +418,6 @@ def show(binary: Binary, result: Mapping[str, Any], workdir: str) -> None:
           f'training, {cost["inference_multiplier"]:.2%} in inference')
     print(f'pictures and metrics: {workdir}, to show: '
           f'{os.path.join(workdir, "report.html")}', flush=True)
-
-
-def workdir_name(values: Mapping[str, Any]) -> str:
-  """Names a run by its data set, model, method and sparsity."""
-  name = f'{values["dataset"]}_{values["model"]}_{values["method"]}'
-  if sparsity.has_target(values['method']):
-    name += f'_{values["sparsity"]:g}'
-  return os.path.join('runs', name)
-
-
-def run_config(module: str) -> dict[str, Any]:
-  """The flags that make a run what it is, wherever `module` is used."""
-  own = flags.FLAGS.flags_by_module_dict()
-  main_module = sys.argv[0] if module == '__main__' else module
-  modules = (main_module, __name__, sparsity.__name__, optimization.__name__)
-  return {flag.name: flag.value for name in modules for flag in own[name]}
 
 
 def main(binary: Binary, values: Callable[[], Mapping[str, Any]], argv) -> None:

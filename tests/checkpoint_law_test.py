@@ -52,10 +52,12 @@ class CheckpointTest(parameterized.TestCase):
     cls.unbroken = train(cls.saved, HALF + 1, HALF + 6)
     directory = tempfile.mkdtemp()
     cls.addClassCleanup(shutil.rmtree, directory)
-    with checkpointing.open(directory, save_every=HALF, config={}) as target:
+    with checkpointing.Checkpoints(
+        directory, save_every=HALF, config={}) as target:
       target.save(HALF, cls.saved)
     # As a new process would: nothing but shapes, from a fresh `init`.
-    with checkpointing.open(directory, save_every=HALF, config={}) as source:
+    with checkpointing.Checkpoints(
+        directory, save_every=HALF, config={}) as source:
       cls.restored, step = source.restore_latest(
           checkpointing.abstract(start))
     cls.resumed = train(cls.restored, step + 1, HALF + 6)

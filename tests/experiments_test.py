@@ -27,6 +27,7 @@ from experiments import checkpointing
 from experiments import devices
 from experiments import report
 from experiments import reporting
+from experiments import run_flags
 from experiments import sparsity
 from experiments import training
 from experiments.image import builders
@@ -282,7 +283,7 @@ class RunTest(parameterized.TestCase):
                              checkpoint_every=None))
     saved = _checkpoints(self._path())
     self.assertEqual(saved[-2:], [16, 20])
-    every = functools.partial(training.steps_between, 'checkpoint')
+    every = functools.partial(run_flags.steps_between, 'checkpoint')
     self.assertEqual(every({'checkpoint_every': None, 'eval_every': 5004}),
                      1000)
     self.assertEqual(every({'checkpoint_every': 5004, 'eval_every': 8}), 5004)

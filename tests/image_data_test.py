@@ -388,7 +388,7 @@ class BuildersTest(parameterized.TestCase):
       builders.prepare('mnist', self.source / 'nowhere', self.data_dir)
 
   def test_unknown_name_lists_the_known(self):
-    self._assert_fails(ValueError, "cifar100.*digits.*'cifar11'", 'cifar11')
+    self._assert_fails(ValueError, "'cifar11'.*cifar100.*digits", 'cifar11')
 
   def test_imagenet_is_left_to_tfds(self):
     self._assert_fails(ValueError, 'TensorFlow', 'imagenet2012')
@@ -447,12 +447,6 @@ class PrepareTest(parameterized.TestCase):
 
 
 class LoadTest(parameterized.TestCase):
-
-  def test_unknown_name_lists_the_known(self):
-    with self.assertRaisesRegex(ValueError, "digits.*imagenet2012.*'svhn'"):
-      input_pipeline.load('svhn', 'train')
-    with self.assertRaisesRegex(ValueError, "got 'svhn'"):
-      input_pipeline.normalise(jnp.zeros((1, 2, 2, 1)), 'svhn')
 
   @parameterized.parameters('digits', 'mnist', 'cifar10', 'cifar100')
   def test_set_that_is_not_prepared_says_what_to_run(self, name):
@@ -622,21 +616,6 @@ class TrainBatchesTest(parameterized.TestCase):
         input_pipeline.train_batches(split, batch_size=64, seed=0), 2)
     self.assertFalse((one['image'] == other['image']).all())
 
-  @parameterized.named_parameters(
-      ('larger_than_the_split', dict(batch_size=51), 'batch_size.*50.*51'),
-      ('zero', dict(batch_size=0), 'batch_size.*got 0'),
-      ('not_divisible', dict(batch_size=16, process_count=3),
-       'batch_size.*process_count=3; got 16'),
-      ('process_out_of_range',
-       dict(batch_size=16, process_index=2, process_count=2),
-       'process_index.*got 2'),
-      ('negative_seed', dict(batch_size=16, seed=-1), 'seed=-1'),
-      ('negative_step', dict(batch_size=16, step=-2), 'step=-2'))
-  def test_bad_arguments_are_named_at_once(self, arguments, message):
-    with self.assertRaisesRegex(ValueError, message):
-      input_pipeline.train_batches(
-          _array_split('mnist', 50), **{'seed': 0, **arguments})
-
 
 class EvalBatchesTest(parameterized.TestCase):
 
@@ -665,11 +644,6 @@ class EvalBatchesTest(parameterized.TestCase):
     self.assertEqual(shapes, {(
         ('image', (8, 32, 32, 3), 'uint8'), ('label', (8,), 'int32'),
         ('weight', (8,), 'float32'))})
-
-  def test_bad_batch_size_is_named_at_once(self):
-    with self.assertRaisesRegex(ValueError, 'batch_size.*got 15'):
-      input_pipeline.eval_batches(
-          _array_split('mnist', 50), batch_size=15, process_count=2)
 
 
 class Imagenet2012(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -927,10 +901,6 @@ items = batching.prefetch({iterator})
 next(items)""")
     output = process.communicate(timeout=60)
     self.assertEqual((*output, process.returncode), ('', '', 0))
-
-  def test_size_below_one_is_refused(self):
-    with self.assertRaisesRegex(ValueError, 'size.*got 0'):
-      batching.prefetch(iter(()), 0)
 
 
 if __name__ == '__main__':

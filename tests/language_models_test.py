@@ -106,16 +106,12 @@ def losses_by_hand(model, params, tokens, targets, memory):
   x = table['embedding'][np.asarray(tokens[0])] * np.sqrt(model.d_model)
   for i in range(model.num_layers):
     p, context = params[f'layer_{i}'], np.concatenate([remembered[i], x])
-    pre = lambda name, x: normalised(p[name], x) if model.pre_norm else x
-    post = lambda name, x: x if model.pre_norm else normalised(p[name], x)
-    x = post('norm_1', x + attention_by_hand(
-        p['attention'], pre('norm_1', x), pre('norm_1', context),
-        model.num_heads, remembered.shape[1], valid))
-    hidden = pre('norm_2', x) @ p['dense_1']['kernel'] + p['dense_1']['bias']
-    x = post('norm_2', x + np.maximum(hidden, 0) @ p['dense_2']['kernel']
-             + p['dense_2']['bias'])
-  if model.pre_norm:
-    x = normalised(params['last_norm'], x)
+    x = normalised(p['norm_1'], x + attention_by_hand(
+        p['attention'], x, context, model.num_heads, remembered.shape[1],
+        valid))
+    hidden = x @ p['dense_1']['kernel'] + p['dense_1']['bias']
+    x = normalised(p['norm_2'], x + np.maximum(hidden, 0)
+                   @ p['dense_2']['kernel'] + p['dense_2']['bias'])
   logits = x @ table['embedding'].T + table['bias']
   logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
   return -logits[np.arange(len(x)), np.asarray(targets[0])]
@@ -133,17 +129,14 @@ class PiecesTest(parameterized.TestCase):
         np.testing.assert_array_equal(
             found[..., i, j], np.float32(scores[..., i, queries - 1 - i + j]))
 
-  @parameterized.product(memory_length=(0, 2, 5), same_length=(False, True))
-  def test_mask_shows_what_is_filled_and_not_later(self, memory_length,
-                                                   same_length):
+  @parameterized.parameters(0, 2, 5)
+  def test_mask_shows_what_is_filled_and_not_later(self, memory_length):
     valid = [v for v in (0, 1, 2, 5) if v <= memory_length]
-    found = models.attention_mask(jnp.array(valid), memory_length, 3,
-                                  same_length=same_length)
+    found = models.attention_mask(jnp.array(valid), memory_length, 3)
     self.assertEqual(found.shape, (len(valid), 1, 3, memory_length + 3))
     for (b, _, i, j), seen in np.ndenumerate(np.asarray(found)):
       before = memory_length + i - j  # How far the key is before the query.
-      reach = memory_length if same_length else valid[b] + i
-      self.assertEqual(seen, 0 <= before <= min(reach, valid[b] + i))
+      self.assertEqual(seen, 0 <= before <= valid[b] + i)
 
   def test_memory_keeps_the_newest_inputs_of_layers(self):
     model, tokens = create(num_layers=1), tokens_of(2, 3)
@@ -170,10 +163,8 @@ class PiecesTest(parameterized.TestCase):
 
 class TransformerXLTest(parameterized.TestCase):
 
-  @parameterized.parameters(False, True)
-  def test_losses_are_those_of_the_published_formulas(self, pre_norm):
-    model, tokens, targets = create(pre_norm=pre_norm), tokens_of(1, 5), (
-        tokens_of(1, 5, seed=7))
+  def test_losses_are_those_of_the_published_formulas(self):
+    model, tokens, targets = create(), tokens_of(1, 5), tokens_of(1, 5, seed=7)
     params = random_params(model)
     for valid in 0, 3:
       memory = random_memory(model, [valid])
@@ -183,9 +174,8 @@ class TransformerXLTest(parameterized.TestCase):
           found[0], losses_by_hand(model, params, tokens, targets, memory),
           rtol=1e-4, atol=1e-5)
 
-  @parameterized.parameters(False, True)
-  def test_no_loss_depends_on_later_tokens(self, same_length):
-    model = create(same_length=same_length, memory_length=1, num_layers=1)
+  def test_no_loss_depends_on_later_tokens(self):
+    model = create(memory_length=1, num_layers=1)
     params, tokens = random_params(model), tokens_of(1, 6)
 
     def losses(noise):
@@ -202,17 +192,10 @@ class TransformerXLTest(parameterized.TestCase):
 
     slopes = jax.jit(jax.jacrev(losses))(jnp.zeros((1, 6, 8)))
     reached = np.asarray(jnp.abs(slopes).max((1, 3)) > 0)
-    expected = np.tri(6, dtype=bool)
-    if same_length:
-      expected &= ~np.tri(6, k=-2, dtype=bool)  # Itself and one place before.
-    np.testing.assert_array_equal(reached, expected)
+    np.testing.assert_array_equal(reached, np.tri(6, dtype=bool))
 
-  @parameterized.parameters((False, False), (True, True))
-  def test_segments_with_memory_are_one_long_segment(self, same_length,
-                                                     pre_norm):
-    model = create(same_length=same_length, pre_norm=pre_norm)
-    # With `same_length` the memory need not hold a whole segment.
-    length = 3 if same_length else 8
+  def test_segments_with_memory_are_one_long_segment(self):
+    model, length = create(), 8
     params, tokens, targets = random_params(model), tokens_of(2, 12), (
         tokens_of(2, 12, seed=5))
     memory = models.init_memory(model, 2, length)
@@ -267,9 +250,8 @@ class TransformerXLTest(parameterized.TestCase):
                             axis=-1)[..., 0], losses, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(after.values, expected.values)
 
-  @parameterized.parameters('dropout', 'attention_dropout')
-  def test_dropout_is_for_training_alone(self, rate):
-    model, tokens = create(**{rate: .5}, num_layers=1), tokens_of(2, 4)
+  def test_dropout_is_for_training_alone(self):
+    model, tokens = create(dropout=.5, num_layers=1), tokens_of(2, 4)
     params, memory = random_params(model), random_memory(model, [4, 4])
     losses = lambda model, **how: np.asarray(
         run(model, params, tokens, tokens, memory, **how)[0])
@@ -301,54 +283,20 @@ class TransformerXLTest(parameterized.TestCase):
       self.assertEqual((product.lhs.dtype, product.rhs.dtype),
                        (jnp.bfloat16, jnp.bfloat16), product.path)
 
-  def test_distances_are_limited(self):
-    tokens = tokens_of(2, 4)
-    plain = create(num_layers=1)
-    params, memory = random_params(plain), random_memory(plain, [4, 4])
-    mixed = memory._replace(values=memory.values[:, :, ::-1])
-
-    def change(limit):
-      model = plain.clone(max_distance=limit)
-      a, b = (run(model, params, tokens, tokens, m)[0] for m in (memory, mixed))
-      return a, float(jnp.abs(a - b).max())
-
-    self.assertLess(change(0)[1], 1e-5)  # All places are at one distance.
-    self.assertGreater(change(None)[1], .01)
-    self.assertGreater(np.abs(change(6)[0] - change(None)[0]).max(), 1e-4)
-
-  def test_one_compilation_serves_all_segments_also_with_remat(self):
+  def test_one_compilation_serves_all_segments(self):
     tokens, key = tokens_of(2, 3), key_of(0)
-    plain = create(num_layers=1)
-    params, found = random_params(plain), []
-    for remat in False, True:
-      model = plain.clone(dropout=.2, remat=remat)
+    model = create(num_layers=1, dropout=.2)
+    params, memory = random_params(model), models.init_memory(model, 2)
 
-      def loss(params, memory, where):
-        memory = models.reset_memory(memory, where)
-        losses, memory = model.apply({'params': params}, tokens, tokens, memory,
-                                     train=True, rngs={'dropout': key})
-        return losses.mean(), memory
+    @jax.jit
+    def step(params, memory, where):
+      memory = models.reset_memory(memory, where)
+      return model.apply({'params': params}, tokens, tokens, memory, train=True,
+                         rngs={'dropout': key})[1]
 
-      step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-      memory = models.init_memory(model, 2)
-      for where in (True, True), (False, False), (True, False):
-        (value, memory), grads = step(params, memory, jnp.array(where))
-      self.assertEqual(step._cache_size(), 1)
-      found.append((value, grads))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4,
-                                   atol=1e-6), *found)
-
-  def test_remat_stores_less(self):
-    tokens = tokens_of(2, 64)
-
-    def stored(model):
-      params, memory = random_params(create()), models.init_memory(model, 2)
-      loss = lambda params: model.apply({'params': params}, tokens, tokens,
-                                        memory, train=False)[0].sum()
-      kept = jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params)
-      return sum(leaf.size for leaf in jax.tree.leaves(kept))
-
-    self.assertLess(3 * stored(create(remat=True)), stored(create()))
+    for where in (True, True), (False, False), (True, False):
+      memory = step(params, memory, jnp.array(where))
+    self.assertEqual(step._cache_size(), 1)
 
   @parameterized.parameters(
       (dict(num_heads=3), (2, 4), (2, 4), (2, 2, 4, 8), '`d_model` .=8.'),
@@ -379,7 +327,7 @@ class SparseTest(parameterized.TestCase):
                      sum(leaves[path].size for path in chosen))
 
   def test_each_kernel_of_a_layer_serves_one_product(self):
-    model, tokens = create(remat=True), tokens_of(2, 3)
+    model, tokens = create(), tokens_of(2, 3)
     memory, params = models.init_memory(model, 2), random_params(model)
     products = sparse_jax.jaxprs.find_products(
         lambda params: model.apply({'params': params}, tokens, tokens, memory,
@@ -491,8 +439,8 @@ class CreateTest(parameterized.TestCase):
   def test_arguments_replace_those_of_the_preset(self):
     model = models.create('tiny', vocab_size=90, dropout=.1, dtype=jnp.bfloat16)
     self.assertEqual(
-        (model.vocab_size, model.dropout, model.attention_dropout, model.dtype),
-        (90, .1, .1, jnp.bfloat16))
+        (model.vocab_size, model.dropout, model.dtype),
+        (90, .1, jnp.bfloat16))
     self.assertEqual(models.init_memory(model, 2).values.shape, (2, 2, 64, 128))
     default = models.create('wikitext103', vocab_size=40001)
     self.assertEqual((default.cutoffs, default.memory_length),
@@ -506,16 +454,12 @@ class CreateTest(parameterized.TestCase):
     self.assertEqual(count(found), count(width))
 
   @parameterized.parameters(
-      (lambda: models.create('huge', vocab_size=9), '`name` .=.huge.'),
-      (lambda: models.create('tiny', vocab_size=0), '`vocab_size` .=0.'),
       (lambda: models.create('tiny', vocab_size=9, dropout=1.), '`dropout` '),
       (lambda: models.create('tiny', vocab_size=9, dropout=float('nan')),
        '`dropout` .=nan.'),
       (lambda: models.create('tiny', vocab_size=9, width=0.), '`width` .=0.0.'),
       (lambda: models.create('tiny', vocab_size=9, width=float('inf')),
-       '`width` .=inf.'),
-      (lambda: models.init_memory(create(), 0), '`batch_size` .=0.'),
-      (lambda: models.init_memory(create(), 1, -1), '`length` .=-1.'))
+       '`width` .=inf.'))
   def test_a_bad_argument_is_named_with_its_value(self, call, message):
     with self.assertRaisesRegex(ValueError, message):
       call()

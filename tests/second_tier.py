@@ -86,7 +86,7 @@ SECOND = (
      'every_part_of_the_state_continues'),
     ('language_train_test.*(RunTest|SamplingTest)', NOTHING,
      'the same loop in experiments_test, the model in language_models_test'),
-    ('language_models_test.*(SparseTest|matching_width|with_remat)', NOTHING,
+    ('language_models_test.*(SparseTest|matching_width)', NOTHING,
      'injection_test, flags_test, widths in image_models_test'),
     ('slurm_test', NOTHING, 'the golden scripts of launch_backends_test'),
     ('survival_test.*(HostsTest|KillTest)', NOTHING, 'FaultTest'),

@@ -107,9 +107,9 @@ def _through_a_file(state, like, library):
   if library == 'flax':
     return serialization.from_bytes(like, serialization.to_bytes(state))
   with tempfile.TemporaryDirectory() as folder:
-    with checkpointing.open(folder, save_every=1, config={}) as target:
+    with checkpointing.Checkpoints(folder, save_every=1, config={}) as target:
       target.save(1, state)
-    with checkpointing.open(folder, save_every=1, config={}) as source:
+    with checkpointing.Checkpoints(folder, save_every=1, config={}) as source:
       return source.restore_latest(checkpointing.abstract(like))[0]
 
 

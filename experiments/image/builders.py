@@ -7,9 +7,9 @@ itself prepared.
 """
 
 import codecs
+import functools
 import gzip
 import io
-import os
 import pathlib
 import pickle
 import tarfile
@@ -20,25 +20,6 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments import datasets
-
-_DIGIT_NAMES = tuple('0123456789')
-_FASHION_NAMES = (
-    'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt',
-    'Sneaker', 'Bag', 'Ankle boot')
-_CIFAR10_NAMES = (
-    'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse',
-    'ship', 'truck')
-_CIFAR100_NAMES = tuple("""
-    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy
-    bridge bus butterfly camel can castle caterpillar cattle chair chimpanzee
-    clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
-    flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
-    leopard lion lizard lobster man maple_tree motorcycle mountain mouse
-    mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree
-    plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea
-    seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
-    sunflower sweet_pepper table tank telephone television tiger tractor train
-    trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split())
 
 
 class Examples(NamedTuple):
@@ -51,16 +32,12 @@ class _ImageBuilder(datasets.LocalBuilder, skip_registration=True):
   """What the builders share: a subclass says only how its files are read."""
 
   IMAGE_SHAPE: tuple[int, int, int]
-  CLASS_NAMES: tuple[str, ...]
-
-  def read(self, source: pathlib.Path | None) -> dict[str, Examples]:
-    """Returns the examples of every split, read from the folder `source`."""
-    raise NotImplementedError
+  NUM_CLASSES = 10
 
   def _info(self):
     image = tfds.features.Tensor(
         shape=self.IMAGE_SHAPE, dtype=np.uint8, encoding='bytes')
-    label = tfds.features.ClassLabel(names=self.CLASS_NAMES)
+    label = tfds.features.ClassLabel(num_classes=self.NUM_CLASSES)
     return tfds.core.DatasetInfo(
         builder=self,
         description=f'{self.name}, with the pixels as bytes.',
@@ -77,11 +54,11 @@ class _ImageBuilder(datasets.LocalBuilder, skip_registration=True):
       raise ValueError(
           f'{self.name}, split {split!r}: expected {len(labels)} images (one '
           f'per label) of shape {self.IMAGE_SHAPE}; got shape {images.shape}')
-    num_classes = len(self.CLASS_NAMES)
-    if not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
+    if not len(labels) or not (
+        0 <= labels.min() <= labels.max() < self.NUM_CLASSES):
       raise ValueError(
           f'{self.name}, split {split!r}: expected labels in '
-          f'[0, {num_classes}); got {sorted(set(labels.tolist()))[:20]}')
+          f'[0, {self.NUM_CLASSES}); got {sorted(set(labels.tolist()))[:20]}')
 
 
 class Digits(_ImageBuilder, skip_registration=True):
@@ -93,7 +70,6 @@ class Digits(_ImageBuilder, skip_registration=True):
   """
 
   IMAGE_SHAPE = (8, 8, 1)
-  CLASS_NAMES = _DIGIT_NAMES
 
   def read(self, source: pathlib.Path | None) -> dict[str, Examples]:
     from sklearn import datasets
@@ -128,12 +104,10 @@ class _Idx(_ImageBuilder, skip_registration=True):
 
 class Mnist(_Idx, skip_registration=True):
   """MNIST: LeCun, Cortes and Burges, handwritten digits."""
-  CLASS_NAMES = _DIGIT_NAMES
 
 
 class FashionMnist(_Idx, skip_registration=True):
   """Fashion-MNIST: Xiao et al., 2017, articles of clothing."""
-  CLASS_NAMES = _FASHION_NAMES
 
 
 class _Cifar(_ImageBuilder, skip_registration=True):
@@ -147,18 +121,17 @@ class _Cifar(_ImageBuilder, skip_registration=True):
 
   def read(self, source: pathlib.Path | None) -> dict[str, Examples]:
     names = [name for files in self.FILES.values() for name in files]
-    blobs = self._read_files(source, names)
+    if not (source / self.FOLDER).is_dir() and (
+        source / self.ARCHIVE).is_file():
+      blobs = _read_archive(source / self.ARCHIVE, self.FOLDER, names)
+    else:
+      inner = source / self.FOLDER
+      source = inner if inner.is_dir() else source
+      datasets.require_files(source, names, f', nor {self.ARCHIVE}')
+      blobs = {name: (source / name).read_bytes() for name in names}
     parts = {name: self._unpack(name, blobs.pop(name)) for name in names}
     return {split: Examples(*map(np.concatenate, zip(*map(parts.get, files))))
             for split, files in self.FILES.items()}
-
-  def _read_files(self, source, names):
-    if (source / self.FOLDER).is_dir():
-      source = source / self.FOLDER
-    elif (source / self.ARCHIVE).is_file():
-      return _read_archive(source / self.ARCHIVE, self.FOLDER, names)
-    datasets.require_files(source, names, f', nor {self.ARCHIVE}')
-    return {name: (source / name).read_bytes() for name in names}
 
   def _unpack(self, name, blob):
     try:
@@ -177,7 +150,6 @@ class _Cifar(_ImageBuilder, skip_registration=True):
 
 class Cifar10(_Cifar, skip_registration=True):
   """CIFAR-10: Krizhevsky, 2009."""
-  CLASS_NAMES = _CIFAR10_NAMES
   FOLDER = 'cifar-10-batches-py'
   ARCHIVE = 'cifar-10-python.tar.gz'
   FILES = {'train': tuple(f'data_batch_{i}' for i in range(1, 6)),
@@ -188,7 +160,7 @@ class Cifar10(_Cifar, skip_registration=True):
 
 class Cifar100(_Cifar, skip_registration=True):
   """CIFAR-100: Krizhevsky, 2009, with its 100 fine labels."""
-  CLASS_NAMES = _CIFAR100_NAMES
+  NUM_CLASSES = 100
   FOLDER = 'cifar-100-python'
   ARCHIVE = 'cifar-100-python.tar.gz'
   FILES = {'train': ('train',), 'test': ('test',)}
@@ -196,30 +168,10 @@ class Cifar100(_Cifar, skip_registration=True):
   MANUAL_DOWNLOAD_INSTRUCTIONS = f'A folder with {FOLDER} or {ARCHIVE}.'
 
 
-BUILDERS = {
-    'digits': Digits,
-    'mnist': Mnist,
-    'fashion_mnist': FashionMnist,
-    'cifar10': Cifar10,
-    'cifar100': Cifar100,
-}
-
-
-def prepare(name: str, source: str | os.PathLike | None,
-            data_dir: str | os.PathLike) -> pathlib.Path:
-  """`datasets.prepare` of a key of BUILDERS."""
-  return datasets.prepare(builder_class(name), source, data_dir)
-
-
-def builder_class(name: str) -> type[datasets.LocalBuilder]:
-  """The builder of that key; a ValueError if there is none."""
-  if name == 'imagenet2012':
-    raise ValueError(
-        "name='imagenet2012' is prepared by TFDS with TensorFlow: see "
-        'experiments/image/prepare.py')
-  if name not in BUILDERS:
-    raise ValueError(f'name must be one of {sorted(BUILDERS)}; got {name!r}')
-  return BUILDERS[name]
+BUILDERS = {'digits': Digits, 'mnist': Mnist, 'fashion_mnist': FashionMnist,
+            'cifar10': Cifar10, 'cifar100': Cifar100}
+# (name, source, data_dir) -> the folder of the set.
+prepare = functools.partial(datasets.prepare, BUILDERS)
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:

@@ -46,6 +46,7 @@ from experiments import plots
 from experiments import programs
 from experiments import pruning
 from experiments import reporting
+from experiments import run_flags
 from experiments import sparsity
 from experiments import tasks
 from experiments import training
@@ -362,7 +363,7 @@ def main(argv):
     if not flags.FLAGS[flag].present:
       values[flag] = value
   with programs.errors_in_a_line():
-    values['workdir'] = values['workdir'] or training.workdir_name(values)
+    values['workdir'] = values['workdir'] or run_flags.workdir_name(values)
     study(values, settings())
 
 

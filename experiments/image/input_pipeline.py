@@ -6,14 +6,11 @@ step, so that a run resumes exactly where it stopped; and what several
 processes see, put side by side, is what one process would see.
 """
 
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 import io
 import os
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,21 +88,16 @@ def load(
     data_dir: str | os.PathLike | None = None) -> Split:
   """Opens one split of a prepared data set; never downloads.
 
+  It is in memory unless it is of imagenet2012, in the order of the files.
+
   Args:
     name: a key of DATASETS.
     split: a split as TFDS writes it, such as 'train' or 'train[:45000]'.
     data_dir: the folder of all prepared sets. None is TFDS's default folder
       or, for 'digits', a cache folder in which the set is made at first use.
 
-  Returns:
-    The split, in memory unless it is of imagenet2012, always in the order of
-    the files.
-
-  Raises:
-    ValueError, FileNotFoundError: naming the argument that does not fit, or
-      what is not there.
+  A ValueError or FileNotFoundError names what does not fit or is not there.
   """
-  _check_name(name)
   import tensorflow_datasets as tfds
   from experiments import datasets
   folder = _find(name, data_dir)
@@ -129,31 +121,26 @@ def train_batches(
   augmentation of a batch comes from the seed and the step. Both are drawn for
   the whole batch, of which each process then takes its part.
 
-  Law: the stream from `step` k is the stream from step 0 without its first k
-  batches.
-  Law: the batches of all processes, concatenated, are those of one process.
+  Laws: the stream from `step` k is the stream from step 0 without its first k
+  batches; the batches of all processes, concatenated, are those of one process.
 
-  Args:
-    split: what `load` returned.
-    batch_size: examples in a batch, over all processes.
-    seed: at least 0.
-    step: the first batch to give, counted from the start of training.
-    augment: whether to apply the augmentation of the data set.
-    process_index, process_count: which part of each batch to give.
-
-  Returns:
-    An iterator of {'image': uint8[b, H, W, C], 'label': int32[b]}, b =
-    batch_size / process_count.
+  Yields {'image': uint8[b, H, W, C], 'label': int32[b]}, b = batch_size /
+  process_count; the first is that of `step`, counted from 0.
   """
   rows = batching.process_rows(batch_size, process_index, process_count)
-  if batch_size > split.num_examples:
-    raise ValueError(
-        f'batch_size must be at most {split.num_examples}, the size of the '
-        f'split of {split.name}; got {batch_size}')
-  if seed < 0 or step < 0:
-    raise ValueError(
-        f'seed and step must be at least 0; got seed={seed}, step={step}')
-  return _train_batches(split, batch_size, rows, seed, step, augment)
+  batches_per_epoch = split.num_examples // batch_size
+  pool = _thread_pool()
+  epoch_of_order = None
+  while True:
+    epoch, batch = divmod(step, batches_per_epoch)
+    if epoch != epoch_of_order:
+      order = np.random.default_rng(
+          [seed, epoch, _ORDER]).permutation(split.num_examples)
+      epoch_of_order = epoch
+    indices = order[batch * batch_size:(batch + 1) * batch_size][rows]
+    draws = _draw(seed, step, batch_size, rows) if augment else None
+    yield _read(split, indices, draws, pool)
+    step += 1
 
 
 def eval_batches(
@@ -167,25 +154,26 @@ def eval_batches(
   Law: over all batches and processes the examples of weight 1 are the split,
   each once.
 
-  Returns:
-    An iterator of what `train_batches` gives, and 'weight': float32[b].
+  Yields what `train_batches` does, and 'weight': float32[b].
   """
   rows = batching.process_rows(batch_size, process_index, process_count)
-  return _eval_batches(split, batch_size, rows)
+  pool = _thread_pool()
+  for start in range(0, split.num_examples, batch_size):
+    indices = np.arange(start, start + batch_size)[rows]
+    is_real = indices < split.num_examples
+    batch = _read(split, indices[is_real], None, pool)
+    batch['weight'] = np.ones(is_real.sum(), np.float32)
+    missing = [0, len(indices) - is_real.sum()]
+    yield {key: np.pad(value, [missing] + [(0, 0)] * (value.ndim - 1))
+           for key, value in batch.items()}
 
 
 def normalise(images: jax.Array, name: str) -> jax.Array:
   """Pixels uint8[..., C] about zero mean and unit variance of the data set."""
-  _check_name(name)
   channel = (1,) * (images.ndim - 1) + (-1,)
   mean = jnp.asarray(DATASETS[name].mean, jnp.float32).reshape(channel)
   std = jnp.asarray(DATASETS[name].std, jnp.float32).reshape(channel)
   return (images.astype(jnp.float32) / 255 - mean) / std
-
-
-def _check_name(name):
-  if name not in DATASETS:
-    raise ValueError(f'name must be one of {sorted(DATASETS)}; got {name!r}')
 
 
 def _find(name, data_dir):
@@ -212,42 +200,10 @@ def _in_memory(name, source):
   return Split(name, images, labels)
 
 
-def _train_batches(split, batch_size, rows, seed, step, augment):
-  batches_per_epoch = split.num_examples // batch_size
-  pool = _thread_pool()
-  epoch_of_order = None
-  while True:
-    epoch, batch = divmod(step, batches_per_epoch)
-    if epoch != epoch_of_order:
-      order = np.random.default_rng(
-          [seed, epoch, _ORDER]).permutation(split.num_examples)
-      epoch_of_order = epoch
-    indices = order[batch * batch_size:(batch + 1) * batch_size][rows]
-    draws = _draw(seed, step, batch_size, rows) if augment else None
-    yield _read(split, indices, draws, pool)
-    step += 1
-
-
-def _eval_batches(split, batch_size, rows):
-  pool = _thread_pool()
-  for start in range(0, split.num_examples, batch_size):
-    indices = np.arange(start, start + batch_size)[rows]
-    is_real = indices < split.num_examples
-    batch = _read(split, indices[is_real], None, pool)
-    batch['weight'] = np.ones(is_real.sum(), np.float32)
-    yield {key: _fill(value, len(indices)) for key, value in batch.items()}
-
-
 def _thread_pool():
   # Has no thread before it has work, and ends with the iterator that holds it.
   # Not shut down by hand: an iterator left open at exit is too late for that.
   return futures.ThreadPoolExecutor(os.cpu_count())
-
-
-def _fill(array, size):
-  """Appends zeros to the first axis up to `size`."""
-  missing = size - len(array)
-  return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
 
 
 def _draw(seed, step, batch_size, rows):
@@ -269,7 +225,8 @@ def _read(split, indices, draws, pool):
   if draws is not None and augmentation.pad:
     images = _crop(images, augmentation.pad, draws.corner)
   if draws is not None and augmentation.flip:
-    images = _mirror(images, draws.flip < 0.5)
+    images = np.where((draws.flip < 0.5)[:, None, None, None],
+                      images[:, :, ::-1], images)
   return {'image': images, 'label': labels}
 
 
@@ -286,14 +243,6 @@ def _crop(images, pad, uniforms):
   cropped = windows[
       image, top[:, None] + np.arange(height), left[:, None] * channels]
   return cropped.reshape(images.shape)
-
-
-def _mirror(images, is_mirrored):
-  """Swaps left and right in the chosen images."""
-  images = images.copy()
-  backwards = np.arange(images.shape[2])[::-1]
-  images[is_mirrored] = images[is_mirrored].take(backwards, axis=2)
-  return images
 
 
 def _decode_batch(split, indices, draws, pool):

@@ -1,7 +1,5 @@
 """The image classifiers that sparse training is measured on, in Flax linen.
 
-Every network is called in the same way and keeps the same promises:
-
     logits = model.apply(variables, images, train=False)
     logits, updates = model.apply(
         variables, images, train=True, mutable=['batch_stats'],
@@ -16,12 +14,11 @@ with Python's round; it makes the small-dense baselines.
 
 Kernels are He normal over fan-out where nothing else is said, the head LeCun
 normal; convolutions that batch norm follows have no bias. Batch norm has
-momentum 0.9 and epsilon 1e-5 and names no mesh axis: under one jit over a batch
-sharded across devices, its statistics are those of the global batch.
+momentum 0.9 and epsilon 1e-5; under one jit over a batch sharded across
+devices, its statistics are those of the global batch.
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 
 from flax import linen as nn
@@ -32,13 +29,6 @@ _HE_FAN_IN = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
 _HE_FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 _LECUN = nn.initializers.lecun_normal()
 _SMALL_NORMAL = nn.initializers.normal(0.01)
-
-
-def _channels(width: float, channels: int) -> int:
-  """Scales a channel count, keeping at least one channel."""
-  if not width > 0:
-    raise ValueError(f'width must be positive, got {width}')
-  return max(1, round(width * channels))
 
 
 def _conv(features: int, size: int, *, stride: int = 1, groups: int = 1,
@@ -77,7 +67,7 @@ class Network(nn.Module):
   dtype: jax.typing.DTypeLike = jnp.float32
 
   def channels(self, count: int) -> int:
-    return _channels(self.width, count)
+    return max(1, round(self.width * count))
 
   def dense(self, x, features, name, kernel_init=_HE_FAN_IN):
     """A hidden Dense with ReLU, its size multiplied by `width`."""
@@ -88,6 +78,13 @@ class Network(nn.Module):
     """A convolution, batch norm and ReLU; `features` are final."""
     x = _conv(features, size, dtype=self.dtype, name=name, **options)(x)
     return nn.relu(_norm(train, dtype=self.dtype, name=norm)(x))
+
+  def numbered(self, x, features, layer, train, **options):
+    """Such a 3x3 convolution, the stem if it is layer 1."""
+    names = (('stem', 'stem_norm') if layer == 1
+             else (f'conv_{layer}', f'norm_{layer}'))
+    return self.conv_norm(x, self.channels(features), 3, *names, train,
+                          **options)
 
   def stem(self, images, features, train, *, imagenet, **options):
     """A 3x3 convolution; for ImageNet 7x7 of stride two, then max pooling."""
@@ -160,9 +157,7 @@ class StridedCNN(Network):
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
     x = images.astype(self.dtype)
     for layer, features in enumerate((32, 64, 128), 1):
-      names = (('stem', 'stem_norm') if layer == 1
-               else (f'conv_{layer}', f'norm_{layer}'))
-      x = self.conv_norm(x, self.channels(features), 3, *names, train, stride=2)
+      x = self.numbered(x, features, layer, train, stride=2)
     return self.head(_flatten(x))
 
 
@@ -332,9 +327,7 @@ class VGG16(Network):
     for features, convs in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
       for _ in range(convs):
         layer += 1
-        names = (('stem', 'stem_norm') if layer == 1
-                 else (f'conv_{layer}', f'norm_{layer}'))
-        x = self.conv_norm(x, self.channels(features), 3, *names, train)
+        x = self.numbered(x, features, layer, train)
       x = _pool_by_two(nn.max_pool, x)
     x = _flatten(x)
     for name in ('dense_1', 'dense_2'):
@@ -434,28 +427,16 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 def create(name: str, *, num_classes: int, width: float = 1.0,
            dtype: jax.typing.DTypeLike = jnp.float32, dropout: float = 0.0
            ) -> nn.Module:
-  """Builds the network of a name in MODELS.
+  """Builds the network of a name in MODELS; a ValueError names a bad argument.
 
-  Args:
-    name: a key of MODELS.
-    num_classes: number of logits, at least 1.
-    width: multiplier of the hidden channel counts, positive.
-    dtype: type the layers compute in; parameters are float32 in any case.
-    dropout: rate inside the blocks of a wide ResNet, in [0, 1); for any other
-      network it must be 0. The dropout of VGG-16's classifier is part of that
-      network and stays at 0.5.
-
-  Raises:
-    ValueError: naming the argument that is out of range.
+  `width` multiplies hidden channels, `dtype` is what the layers compute in.
+  `dropout` is the rate inside the blocks of a wide ResNet; for any other
+  network it must be 0: that of VGG-16's classifier is part of the network.
 
   Example:
     >>> create('wrn_22_2', num_classes=10, dropout=0.3).widening
     2
   """
-  if name not in MODELS:
-    raise ValueError(f'name must be one of {", ".join(MODELS)}, got {name!r}')
-  if num_classes < 1:
-    raise ValueError(f'num_classes must be positive, got {num_classes}')
   if not width > 0:
     raise ValueError(f'width must be positive, got {width}')
   if not 0 <= dropout < 1:
@@ -469,12 +450,7 @@ def create(name: str, *, num_classes: int, width: float = 1.0,
 
 
 def kernel_count(model: nn.Module, image_shape: Sequence[int]) -> int:
-  """Counts the entries of a network's kernels, without making any array.
-
-  Example:
-    >>> kernel_count(create('mlp', num_classes=10), (28, 28, 1))
-    266200
-  """
+  """Counts the entries of a network's kernels, without making any array."""
   images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   params = jax.eval_shape(functools.partial(model.init, train=False),
                           jax.random.key(0), images)['params']

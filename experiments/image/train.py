@@ -45,6 +45,7 @@ import optax
 from experiments import batching
 from experiments import devices
 from experiments import programs
+from experiments import run_flags
 from experiments import tasks
 from experiments import training
 from experiments.image import input_pipeline
@@ -60,9 +61,9 @@ flags.DEFINE_float('train_epochs', None, 'Length of the run in epochs. '
 flags.DEFINE_float('label_smoothing', 0., 'Share of the label spread over all '
                    'classes.')
 flags.DEFINE_bool('augment', True, 'Crop and flip as the papers do.')
-training.define_flags(batch_size=128, examples='Images')
+run_flags.define_flags(batch_size=128, examples='Images')
 
-FREE = training.FREE  # Flags that a continued run may change.
+FREE = run_flags.FREE  # Flags that a continued run may change.
 # The smallest and largest values of flags that no other file checks.
 LIMITS = {'label_smoothing': (0, 1), 'width': (0, 1e6)}
 
@@ -149,7 +150,7 @@ def train(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
   """Checks the flags, loads the data and traces; writes nothing yet."""
-  training.check_values(values, LIMITS)
+  run_flags.check_values(values, LIMITS)
   eval_split = input_pipeline.DATASETS[values['dataset']].eval_split
   data, test = (load(values, split) for split in ('train', eval_split))
   train_steps = run_length(values, data.num_examples)
@@ -162,7 +163,7 @@ def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
 
 def without_data(values: Mapping[str, Any]) -> tuple[tasks.Task, int]:
   """The task and its length by the data set's published size."""
-  training.check_values(values, LIMITS)
+  run_flags.check_values(values, LIMITS)
   steps = run_length(values, input_pipeline.DATASETS[
       values['dataset']].num_train)
   return make_task(values, steps), steps
@@ -252,7 +253,7 @@ def inference(values: Mapping[str, Any]):
 
 def run_config() -> dict[str, Any]:
   """The flags that make a run what it is, wherever this program is used."""
-  return training.run_config(__name__)
+  return run_flags.run_config(__name__)
 
 
 BINARY = training.Binary(

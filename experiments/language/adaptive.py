@@ -29,23 +29,6 @@ _TABLE_INIT = nn.initializers.normal(0.02)
 _PROJECTION_INIT = nn.initializers.normal(0.01)
 
 
-def check_cutoffs(cutoffs: Sequence[int], vocab_size: int) -> tuple[int, ...]:
-  """Returns the cutoffs if they rise strictly from 1 to below `vocab_size`.
-
-  Raises:
-    ValueError: if they do not.
-
-  Example:
-    >>> check_cutoffs([10, 40], vocab_size=100)
-    (10, 40)
-  """
-  ends = (0, *cutoffs, vocab_size)
-  if not all(low < high for low, high in itertools.pairwise(ends)):
-    raise ValueError(f'`cutoffs` (={cutoffs!r}) must rise strictly, from 1 to '
-                     f'below vocab_size (={vocab_size}).')
-  return tuple(cutoffs)
-
-
 class Cluster(nn.Module):
   """The vectors of some tokens, their projections, and their logits.
 
@@ -123,8 +106,10 @@ class AdaptiveEmbedding(nn.Module):
   dtype: jax.typing.DTypeLike = jnp.float32
 
   def setup(self):
-    cutoffs = check_cutoffs(self.cutoffs, self.vocab_size)
-    ends = (*cutoffs, self.vocab_size)
+    cutoffs, ends = self.cutoffs, (*self.cutoffs, self.vocab_size)
+    if any(low >= high for low, high in itertools.pairwise((0, *ends))):
+      raise ValueError(f'`cutoffs` (={cutoffs!r}) must rise strictly, from 1 '
+                       f'to below vocab_size (={self.vocab_size}).')
     self.head = self._cluster(
         ends[0] + len(cutoffs), 0,
         projected=bool(cutoffs) or self.d_embed != self.d_model)

@@ -5,7 +5,9 @@ unchanged and in order, as array_record. A corpus has the splits train, valid
 and test.
 """
 
+import functools
 import hashlib
+import itertools
 import os
 import pathlib
 import platform
@@ -21,6 +23,8 @@ from experiments import datasets
 
 _CHUNK = 1 << 16  # Bytes in a record.
 _PYTHON = re.sub(r'\W', '_', platform.python_version())
+_WIKITEXT = ('A folder with {}, or with wiki.{{train,valid,test}}.tokens or '
+             '{{train,valid,test}}.txt.')
 # Tests, other people's packages.
 _NOT_STDLIB = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages'}
 
@@ -75,20 +79,20 @@ class _Hutter(_TextBuilder, skip_registration=True):
   FILE: str
   SIZES = {'train': 90_000_000, 'valid': 5_000_000, 'test': 5_000_000}
 
-  def read(self, source: pathlib.Path | None) -> dict[str, bytes]:
-    text = self._read_file(source)
+  def read(self, source: pathlib.Path) -> dict[str, bytes]:
+    archive = f'{self.FILE}.zip'
+    if not (source / self.FILE).is_file() and (source / archive).is_file():
+      text, = _read_zip(source / archive, [self.FILE])
+    else:
+      datasets.require_files(source, [self.FILE], f', nor {archive}')
+      text = (source / self.FILE).read_bytes()
     if len(text) != sum(self.SIZES.values()):
       raise ValueError(
           f'{self.FILE}: expected {sum(self.SIZES.values())} bytes; got '
           f'{len(text)}')
-    return _cut(text, self.SIZES)
-
-  def _read_file(self, source):
-    archive = f'{self.FILE}.zip'
-    if not (source / self.FILE).is_file() and (source / archive).is_file():
-      return _read_zip(source / archive, [self.FILE])[0]
-    datasets.require_files(source, [self.FILE], f', nor {archive}')
-    return (source / self.FILE).read_bytes()
+    ends = [0, *itertools.accumulate(self.SIZES.values())]
+    return {split: text[start:end] for split, (start, end) in zip(
+        self.SIZES, itertools.pairwise(ends))}
 
 
 class Enwik8(_Hutter, skip_registration=True):
@@ -129,53 +133,26 @@ class Wikitext2(_WikiText, skip_registration=True):
   """WikiText-2: 2 million words, 33,278 different ones."""
   FOLDER = 'wikitext-2'
   ARCHIVE = 'wikitext-2-v1.zip'
-  MANUAL_DOWNLOAD_INSTRUCTIONS = (
-      f'A folder with {ARCHIVE}, or with wiki.{{train,valid,test}}.tokens or '
-      '{train,valid,test}.txt.')
+  MANUAL_DOWNLOAD_INSTRUCTIONS = _WIKITEXT.format(ARCHIVE)
 
 
 class Wikitext103(_WikiText, skip_registration=True):
   """WikiText-103: 103 million words, 267,735 different ones."""
   FOLDER = 'wikitext-103'
   ARCHIVE = 'wikitext-103-v1.zip'
-  MANUAL_DOWNLOAD_INSTRUCTIONS = (
-      f'A folder with {ARCHIVE}, or with wiki.{{train,valid,test}}.tokens or '
-      '{train,valid,test}.txt.')
+  MANUAL_DOWNLOAD_INSTRUCTIONS = _WIKITEXT.format(ARCHIVE)
 
 
-BUILDERS = {
-    'stdlib': Stdlib,
-    'enwik8': Enwik8,
-    'text8': Text8,
-    'wikitext2': Wikitext2,
-    'wikitext103': Wikitext103,
-}
-
-
-def prepare(name: str, source: str | os.PathLike | None,
-            data_dir: str | os.PathLike) -> pathlib.Path:
-  """`datasets.prepare` of a key of BUILDERS."""
-  return datasets.prepare(builder_class(name), source, data_dir)
-
-
-def builder_class(name: str) -> type[datasets.LocalBuilder]:
-  """Returns the builder of that key; a ValueError if there is none."""
-  if name not in BUILDERS:
-    raise ValueError(f'`name` (={name!r}) must be one of {sorted(BUILDERS)}')
-  return BUILDERS[name]
+BUILDERS = {'stdlib': Stdlib, 'enwik8': Enwik8, 'text8': Text8,
+            'wikitext2': Wikitext2, 'wikitext103': Wikitext103}
+# (name, source, data_dir) -> the folder of the set.
+prepare = functools.partial(datasets.prepare, BUILDERS)
 
 
 def stdlib_paths(folder: pathlib.Path) -> list[str]:
-  """Returns the modules of a standard library, without tests, in order.
+  """The modules of a standard library below its folder, in order, no tests.
 
-  Args:
-    folder: where the library lies.
-
-  Returns:
-    Sorted paths below `folder`, with forward slashes.
-
-  Raises:
-    FileNotFoundError: if there is none: not every Python brings its source.
+  A FileNotFoundError if there is none: not every Python brings its source.
   """
   found = []
   for parent, folders, files in os.walk(folder):
@@ -192,9 +169,7 @@ def stdlib_paths(folder: pathlib.Path) -> list[str]:
 
 
 def stdlib_split(path: str) -> str:
-  """Returns the split of a file: 'train' for 90 % of all paths.
-
-  The rest is shared between 'valid' and 'test'. Only the path counts.
+  """The split of a file by its path: 'train' for 90 % of all, 5 % the others.
 
   >>> stdlib_split('ast.py'), stdlib_split('stat.py'), stdlib_split('pdb.py')
   ('train', 'valid', 'test')
@@ -202,15 +177,6 @@ def stdlib_split(path: str) -> str:
   digest = hashlib.sha256(path.encode()).digest()
   draw = int.from_bytes(digest[:4], 'big') / 2**32
   return 'train' if draw < .9 else 'valid' if draw < .95 else 'test'
-
-
-def _cut(text, sizes):
-  """Cuts a text into consecutive splits of those sizes."""
-  parts, start = {}, 0
-  for split, size in sizes.items():
-    parts[split] = text[start:start + size]
-    start += size
-  return parts
 
 
 def _read_zip(path, members):

@@ -7,8 +7,7 @@ training stream is one int, the step; and what several processes see, put side
 by side, is what one process would see.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import hashlib
 import os
 import pathlib
@@ -19,14 +18,12 @@ import numpy as np
 from experiments import batching
 from experiments.language import vocabulary
 
-LEVELS = ('byte', 'word')
 SPLITS = ('train', 'valid', 'test')
-_WORD_COUNTS = 'words.txt'  # In the folder of a prepared set.
 
 
 class Corpus(NamedTuple):
   """What is known of a corpus before it is read."""
-  level: str  # One of LEVELS: what a token is, unless one asks otherwise.
+  level: str  # What a token is, 'byte' or 'word', unless one asks otherwise.
   vocabulary_size: int | None  # At that level; None if the text decides.
 
 
@@ -44,7 +41,6 @@ class Text(NamedTuple):
   """One split of a corpus."""
   tokens: np.ndarray  # uint8[n] of bytes, int32[n] of words.
   vocabulary: vocabulary.Vocabulary  # That of the training split.
-  level: str  # One of LEVELS.
 
   @property
   def fingerprint(self) -> str:
@@ -58,8 +54,7 @@ def load(
     text_file: str | os.PathLike | None = None) -> Text:
   """Reads one split of a corpus into memory; never downloads.
 
-  The words are those of the training split, whichever split is asked for, and
-  are counted once: the counts stay beside the prepared set.
+  The words are those of the training split, whichever split is asked for.
 
   Args:
     dataset: a key of DATASETS.
@@ -71,19 +66,13 @@ def load(
       are for training and 5 % each for the others; or a folder with train.txt,
       valid.txt and test.txt.
 
-  Raises:
-    ValueError, FileNotFoundError: naming the argument that does not fit, or
-      what is not there.
+  A ValueError or FileNotFoundError names what does not fit or is not there.
   """
-  _check_choice('dataset', dataset, DATASETS)
-  _check_choice('split', split, SPLITS)
   level = level or DATASETS[dataset].level
-  _check_choice('level', level, LEVELS)
-  read, folder = _open(dataset, data_dir, text_file)
-  text = read(split)
-  known = (vocabulary.Bytes() if level == 'byte' else
-           vocabulary.from_counts(_word_counts(read, folder)))
-  return Text(known.encode(text), known, level)
+  read = _reader(dataset, data_dir, text_file)
+  known = (vocabulary.Bytes() if level == 'byte'
+           else vocabulary.words_of(read('train')))
+  return Text(known.encode(read(split)), known)
 
 
 def train_batches(
@@ -98,31 +87,23 @@ def train_batches(
   follow in the text. What is left of a row, fewer than `length` tokens, is not
   trained on. After the last step of a pass comes the first of the next.
 
-  Law: the stream from `step` k is the stream from step 0 without its first k
-  batches.
-  Law: the batches of all processes, concatenated, are those of one process.
+  Laws: the stream from `step` k is the stream from step 0 without its first k
+  batches; the batches of all processes, concatenated, are those of one process.
 
-  Args:
-    tokens: integer[n], the text, longer than a batch.
-    batch_size: rows in a batch, over all processes.
-    length: tokens of a row in a batch.
-    step: the first batch to give, counted from the start of training.
-    process_index, process_count: which part of the rows to give.
-
-  Returns:
-    An iterator of {'inputs': int32[b, length], 'targets': int32[b, length],
-    'begins': bool[b]}, b = batch_size / process_count. Where `begins` is true
-    the segment does not continue the one before: memory must be forgotten.
+  Yields {'inputs': int32[b, length], 'targets': int32[b, length], 'begins':
+  bool[b]}, b = batch_size / process_count, of tokens integer[n], more than a
+  batch has; the first is that of `step`. Where `begins` is true the segment
+  does not continue the one before: memory must be forgotten.
   """
   rows = batching.process_rows(batch_size, process_index, process_count)
-  _check_length(length)
-  if step < 0:
-    raise ValueError(f'`step` (={step}) must be at least 0')
-  if len(tokens) <= batch_size * length:
-    raise ValueError(
-        f'`tokens` (of length {len(tokens)}) must be more than '
-        f'batch_size * length = {batch_size} * {length}')
-  return _train_batches(tokens, batch_size, length, step, rows)
+  row_length = (len(tokens) - 1) // batch_size
+  starts = np.arange(batch_size)[rows, None] * row_length
+  while True:
+    column = step % (row_length // length) * length
+    segments = tokens[starts + column + np.arange(length + 1)].astype(np.int32)
+    yield {'inputs': segments[:, :-1], 'targets': segments[:, 1:],
+           'begins': np.full(len(starts), column == 0)}
+    step += 1
 
 
 def eval_batches(
@@ -138,40 +119,41 @@ def eval_batches(
   the text as a whole.
 
   Law: over all batches and processes the targets of weight 1 are tokens[1:],
-  each once; the weights sum to n - 1.
+  each once.
 
-  Returns:
-    An iterator of what `train_batches` gives, and 'weight': float32[b, length].
+  Yields what `train_batches` does, and 'weight': float32[b, length].
   """
   rows = batching.process_rows(batch_size, process_index, process_count)
-  _check_length(length)
-  if len(tokens) < 2:
-    raise ValueError(f'`tokens` (of length {len(tokens)}) must be at least 2')
-  return _eval_batches(tokens, batch_size, length, rows)
+  last = len(tokens) - 1
+  row_length = -(-last // batch_size)
+  starts = np.arange(batch_size)[rows, None] * row_length
+  for column in range(0, row_length, length):
+    columns = column + np.arange(length)
+    places = starts + columns
+    is_real = (columns < row_length) & (places < last)
+    inputs, targets = (
+        np.where(is_real, tokens[np.minimum(places + shift, last)], 0)
+        for shift in (0, 1))
+    yield {'inputs': inputs.astype(np.int32),
+           'targets': targets.astype(np.int32),
+           'begins': np.full(len(starts), column == 0),
+           'weight': is_real.astype(np.float32)}
 
 
-def _check_choice(name, value, choices):
-  if value not in choices:
-    raise ValueError(f'`{name}` (={value!r}) must be one of {sorted(choices)}')
-
-
-def _check_length(length):
-  if length < 1:
-    raise ValueError(f'`length` (={length}) must be at least 1')
-
-
-def _open(
-    dataset, data_dir, text_file
-) -> tuple[Callable[[str], bytes], pathlib.Path | None]:
-  """Finds a corpus: a function that reads a split, and its folder if it has."""
+def _reader(dataset, data_dir, text_file) -> Callable[[str], bytes]:
+  """Finds a corpus: a function that reads a split."""
   if dataset == 'text':
-    return _open_text(text_file), None
+    if not text_file:
+      raise ValueError(f'`text_file` (={text_file!r}) must name a file where '
+                       "dataset='text'")
+    path = pathlib.Path(text_file).expanduser()
+    return lambda split: _read_text(path, split)
   if text_file is not None:
     raise ValueError(
         f'`text_file` (={str(text_file)!r}) must be left out: '
         f'dataset={dataset!r} does not use it, only text does')
   folder = _find(dataset, data_dir)
-  return lambda split: _read_records(folder, split), folder
+  return lambda split: _read_records(folder, split)
 
 
 def _find(dataset, data_dir):
@@ -182,7 +164,7 @@ def _find(dataset, data_dir):
         lambda folder: corpora.prepare(dataset, None, folder))
   source = '' if dataset == 'stdlib' else ' --source=DIR'
   return datasets.require(
-      corpora.builder_class(dataset).name, data_dir,
+      corpora.BUILDERS[dataset].name, data_dir,
       f'Run: python -m experiments.language.prepare --dataset={dataset}'
       f'{source}')
 
@@ -195,14 +177,6 @@ def _read_records(folder, split):
         folder, file_format='array_record').as_data_source(split)
     chunks = source.__getitems__(range(len(source)))
     return b''.join(chunk['bytes'].tobytes() for chunk in chunks)
-
-
-def _open_text(text_file):
-  if not text_file:
-    raise ValueError(
-        f"`text_file` (={text_file!r}) must name a file where dataset='text'")
-  path = pathlib.Path(text_file).expanduser()
-  return lambda split: _read_text(path, split)
 
 
 def _read_text(path, split):
@@ -220,44 +194,3 @@ def _read_text(path, split):
   if not text:
     raise ValueError(f'text_file={str(path)!r}: nothing is left for {split}')
   return text
-
-
-def _word_counts(read, folder):
-  """The word counts of the training split, kept in the folder of the set."""
-  if folder is None:
-    return vocabulary.count_words(read('train'))
-  path = folder / _WORD_COUNTS
-  if path.is_file():
-    return vocabulary.read_counts(path)
-  counts = vocabulary.count_words(read('train'))
-  if os.access(folder, os.W_OK):
-    vocabulary.write_counts(counts, path)
-  return counts
-
-
-def _train_batches(tokens, batch_size, length, step, rows):
-  row_length = (len(tokens) - 1) // batch_size
-  starts = np.arange(batch_size)[rows, None] * row_length
-  while True:
-    column = step % (row_length // length) * length
-    segments = tokens[starts + column + np.arange(length + 1)].astype(np.int32)
-    yield {'inputs': segments[:, :-1], 'targets': segments[:, 1:],
-           'begins': np.full(len(starts), column == 0)}
-    step += 1
-
-
-def _eval_batches(tokens, batch_size, length, rows):
-  last = len(tokens) - 1
-  row_length = -(-last // batch_size)
-  starts = np.arange(batch_size)[rows, None] * row_length
-  for column in range(0, row_length, length):
-    columns = column + np.arange(length)
-    places = starts + columns
-    is_real = (columns < row_length) & (places < last)
-    inputs, targets = (
-        np.where(is_real, tokens[np.minimum(places + shift, last)], 0)
-        for shift in (0, 1))
-    yield {'inputs': inputs.astype(np.int32),
-           'targets': targets.astype(np.int32),
-           'begins': np.full(len(starts), column == 0),
-           'weight': is_real.astype(np.float32)}

@@ -44,14 +44,12 @@ class Memory(NamedTuple):
 class Preset(NamedTuple):
   """A network, and how long its segments and memories are.
 
-  Parameters in millions, with biases and normalisation, tied ones once: 'tiny'
-  0.46, 'small' 3.5, 'enwik8_small' 69.5 and 'enwik8_large' 278.2 (all with 256
-  tokens), 'wikitext103' 285.2 (with 267,735). Published are 69, 277 and 285.
-  The large enwik8 network has 277.3 if d_embed is d_model, as in the code of
-  Dai et al.; the 512 of Top-KAST's table 4 adds two projections. That table
-  prints 69 for it, which is the count of the small one. It says that
-  WikiText-103 ties the "head only"; 285 is the count with the vectors of all
-  clusters tied, and all projections but the head's, as in that code.
+  Parameters in millions, tied ones once: 'tiny' 0.46, 'small' 3.5,
+  'enwik8_small' 69.5 and 'enwik8_large' 278.2 (256 tokens), 'wikitext103' 285.2
+  (267,735). Published are 69, 277 and 285; Top-KAST's table 4 prints 69 for the
+  large one, and its d_embed of 512 adds two projections to Dai et al.'s code.
+  It says that WikiText-103 ties the "head only"; 285 is the count with the
+  vectors of all clusters tied, and all projections but the head's, as there.
   """
 
   num_layers: int
@@ -79,16 +77,11 @@ MODELS: dict[str, Preset] = {
 
 
 def relative_shift(scores: jax.Array) -> jax.Array:
-  """Turns scores by distance into scores by key.
+  """Turns scores by distance into scores by key, [..., queries, keys].
 
-  Args:
-    scores: [..., queries, keys]; the last axis is by distance, falling from
-      keys - 1 to 0.
-
-  Returns:
-    y of the same shape: query i is at key keys - queries + i, and y[i, j] =
-    scores[i, queries - 1 - i + j] for all keys j up to there. Later keys hold
-    entries of no meaning (Dai et al., 2019, appendix B).
+  The last axis is by distance, falling from keys - 1 to 0. Query i is at key
+  keys - queries + i, and gets scores[i, queries - 1 - i + j] for all keys j up
+  to there; later keys hold entries of no meaning (Dai et al., appendix B).
 
   Example:
     >>> relative_shift(jnp.array([[2, 1, 0], [2, 1, 0]]))[1]
@@ -107,27 +100,18 @@ def sinusoids(distances: jax.Array, features: int) -> jax.Array:
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def attention_mask(valid: jax.Array, memory_length: int, length: int, *,
-                   same_length: bool = False) -> jax.Array:
+def attention_mask(valid: jax.Array, memory_length: int, length: int
+                   ) -> jax.Array:
   """Which keys each query may attend to: bool[b, 1, length, keys].
 
   The keys are the memory and then the segment. A query sees the filled places
-  of the memory and the segment up to itself; with `same_length` it sees at most
-  `memory_length` places before itself, as many as any other (as Dai et al.'s
-  TensorFlow code; their PyTorch code sees one place less).
-
-  Args:
-    valid: int32[b], filled places of the memory.
-    memory_length, length: places of the memory and of the segment.
-    same_length: whether each query has the same reach.
+  of the memory, of which there are `valid` int32[b], and the segment up to
+  itself.
   """
   query = jnp.arange(length)[:, None] + memory_length
   key = jnp.arange(memory_length + length)[None]
-  seen = key <= query
-  if same_length:
-    seen &= key >= query - memory_length
   filled = key >= memory_length - valid[:, None]
-  return (seen[None] & filled[:, None])[:, None]
+  return ((key <= query)[None] & filled[:, None])[:, None]
 
 
 def thin(x: jax.Array, sparsity: float) -> jax.Array:
@@ -147,21 +131,17 @@ class RelativeAttention(nn.Module):
   """
 
   num_heads: int
-  attention_dropout: float
+  dropout: float
   dtype: jax.typing.DTypeLike
   activation_sparsity: float = 0.
 
   @nn.compact
   def __call__(self, x: jax.Array, context: jax.Array, positions: jax.Array,
                mask: jax.Array, train: bool) -> jax.Array:
-    """Attends.
+    """Attends from x [b, t, d_model] to context, the memory and x.
 
-    Args:
-      x: [b, t, d_model], the queries.
-      context: [b, keys, d_model], the memory and x.
-      positions: [keys, d_model], sinusoids of the distances keys - 1 to 0.
-      mask: bool[b, 1, t, keys], which keys are seen.
-      train: whether to drop attention weights.
+    `positions` [keys, d_model] are sinusoids of the distances keys - 1 to 0,
+    `mask` bool[b, 1, t, keys] says which keys are seen.
     """
     def project(name, x):
       y = nn.Dense(x.shape[-1], use_bias=False, kernel_init=_INIT,
@@ -176,10 +156,11 @@ class RelativeAttention(nn.Module):
     by_distance = jnp.einsum(
         'bihd,jhd->bhij', self._heads(self._biased('position_bias', query)),
         self._heads(project('position', positions)))
-    weights = self._weights(
-        by_content + relative_shift(by_distance), mask, features)
-    weights = nn.Dropout(self.attention_dropout)(
-        weights, deterministic=not train)
+    scores = (by_content + relative_shift(by_distance)).astype(jnp.float32)
+    scores = jnp.where(mask, scores / math.sqrt(features),
+                       jnp.finfo(jnp.float32).min)
+    weights = nn.Dropout(self.dropout, deterministic=not train)(
+        jax.nn.softmax(scores).astype(self.dtype))
     mixed = jnp.einsum('bhij,bjhd->bihd', weights,
                        self._heads(project('value', context)))
     return project('out', mixed.reshape(x.shape))
@@ -191,17 +172,11 @@ class RelativeAttention(nn.Module):
   def _heads(self, x):
     return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
-  def _weights(self, scores, mask, features):
-    scores = scores.astype(jnp.float32) / math.sqrt(features)
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(scores).astype(self.dtype)
-
 
 class Layer(nn.Module):
   """Attention, then two Dense with a ReLU between them, each with a shortcut.
 
-  Layer normalisation (epsilon 1e-5) follows each sum; with `pre_norm` it comes
-  before attention, memory included, and before the Dense. Dropout is of what is
+  Layer normalisation (epsilon 1e-5) follows each sum. Dropout is of what is
   added to the shortcuts and between the Dense. Attributes: those of
   TransformerXL.
   """
@@ -209,8 +184,6 @@ class Layer(nn.Module):
   d_ff: int
   num_heads: int
   dropout: float
-  attention_dropout: float
-  pre_norm: bool
   dtype: jax.typing.DTypeLike
   activation_sparsity: float = 0.
 
@@ -219,26 +192,18 @@ class Layer(nn.Module):
                mask: jax.Array, train: bool) -> jax.Array:
     """[b, t, d_model] to the same; see RelativeAttention for the others."""
     norm = functools.partial(nn.LayerNorm, epsilon=1e-5, dtype=self.dtype)
-    norm_1, norm_2 = norm(name='norm_1'), norm(name='norm_2')
-    attention = RelativeAttention(
-        self.num_heads, self.attention_dropout, self.dtype,
-        self.activation_sparsity, name='attention')
+    dense = functools.partial(nn.Dense, kernel_init=_INIT, dtype=self.dtype)
+    attention = RelativeAttention(self.num_heads, self.dropout, self.dtype,
+                                  self.activation_sparsity, name='attention')
     drop = nn.Dropout(self.dropout, deterministic=not train)
     context = jnp.concatenate([memory.astype(x.dtype), x], axis=1)
-    if self.pre_norm:
-      context = norm_1(context)
-    queries = context[:, memory.shape[1]:]
-    x = x + drop(attention(queries, context, positions, mask, train))
-    x = x if self.pre_norm else norm_1(x)
-    y = self._feed_forward(norm_2(x) if self.pre_norm else x, drop)
-    return x + y if self.pre_norm else norm_2(x + y)
-
-  def _feed_forward(self, x, drop):
-    dense = functools.partial(nn.Dense, kernel_init=_INIT, dtype=self.dtype)
+    x = norm(name='norm_1')(
+        x + drop(attention(x, context, positions, mask, train)))
     hidden = nn.relu(dense(self.d_ff, name='dense_1')(x))
     hidden = drop(thin(hidden, self.activation_sparsity))
-    return drop(thin(dense(x.shape[-1], name='dense_2')(hidden),
-                     self.activation_sparsity))
+    added = thin(dense(x.shape[-1], name='dense_2')(hidden),
+                 self.activation_sparsity)
+    return norm(name='norm_2')(x + drop(added))
 
 
 class TransformerXL(nn.Module):
@@ -252,8 +217,8 @@ class TransformerXL(nn.Module):
 
   Laws: without dropout two segments of length t, the second with the memory of
   the first, have the losses of one of length 2t, where the memory holds t
-  places, or, with `same_length`, however many it holds. Losses and the result
-  of `logits` do not depend on places that are not filled.
+  places. Losses and the result of `logits` do not depend on places that are not
+  filled.
   """
 
   vocab_size: int
@@ -264,18 +229,7 @@ class TransformerXL(nn.Module):
   num_heads: int
   memory_length: int  # Places of the memory that `init_memory` makes.
   cutoffs: Sequence[int] = ()  # First tokens of the tails; see adaptive.py.
-  div_val: int = 4  # By which the vectors of each tail are shorter.
   dropout: float = 0.0
-  attention_dropout: float = 0.0
-  # Whether layers normalise what they read and not what they return; the last
-  # states are normalised then too. The paper does not.
-  pre_norm: bool = False
-  # Whether each token sees just as many places before it as the memory has,
-  # for evaluation with a long memory.
-  same_length: bool = False
-  # Distances above it count as it; for memories longer than those of training.
-  max_distance: int | None = None
-  remat: bool = False  # Layers are computed again for the gradient.
   dtype: jax.typing.DTypeLike = jnp.float32  # Of the computation.
   # Fraction of each vector of queries, keys, values, hidden units and what a
   # layer adds that `abs_top_k` sets to 0.
@@ -287,30 +241,19 @@ class TransformerXL(nn.Module):
                        f'of num_heads (={self.num_heads}).')
     self.vocabulary = adaptive.AdaptiveEmbedding(
         self.vocab_size, self.d_model, self.d_embed, self.cutoffs,
-        self.div_val, self.dtype)
-    # Argument 5 is `train`, counting the module itself as 0.
-    layer = nn.remat(Layer, static_argnums=(5,)) if self.remat else Layer
+        dtype=self.dtype)
     self.layer = {
-        str(i): layer(self.d_ff, self.num_heads, self.dropout,
-                      self.attention_dropout, self.pre_norm, self.dtype,
+        str(i): Layer(self.d_ff, self.num_heads, self.dropout, self.dtype,
                       self.activation_sparsity)
         for i in range(self.num_layers)}
-    if self.pre_norm:
-      self.last_norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)
     self.drop = nn.Dropout(self.dropout)
 
   def __call__(self, tokens: jax.Array, targets: jax.Array, memory: Memory, *,
                train: bool) -> tuple[jax.Array, Memory]:
-    """Losses of the tokens that follow.
+    """Losses float32[b, t] in nats of `targets`, which follow `tokens`.
 
-    Args:
-      tokens: int32[b, t], in [0, vocab_size).
-      targets: int32[b, t], the tokens that follow them.
-      memory: of the segments before; see `init_memory`.
-      train: whether to apply dropout, which takes an rng named 'dropout'.
-
-    Returns:
-      Losses float32[b, t] in nats, and the memory for the next segment.
+    Both are int32[b, t] in [0, vocab_size); `train` asks for dropout, which
+    takes an rng named 'dropout'. Also the memory for the next segment.
     """
     if targets.shape != tokens.shape:
       raise ValueError(f'`targets` (of shape {targets.shape}) must have the '
@@ -328,45 +271,31 @@ class TransformerXL(nn.Module):
 
   def _read(self, tokens, memory, train):
     """The last states dtype[b, t, d_model], and the memory after them."""
-    self._check(tokens, memory)
+    shape = memory.values.shape
+    expected = self.num_layers, tokens.shape[0], self.d_model
+    if (*shape[:2], *shape[3:]) != expected:
+      raise ValueError(f'`memory` (values of shape {shape}) must be of shape '
+                       '({}, {}, length, {}).'.format(*expected))
     drop = functools.partial(self.drop, deterministic=not train)
     memory = jax.lax.stop_gradient(memory)
     mask = attention_mask(memory.valid, memory.values.shape[2],
-                          tokens.shape[1], same_length=self.same_length)
-    positions = drop(self._positions(memory.valid, mask.shape[-1]))
+                          tokens.shape[1])
+    keys = mask.shape[-1]
+    # No place is further away that is filled. So the table depends on an
+    # argument: it does not become a constant of the compiled program, of many
+    # megabytes, and its product with a kernel counts as one with data.
+    distances = jnp.minimum(jnp.arange(keys)[::-1], keys + memory.valid.max())
+    positions = drop(sinusoids(distances, self.d_model).astype(self.dtype))
     x, inputs = drop(self.vocabulary(tokens)), []
     for layer, remembered in zip(self.layer.values(), memory.values):
       inputs.append(x)
       x = layer(x, remembered, positions, mask, train)
-    if self.pre_norm:
-      x = self.last_norm(x)
-    return drop(x), _remember(memory, jnp.stack(inputs))
-
-  def _positions(self, valid, keys):
-    """Sinusoids dtype[keys, d_model] of the distances keys - 1 to 0."""
-    distances = jnp.arange(keys)[::-1]
-    # No place is further away that is filled. So the table depends on an
-    # argument: it does not become a constant of the compiled program, of many
-    # megabytes, and its product with a kernel counts as one with data.
-    distances = jnp.minimum(distances, keys + valid.max())
-    if self.max_distance is not None:
-      distances = jnp.minimum(distances, self.max_distance)
-    return sinusoids(distances, self.d_model).astype(self.dtype)
-
-  def _check(self, tokens, memory):
-    batch, layers, features = tokens.shape[0], self.num_layers, self.d_model
-    shape = memory.values.shape
-    if (*shape[:2], *shape[3:]) != (layers, batch, features):
-      raise ValueError(f'`memory` (values of shape {shape}) must be of shape '
-                       f'({layers}, {batch}, length, {features}).')
-
-
-def _remember(memory: Memory, inputs: jax.Array) -> Memory:
-  """The memory after a segment of which [layers, b, t, d_model] were read."""
-  inputs = jax.lax.stop_gradient(inputs).astype(memory.values.dtype)
-  length, added = memory.values.shape[2], inputs.shape[2]
-  joined = jnp.concatenate([memory.values, inputs], axis=2)
-  return Memory(joined[:, :, added:], jnp.minimum(memory.valid + added, length))
+    inputs = jax.lax.stop_gradient(jnp.stack(inputs)).astype(
+        memory.values.dtype)
+    added, length = inputs.shape[2], memory.values.shape[2]
+    joined = jnp.concatenate([memory.values, inputs], axis=2)
+    return drop(x), Memory(joined[:, :, added:],
+                           jnp.minimum(memory.valid + added, length))
 
 
 def init_memory(model: TransformerXL, batch_size: int,
@@ -378,8 +307,6 @@ def init_memory(model: TransformerXL, batch_size: int,
     (2, 3, 64, 128)
   """
   length = model.memory_length if length is None else length
-  _check_at_least('batch_size', batch_size, 1)
-  _check_at_least('length', length, 0)
   return Memory(
       jnp.zeros((model.num_layers, batch_size, length, model.d_model)),
       jnp.zeros((batch_size,), jnp.int32))
@@ -399,8 +326,8 @@ def reset_memory(memory: Memory, where: jax.Array) -> Memory:
 
 
 def create(name: str, *, vocab_size: int, dropout: float = 0.0,
-           dtype: jax.typing.DTypeLike = jnp.float32, width: float = 1.0
-           ) -> TransformerXL:
+           dtype: jax.typing.DTypeLike = jnp.float32, width: float = 1.0,
+           activation_sparsity: float = 0.) -> TransformerXL:
   """Builds the network of a name.
 
   Args:
@@ -408,52 +335,33 @@ def create(name: str, *, vocab_size: int, dropout: float = 0.0,
     vocab_size: number of tokens; of the preset's cutoffs those below it count.
     dropout: rate of all dropout, of attention weights too, in [0, 1).
     dtype: type of the computation; parameters are float32 in any case.
-    width: multiplier of d_model, d_ff and d_embed, positive; the products are
-      rounded to multiples of twice the number of heads, at least one.
-
-  Returns:
-    A module without variables, whose `clone` takes the other attributes.
-
-  Raises:
-    ValueError: naming the argument that is out of range.
+    width: multiplier of d_model, d_ff and d_embed; the products are rounded to
+      multiples of twice the number of heads, at least one.
+    activation_sparsity: see TransformerXL.
 
   Example:
     >>> create('wikitext103', vocab_size=33278, width=0.5).cutoffs
     (20000,)
   """
-  if name not in MODELS:
-    raise ValueError(f'`name` (={name!r}) must be one of {", ".join(MODELS)}.')
   preset = MODELS[name]
-  _check_at_least('vocab_size', vocab_size, 1)
   if not 0 <= dropout < 1:
     raise ValueError(f'`dropout` (={dropout!r}) must be in [0, 1).')
   if not 0 < width < math.inf:
     raise ValueError(f'`width` (={width!r}) must be positive and finite.')
-  sizes = {size: _scaled(width, getattr(preset, size), 2 * preset.num_heads)
+  multiple = 2 * preset.num_heads
+  sizes = {size: multiple * max(
+      1, round(width * getattr(preset, size) / multiple))
            for size in ('d_model', 'd_ff', 'd_embed')}
   return TransformerXL(
       vocab_size=vocab_size, num_heads=preset.num_heads, **sizes,
       num_layers=preset.num_layers, memory_length=preset.memory_length,
       cutoffs=tuple(cut for cut in preset.cutoffs if cut < vocab_size),
-      dropout=dropout, attention_dropout=dropout, dtype=dtype)
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-  if value < least:
-    raise ValueError(f'`{name}` (={value!r}) must be at least {least}.')
-
-
-def _scaled(width: float, size: int, multiple: int) -> int:
-  return multiple * max(1, round(width * size / multiple))
+      dropout=dropout, dtype=dtype,
+      activation_sparsity=activation_sparsity)
 
 
 def kernel_count(model: TransformerXL) -> int:
-  """Counts the entries of kernels and embeddings, without making any array.
-
-  Example:
-    >>> kernel_count(create('tiny', vocab_size=256))
-    458752
-  """
+  """Counts the entries of kernels and embeddings, without making any array."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   memory = jax.eval_shape(lambda: init_memory(model, 1, 0))
   params = jax.eval_shape(functools.partial(model.init, train=False),

@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import sparse_jax
 from experiments import devices
 from experiments import programs
+from experiments import run_flags
 from experiments import tasks
 from experiments import training
 from experiments.language import input_pipeline
@@ -70,9 +71,9 @@ flags.DEFINE_integer('eval_batch_size', None, 'Streams of an evaluation. '
                      'Default: --batch_size.')
 flags.DEFINE_enum('eval_split', 'test', ['valid', 'test'], 'What evaluations '
                   'read.')
-training.define_flags(batch_size=16, examples='Streams', optimizer='adam',
-                      learning_rate=1e-3, weight_decay=0., clip_norm=.25,
-                      target=.8, train_steps=1000)
+run_flags.define_flags(batch_size=16, examples='Streams', optimizer='adam',
+                       learning_rate=1e-3, weight_decay=0., clip_norm=.25,
+                       target=.8, train_steps=1000)
 flags.DEFINE_integer('sample', 0, 'Prints so many tokens of the network in the '
                      'end.')
 flags.DEFINE_string('prompt', '\n', 'What a sample goes on from.')
@@ -80,7 +81,7 @@ flags.DEFINE_float('sample_temperature', 1., '0 for the likeliest token.')
 
 # What a sample is asked for has no part in the run.
 NOT_OF_THE_RUN = ('sample', 'prompt', 'sample_temperature')
-FREE = training.FREE  # Flags that a continued run may change.
+FREE = run_flags.FREE  # Flags that a continued run may change.
 # The smallest and largest values of flags that no other file checks.
 LENGTHS = ('segment_length', 'memory_length', 'eval_memory_length')
 LIMITS = {'width': (0, 1e6), 'dropout': (0, 1), 'abs_top_k': (0, 1),
@@ -216,7 +217,7 @@ def check_length(problem: Prediction, tokens, test_tokens) -> None:
 
 def check_values(values: Mapping[str, Any]) -> None:
   """Raises ValueError for a flag out of range that no other file checks."""
-  training.check_values(values, LIMITS)
+  run_flags.check_values(values, LIMITS)
   if values['eval_batch_size'] is not None:
     devices.check_batch_size(values['eval_batch_size'],
                              values['model_parallel'], 'eval_batch_size')
@@ -305,7 +306,7 @@ def headline(result: Mapping[str, Any]) -> str:
 
 def run_config() -> dict[str, Any]:
   """The flags that make a run what it is, wherever this program is used."""
-  return {name: value for name, value in training.run_config(__name__).items()
+  return {name: value for name, value in run_flags.run_config(__name__).items()
           if name not in NOT_OF_THE_RUN}
 
 
@@ -316,7 +317,7 @@ BINARY = training.Binary(
 def sample(values: Mapping[str, Any], count: int, prompt: str,
            temperature: float) -> str:
   """What the network of a run writes after a prompt, the prompt included."""
-  run = prepare(values, values['workdir'] or training.workdir_name(values))
+  run = prepare(values, values['workdir'] or run_flags.workdir_name(values))
   state, problem = training.last_state(run), run.task.problem
   vocabulary = load(values, 'train').vocabulary
   first = jnp.asarray(vocabulary.encode(prompt), jnp.int32)

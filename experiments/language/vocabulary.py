@@ -6,14 +6,10 @@ as an adaptive softmax needs them.
 """
 
 import collections
-from collections.abc import Iterator
-from collections.abc import Sequence
-import pathlib
+from collections.abc import Iterator, Sequence
 import re
 
 import numpy as np
-
-from experiments import files
 
 EOS, UNKNOWN = '<eos>', '<unk>'
 _PIECE = 1 << 20  # Bytes cut into words at once, which bounds the memory.
@@ -39,7 +35,7 @@ class Bytes:
 class Words:
   """A list of words; a token is a place in it.
 
-  Law: encode(decode(tokens)) is tokens, for words as `count_words` cuts them.
+  Law: encode(decode(tokens)) is tokens, for words as a text is cut into them.
 
   >>> vocabulary = Words(['the', '<eos>', 'cat', '<unk>'])
   >>> vocabulary.encode('the cat sat\\n')
@@ -49,86 +45,41 @@ class Words:
   """
 
   def __init__(self, words: Sequence[str]):
-    """The words, which must differ."""
     self.words = tuple(words)
     self._tokens = {word: token for token, word in enumerate(self.words)}
-    if len(self._tokens) != len(self.words):
-      counts = collections.Counter(self.words)
-      raise ValueError(
-          f'`words` must differ; {counts.most_common(1)[0][0]!r} is repeated')
 
   def __len__(self) -> int:
     return len(self.words)
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """The words of a text, int32[n]; <unk> for those it does not know."""
-    pieces = [np.zeros(0, np.int32)]
-    for words in _cut(_as_bytes(text)):
-      pieces.append(np.fromiter(self._look_up(words), np.int32, len(words)))
-    return np.concatenate(pieces)
+    unknown, get = self._tokens.get(UNKNOWN), self._tokens.get
+    return np.concatenate([np.zeros(0, np.int32), *(
+        np.fromiter((get(word, unknown) for word in words), np.int32,
+                    len(words)) for words in _cut(_as_bytes(text)))])
 
   def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
     """The words of integer[n] with blanks between, <eos> as newline."""
     words = [self.words[token] for token in _in_range(tokens, len(self))]
     return ' '.join('\n' if word == EOS else word for word in words)
 
-  def _look_up(self, words):
-    if UNKNOWN in self._tokens:
-      unknown, get = self._tokens[UNKNOWN], self._tokens.get
-      return [get(word, unknown) for word in words]
-    for word in words:
-      if word not in self._tokens:
-        raise ValueError(
-            f'`text` has the word {word!r}, which is not in the vocabulary, '
-            f'and that has no {UNKNOWN}')
-    return [self._tokens[word] for word in words]
-
 
 Vocabulary = Bytes | Words
 
 
-def count_words(text: str | bytes) -> collections.Counter[str]:
-  """Counts the words of a text: what lies between blanks, <eos> per newline.
-
-  Bytes that are no UTF-8 become U+FFFD.
-
-  >>> sorted(count_words('a b a\\n').items())
-  [('<eos>', 1), ('a', 2), ('b', 1)]
-  """
-  counts = collections.Counter()
-  for words in _cut(_as_bytes(text)):
-    counts.update(words)
-  return counts
-
-
-def from_counts(counts: dict[str, int]) -> Words:
+def words_of(text: str | bytes) -> Words:
   """The words of a training text, the most frequent first.
 
-  Ties are in the order of their spelling. <eos> and <unk> are always there.
+  Ties are in the order of their spelling. <eos> and <unk> are always there;
+  bytes that are no UTF-8 become U+FFFD.
+
+  >>> words_of('b a b\\n').words
+  ('b', '<eos>', 'a', '<unk>')
   """
-  return Words(_sorted({EOS: 0, UNKNOWN: 0} | counts))
-
-
-def write_counts(counts: dict[str, int], path: pathlib.Path) -> None:
-  """Writes one `count<tab>word` a line, the most frequent first, in one step.
-  """
-  lines = (f'{counts[word]}\t{word}\n' for word in _sorted(counts))
-  files.write_text(path, ''.join(lines))
-
-
-def read_counts(path: pathlib.Path) -> dict[str, int]:
-  """Reads what `write_counts` wrote; a ValueError names a damaged file."""
-  try:
-    lines = path.read_bytes().decode().split('\n')[:-1]
-    pairs = (line.split('\t') for line in lines)
-    return {word: int(count) for count, word in pairs}
-  except ValueError as error:
-    raise ValueError(f'{path} is damaged; delete it, it is made anew: '
-                     f'{error}') from error
-
-
-def _sorted(counts):
-  return sorted(counts, key=lambda word: (-counts[word], word))
+  counts = collections.Counter({EOS: 0, UNKNOWN: 0})
+  for words in _cut(_as_bytes(text)):
+    counts.update(words)
+  return Words(sorted(counts, key=lambda word: (-counts[word], word)))
 
 
 def _as_bytes(text):
