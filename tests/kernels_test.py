@@ -24,6 +24,7 @@ from sparse_jax.blocks import hopper
 from sparse_jax.blocks import packing
 from sparse_jax.blocks import tpu
 from sparse_jax.blocks import tpu_sizes
+from sparse_jax.blocks.tiles import Heads
 
 P = jax.sharding.PartitionSpec
 CHIPS = {'v4:2x2x1': (512, jnp.bfloat16), 'v5e:2x2': (256, jnp.float32),
@@ -51,8 +52,10 @@ def problem(block, grid=(3, 4), dtype=jnp.float32, batch=40):
   return x, dy, blocks, *(jnp.asarray(i, jnp.int32) for i in at), dense
 
 
-def check_kernels(kernels, block, *, reduce='sum', interpret=True, **options):
+def check_kernels(kernels, block, *, reduce='sum', interpret=True, heads=None,
+                  **options):
   """Every kernel of a module against the products of dense matrices."""
+  told = lambda heads: {'heads': heads} if heads else {}
   x, dy, blocks, rows, columns, dense = problem(block, **options)
   wide = lambda a: np.asarray(a, np.float64)
   grad = wide(x).T @ wide(dy)
@@ -60,13 +63,14 @@ def check_kernels(kernels, block, *, reduce='sum', interpret=True, **options):
   at = np.asarray(rows) * (dy.shape[1] // block[1]) + np.asarray(columns)
   worth = packing.tile_scores(tiles.astype(np.float32), reduce)
   multiply = functools.partial(kernels.block_product, interpret=interpret)
-  y = multiply(x, blocks, rows, columns, width=dy.shape[1])
+  y = multiply(x, blocks, rows, columns, width=dy.shape[1], **told(heads))
   grad_x = multiply(dy, blocks, columns, rows, width=x.shape[1],
-                    transpose=True)
+                    transpose=True, **told(heads and heads.turned()))
   own = kernels.block_gradient(x, dy, rows, columns, block=block,
-                               interpret=interpret)
+                               interpret=interpret, **told(heads))
   scores = kernels.growth_scores(x, dy, block=block, reduce=reduce,
-                                 dtype=x.dtype, interpret=interpret)
+                                 dtype=x.dtype, interpret=interpret,
+                                 **told(heads))
   # One rounding of the result: sums are kept in float32.
   precision = 2**-8 if x.dtype == jnp.bfloat16 else 2**-20
   for got, want in ((y, wide(x) @ dense), (grad_x, wide(dy) @ dense.T),
@@ -121,13 +125,20 @@ class DenseTest(parameterized.TestCase):
       ('gpu_bfloat16', gpu, (64, 64), dict(dtype=jnp.bfloat16)),
       ('tpu', tpu, (128, 128), {}),
       ('tpu_uneven', tpu, (128, 256), dict(reduce='max', grid=(2, 3))),
-      ('tpu_bfloat16', tpu, (128, 128), dict(dtype=jnp.bfloat16)))
+      ('tpu_bfloat16', tpu, (128, 128), dict(dtype=jnp.bfloat16)),
+      ('tpu_heads', tpu, (128, 256), dict(heads=Heads(16, 128, 128), batch=48,
+                                          grid=(2, 3))))
   def test_kernels(self, kernels, block, options):
     check_kernels(kernels, block, **options)
 
-  @parameterized.parameters((jnp.float32, 72), (jnp.bfloat16, 128))
-  def test_simulated_tpu_of_two_cores_finds_no_race(self, dtype, batch):
-    """Several panels, groups of columns and chunks; uneven in float32."""
+  @parameterized.parameters(
+      (jnp.float32, 72, None), (jnp.bfloat16, 128, Heads(64, 128, 128)),
+      (jnp.float32, 80, Heads(16, 128, None)))
+  def test_simulated_tpu_of_two_cores_finds_no_race(self, dtype, batch, heads):
+    """Several panels, groups of columns and chunks; uneven in float32.
+
+    A sequence takes two panels, or a panel two sequences.
+    """
     small = tpu_sizes.Chip(2760 * 2**10, 2)
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
     said = io.StringIO()
@@ -140,7 +151,7 @@ class DenseTest(parameterized.TestCase):
       rows, chunk = tpu_sizes.chunk(x, dy, (128, 128), len(blocks))
       self.assertEqual(rows, 32)
       self.assertLess(chunk, len(blocks))
-      check_kernels(tpu, (128, 128), dtype=dtype, batch=batch,
+      check_kernels(tpu, (128, 128), dtype=dtype, batch=batch, heads=heads,
                     interpret=params)
     self.assertNotIn('RACE', said.getvalue())
 
@@ -298,6 +309,28 @@ class CompileTest(parameterized.TestCase):
     kernels = f'custom_call_target="{CALLS["tpu"]}"'
     self.assertEqual(compiled.as_text().count(kernels), 4)
     self.assertLess(compiled.memory_analysis().temp_size_in_bytes, 2**23)
+
+  def test_heads_of_attention_are_not_copied(self):
+    mesh = mesh_of('v5e:2x2', 1, jax.sharding.AxisType.Auto)
+    packed, x, _ = shapes(mesh, 256, jnp.bfloat16)
+    packed = packed.replace(growth=None)
+
+    def attention(size, x, packed):
+      q = sparse_jax.blocks.matmul(x.reshape(4, 512, -1), packed,
+                                   heads=(None, size))
+      q = q.reshape(4, 512, -1, 128)
+      scores = jax.nn.softmax(jnp.einsum('bqhd,bkhd->bhqk', q, q))
+      y = jnp.einsum('bhqk,bkhd->bqhd', scores, q).reshape(4, 512, -1)
+      return sparse_jax.blocks.matmul(y, packed, heads=(size, None))
+
+    copies = {}
+    for size in (None, 128):
+      with jax.set_mesh(mesh):
+        text = jax.jit(functools.partial(attention, size)).lower(
+            x, packed).compile().as_text()
+      copies[size] = len(re.findall(r' = bf16\S* copy\(', text))
+    self.assertGreater(copies[None], 0)
+    self.assertEqual(copies[128], 0)
 
   @parameterized.parameters('bare', 'auto', 'explicit')
   def test_compiles_for_eight_chips(self, kind):

@@ -3,6 +3,7 @@
 import functools
 import re
 import tempfile
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -16,6 +17,7 @@ import optax
 from experiments import checkpointing
 import sparse_jax
 from sparse_jax import rules
+from sparse_jax.blocks import products as block_products
 
 BLOCK = sparse_jax.Block((4, 4))
 EVERY = dict(structure=BLOCK, update_every=2)
@@ -290,6 +292,24 @@ KERNELS = {
 
 
 class KernelTest(parameterized.TestCase):
+
+  def test_products_are_told_of_heads(self):
+    """Which TPUs read and write one by one: attention copies nothing."""
+    method = sparse_jax.packed(sparse_jax.static(.5, structure=BLOCK))
+    tx = sparse_jax.sparsify(optax.sgd(.1), method)
+    x, told = jnp.ones((2, 5, 8)), []
+
+    def matmul(*args, heads, **options):
+      told.append(heads)
+      return own(*args, heads=heads, **options)
+
+    own = block_products.matmul
+    params = jax.jit(Attention().init)(jax.random.key(0), x)['params']
+    params, state = sparse_jax.start(tx, method, params)
+    with mock.patch.object(block_products, 'matmul', matmul):
+      jax.eval_shape(sparse_jax.with_method(Attention().apply, method, state),
+                     {'params': params}, x)
+    self.assertEqual(told, [(None, 4)] * 3 + [(4, None)])
 
   @parameterized.product(kernel=tuple(KERNELS), make=('set_', 'top_kast'))
   def test_other_kernels_than_those_of_dense_layers(self, kernel, make):

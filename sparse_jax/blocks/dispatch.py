@@ -155,7 +155,8 @@ def _kernels(product, plan, args):
 def _multiply_kernel(module, plan, x, blocks, *_):
   if not module.product_fits(x, blocks.shape[1:], len(blocks), plan.width):
     return None
-  return functools.partial(module.block_product, width=plan.width)
+  return functools.partial(module.block_product, width=plan.width,
+                           **_heads(module, plan.heads))
 
 
 def _input_kernel(module, plan, x, cotangent, blocks, *_):
@@ -163,6 +164,7 @@ def _input_kernel(module, plan, x, cotangent, blocks, *_):
   if not module.product_fits(cotangent, blocks.shape[1:], len(blocks),
                              **shape):
     return None
+  shape |= _heads(module, plan.heads and plan.heads.turned())
   return lambda x, cotangent, blocks, rows, columns, **options: (
       module.block_product(cotangent, blocks, columns, rows, **shape,
                            **options))
@@ -172,7 +174,8 @@ def _weight_kernel(module, plan, x, cotangent, rows, columns):
   block = plan.inputs.size, plan.outputs.size
   if not module.gradient_fits(x, cotangent, block, rows.size):
     return None
-  return functools.partial(module.block_gradient, block=block)
+  return functools.partial(module.block_gradient, block=block,
+                           **_heads(module, plan.heads))
 
 
 def _both_kernel(module, plan, x, cotangent, blocks, rows, columns):
@@ -190,7 +193,12 @@ def _scores_kernel(static, module, plan, x, cotangent):
   if not module.scores_fit(x, block):
     return None
   return functools.partial(module.growth_scores, block=block, reduce=reduce,
-                           dtype=dtype)
+                           dtype=dtype, **_heads(module, plan.heads))
+
+
+def _heads(module, heads):
+  """For the kernels of TPUs alone: elsewhere memory has no tiles."""
+  return {'heads': heads} if module.__name__.endswith('.tpu') else {}
 
 
 def _multiply_derivative(plan, args, out):

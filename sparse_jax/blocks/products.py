@@ -12,6 +12,7 @@ from sparse_jax.blocks import packing
 from sparse_jax.blocks import splitting
 from sparse_jax.blocks.packing import PackedBlocks
 from sparse_jax.blocks.tiles import Columns
+from sparse_jax.blocks.tiles import Heads
 from sparse_jax.blocks.tiles import Plan
 from sparse_jax.blocks.tiles import Windows
 
@@ -20,7 +21,8 @@ _PLAIN = (None, 'loop', 'batched')
 
 def matmul(x: jax.Array, packed: PackedBlocks, *,
            implementation: str | None = None,
-           column_axes: tuple[str, ...] = ()) -> jax.Array:
+           column_axes: tuple[str, ...] = (),
+           heads: tuple[int | None, int | None] = (None, None)) -> jax.Array:
   """x @ weight, where only the kept blocks of the weight exist.
 
   The forward pass and the gradient to `x` multiply by the blocks of A, the
@@ -57,6 +59,10 @@ def matmul(x: jax.Array, packed: PackedBlocks, *,
       split, as the blocks are (tensor parallelism): those of `packed` must be
       `balanced`, else nothing is split so. On explicit axes the type of the
       blocks says it.
+    heads: columns of a head of attention in `x` and in the output, where the
+      code around splits them so (`jnp.reshape`). Kernels of TPUs read and write
+      such an array head by head, as attention does, if tiles hold whole heads
+      of a multiple of 128; else it is copied. The output is the same.
 
   Returns:
     float[..., out], of the operands' common dtype.
@@ -73,7 +79,9 @@ def matmul(x: jax.Array, packed: PackedBlocks, *,
   _check_product(x, packed, implementation)
   (tall, wide), (rows, columns) = packed.block, packed.grid
   plan = Plan(Columns(tall), Columns(wide), columns * wide, implementation,
-              columns=column_axes if packed.balanced else ())
+              columns=column_axes if packed.balanced else (),
+              heads=Heads(x.shape[-2], *heads) if any(heads) and x.ndim > 1
+              else None)
 
   def product(plan, x, packed):
     flat = x.reshape(-1, x.shape[-1])
@@ -243,12 +251,22 @@ def _product_backward(plan, saved, cotangent):
 
 def _growth(plan, x, packed, cotangent):
   """The growth scores where they are due, else zeros."""
-  def scores():
+  if packed.due is None:
     return dispatch.growth_scores(plan, x, packed, cotangent)
 
-  if packed.due is None:
-    return scores()
-  return lax.cond(packed.due, scores, lambda: jnp.zeros_like(packed.growth))
+  # What enters a condition lies there. In heads it lies as attention has it;
+  # flat it would be copied, refresh or not.
+  def cut(matrix, size):
+    return matrix if size is None else matrix.reshape(
+        -1, heads.length, matrix.shape[1] // size, size)
+
+  def scores(*cut):
+    flat = (a.reshape(own.shape) for a, own in zip(cut, (x, cotangent)))
+    return dispatch.growth_scores(plan, next(flat), packed, next(flat))
+
+  heads = plan.heads or Heads(1, None, None)
+  return lax.cond(packed.due, scores, lambda *_: jnp.zeros_like(packed.growth),
+                  cut(x, heads.inputs), cut(cotangent, heads.outputs))
 
 
 _product.defvjp(_product_forward, _product_backward)

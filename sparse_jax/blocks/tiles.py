@@ -74,6 +74,17 @@ class Windows(NamedTuple):
             (count, *span, self.size))
 
 
+class Heads(NamedTuple):
+  """Of the two matrices of a product, whose columns may be heads'."""
+
+  length: int  # Rows of a sequence.
+  inputs: int | None  # Columns of a head, if there are any.
+  outputs: int | None
+
+  def turned(self) -> 'Heads':
+    return self._replace(inputs=self.outputs, outputs=self.inputs)
+
+
 class Plan(NamedTuple):
   """What a product is, all of it static."""
 
@@ -83,6 +94,7 @@ class Plan(NamedTuple):
   implementation: str | None
   rows: tuple[str, ...] | None = None  # Axes of a mesh that split the input's
   columns: tuple[str, ...] = ()  # rows (None: what divides them), the tiles'.
+  heads: Heads | None = None
 
 
 def scores_loop(static, plan, x, cotangent):

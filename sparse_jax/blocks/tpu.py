@@ -13,8 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from sparse_jax.blocks import tpu_heads
 from sparse_jax.blocks import tpu_sizes as sizes
 from sparse_jax.blocks import visits
+from sparse_jax.blocks.tiles import Heads
 
 
 def product_fits(x: jax.Array, block: tuple[int, int], count: int,
@@ -39,7 +41,7 @@ def scores_fit(x: jax.Array, block: tuple[int, int]) -> bool:
 
 def block_product(x: jax.Array, blocks: jax.Array, takes: jax.Array,
                   gives: jax.Array, *, width: int, transpose: bool = False,
-                  interpret=False) -> jax.Array:
+                  heads: Heads | None = None, interpret=False) -> jax.Array:
   """y[:, gives[k]] += x[:, takes[k]] @ blocks[k] over all blocks k.
 
   A grid step owns a panel of rows and as many columns of y as fit, and visits
@@ -52,6 +54,7 @@ def block_product(x: jax.Array, blocks: jax.Array, takes: jax.Array,
     takes, gives: int32[n], tiles of x and of y, in any order.
     width: of y.
     transpose: whether to multiply by `blocks[k].T` instead.
+    heads: of x and of y.
     interpret: as in `pl.pallas_call`.
 
   Returns:
@@ -65,7 +68,7 @@ def block_product(x: jax.Array, blocks: jax.Array, takes: jax.Array,
     (Array(128., dtype=float32), Array(0., dtype=float32))
   """
   call = functools.partial(_product, width=width, transpose=transpose,
-                           interpret=interpret)
+                           heads=heads, interpret=interpret)
   multiply = jax.custom_batching.custom_vmap(call)
 
   @multiply.def_vmap
@@ -78,41 +81,46 @@ def block_product(x: jax.Array, blocks: jax.Array, takes: jax.Array,
   return multiply(x, blocks, takes, gives)
 
 
-@functools.partial(jax.jit, static_argnames=('width', 'transpose', 'interpret'))
-def _product(x, blocks, takes, gives, *, width, transpose, interpret):
+@functools.partial(jax.jit, static_argnames=(
+    'width', 'transpose', 'heads', 'interpret'))
+def _product(x, blocks, takes, gives, *, width, transpose, heads, interpret):
   side = blocks.shape[1:]
   tall, wide = reversed(side) if transpose else side
   count, columns = blocks.shape[0], width // wide
   edges, order, takes = visits.sort(takes, gives, x.shape[1] // tall, columns)
   rows, group = sizes.panel(x, side, wide, width)
+  rows, heads = tpu_heads.fit(heads, x.shape[0], rows, (tall, wide))
   panels, depth = pl.cdiv(x.shape[0], rows), sizes.depth(side,
                                                          x.dtype.itemsize)
   cores = 1 if panels % sizes.chip().cores else sizes.chip().cores
   panels //= cores
+  place = lambda p, i, g, *_: (p * panels + i, g)
   kernel = functools.partial(
       _product_kernel, count=count, panels=panels, group=group, depth=depth,
       tall=tall, wide=wide, contract=1 if transpose else 0)
-  return pl.pallas_call(
+  y = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=3, grid=(cores, panels, columns // group),
           in_specs=[
-              pl.BlockSpec((rows, x.shape[1]),
-                           lambda p, i, g, *_: (p * panels + i, 0)),
+              tpu_heads.spec((rows, x.shape[1]),
+                             lambda *at: (place(*at)[0], 0), heads[0]),
               pl.BlockSpec(memory_space=pl.ANY)],
-          out_specs=pl.BlockSpec((rows, group * wide),
-                                 lambda p, i, g, *_: (p * panels + i, g)),
+          out_specs=tpu_heads.spec((rows, group * wide), place, heads[1]),
           scratch_shapes=[pltpu.VMEM((depth, *side), blocks.dtype),
                           pltpu.VMEM((rows, wide), jnp.float32),
                           pltpu.SemaphoreType.DMA((depth,))]),
-      out_shape=jax.ShapeDtypeStruct((x.shape[0], width), x.dtype),
+      out_shape=jax.eval_shape(
+          lambda: tpu_heads.apart(jnp.zeros((x.shape[0], width), x.dtype),
+                                  heads[1])),
       compiler_params=_params('parallel', 'arbitrary', 'arbitrary'),
       cost_estimate=pl.CostEstimate(
           flops=2 * x.shape[0] * blocks.size, transcendentals=0,
           bytes_accessed=(x.nbytes + panels * cores * blocks.nbytes
                           + x.shape[0] * width * x.dtype.itemsize)),
       interpret=interpret, name='packed_product')(
-          edges, order, takes, x, blocks)
+          edges, order, takes, tpu_heads.apart(x, heads[0]), blocks)
+  return tpu_heads.joined(y)
 
 
 def _product_kernel(edges, order, takes, x, blocks, y, ring, total, arrived, *,
@@ -136,8 +144,8 @@ def _product_kernel(edges, order, takes, x, blocks, y, ring, total, arrived, *,
     def visit(k, _):
       step = panel * count + k
       copy(step).wait()
-      part = _dot(x[:, _strip(takes[k], tall)], ring[lax.rem(step, depth)],
-                  (1, contract))
+      part = _dot(tpu_heads.take(x, takes[k], tall),
+                  ring[lax.rem(step, depth)], (1, contract))
       total[...] = jnp.where(k == begin, 0., total[...]) + part
 
       @pl.when(step + depth < steps)
@@ -148,18 +156,18 @@ def _product_kernel(edges, order, takes, x, blocks, y, ring, total, arrived, *,
 
     @pl.when(begin < end)
     def _():
-      y[:, _strip(c, wide)] = total[...].astype(y.dtype)
+      tpu_heads.put(y, c, total[...].astype(y.dtype))
 
     @pl.when(begin == end)
     def _():
-      y[:, _strip(c, wide)] = jnp.zeros(total.shape, y.dtype)
+      tpu_heads.put(y, c, jnp.zeros(total.shape, y.dtype))
 
   lax.fori_loop(0, group, column, None)
 
 
 def block_gradient(x: jax.Array, cotangent: jax.Array, rows: jax.Array,
                    columns: jax.Array, *, block: tuple[int, int],
-                   interpret=False) -> jax.Array:
+                   heads: Heads | None = None, interpret=False) -> jax.Array:
   """x[:, rows[k]].T @ cotangent[:, columns[k]] for each block k.
 
   Sums of as many blocks as fit stay in VMEM while panels of x and of the
@@ -170,6 +178,7 @@ def block_gradient(x: jax.Array, cotangent: jax.Array, rows: jax.Array,
     cotangent: [batch, out] of the same dtype.
     rows, columns: int32[n], in any order.
     block: (rows, columns) of a block.
+    heads: of x and of the cotangent.
     interpret: as in `pl.pallas_call`.
 
   Returns:
@@ -183,28 +192,30 @@ def block_gradient(x: jax.Array, cotangent: jax.Array, rows: jax.Array,
     >>> grad.shape, grad[0, 0, 0]
     ((1, 128, 128), Array(3., dtype=float32))
   """
-  call = functools.partial(_gradient, block=block, interpret=interpret)
+  call = functools.partial(_gradient, block=block, heads=heads,
+                           interpret=interpret)
   return jax.custom_batching.sequential_vmap(call)(x, cotangent, rows, columns)
 
 
-@functools.partial(jax.jit, static_argnames=('block', 'interpret'))
-def _gradient(x, cotangent, rows, columns, *, block, interpret):
+@functools.partial(jax.jit, static_argnames=('block', 'heads', 'interpret'))
+def _gradient(x, cotangent, rows, columns, *, block, heads, interpret):
   (tall, wide), count = block, rows.shape[0]
   order = jnp.argsort(rows).astype(jnp.int32)
   rows = jnp.clip(rows, 0, x.shape[1] // tall - 1)[order]
   columns = jnp.clip(columns, 0, cotangent.shape[1] // wide - 1)[order]
   height, chunk = sizes.chunk(x, cotangent, block, count)
+  height, heads = tpu_heads.fit(heads, x.shape[0], height, block)
   chunks, panels = pl.cdiv(count, chunk), pl.cdiv(x.shape[0], height)
   kernel = functools.partial(
       _gradient_kernel, count=count, chunk=chunk, panels=panels,
       batch=x.shape[0])
-  panel = lambda a: pl.BlockSpec((height, a.shape[1]),
-                                 lambda c, i, *_: (i, 0))
+  panel = lambda a, head: tpu_heads.spec((height, a.shape[1]),
+                                         lambda c, i, *_: (i, 0), head)
   return pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=3, grid=(chunks, panels),
-          in_specs=[panel(x), panel(cotangent)],
+          in_specs=list(map(panel, (x, cotangent), heads)),
           out_specs=pl.BlockSpec(memory_space=pl.ANY),
           scratch_shapes=[pltpu.VMEM((tall, height), x.dtype),
                           pltpu.VMEM((chunk, *block), jnp.float32),
@@ -217,7 +228,7 @@ def _gradient(x, cotangent, rows, columns, *, block, interpret):
           bytes_accessed=(chunks * (x.nbytes + cotangent.nbytes)
                           + count * tall * wide * x.dtype.itemsize)),
       interpret=interpret, name='packed_gradient')(
-          order, rows, columns, x, cotangent)
+          order, rows, columns, *map(tpu_heads.apart, (x, cotangent), heads))
 
 
 def _gradient_kernel(order, rows, columns, x, cotangent, grad, turned, totals,
@@ -225,7 +236,7 @@ def _gradient_kernel(order, rows, columns, x, cotangent, grad, turned, totals,
   _, tall, wide = totals.shape
   panel, begin = pl.program_id(1), pl.program_id(0) * chunk
   end = jnp.minimum(begin + chunk, count)
-  height = x.shape[0]
+  height = tpu_heads.height(x)
 
   def inside(part):
     """Rows beyond the batch count nothing; what lies there is not known."""
@@ -237,10 +248,10 @@ def _gradient_kernel(order, rows, columns, x, cotangent, grad, turned, totals,
   def visit(k, _):
     @pl.when((k == begin) | (rows[k] != rows[jnp.maximum(k, 1) - 1]))
     def _():
-      turned[...] = inside(x[:, _strip(rows[k], tall)]).T
+      turned[...] = inside(tpu_heads.take(x, rows[k], tall)).T
 
-    part = _dot(turned[...], inside(cotangent[:, _strip(columns[k], wide)]),
-                (1, 0))
+    slope = inside(tpu_heads.take(cotangent, columns[k], wide))
+    part = _dot(turned[...], slope, (1, 0))
     totals[k - begin] = jnp.where(panel == 0, 0., totals[k - begin]) + part
 
   lax.fori_loop(begin, end, visit, None)
@@ -266,7 +277,7 @@ def _gradient_kernel(order, rows, columns, x, cotangent, grad, turned, totals,
 
 def growth_scores(x: jax.Array, cotangent: jax.Array, *,
                   block: tuple[int, int], reduce: str, dtype,
-                  interpret=False) -> jax.Array:
+                  heads: Heads | None = None, interpret=False) -> jax.Array:
   """Each tile of x.T @ cotangent, its magnitudes reduced to a number.
 
   Args:
@@ -275,6 +286,7 @@ def growth_scores(x: jax.Array, cotangent: jax.Array, *,
     block: (rows, columns) of a tile.
     reduce: 'sum' or 'max'.
     dtype: to which the gradient is rounded first.
+    heads: of x and of the cotangent.
     interpret: as in `pl.pallas_call`.
 
   Returns:
@@ -288,17 +300,17 @@ def growth_scores(x: jax.Array, cotangent: jax.Array, *,
            [3.]], dtype=float32)
   """
   call = functools.partial(_scores, block=block, reduce=reduce, dtype=dtype,
-                           interpret=interpret)
+                           heads=heads, interpret=interpret)
   return jax.custom_batching.sequential_vmap(call)(x, cotangent)
 
 
 @functools.partial(jax.jit, static_argnames=(
-    'block', 'reduce', 'dtype', 'interpret'))
-def _scores(x, cotangent, *, block, reduce, dtype, interpret):
+    'block', 'reduce', 'dtype', 'heads', 'interpret'))
+def _scores(x, cotangent, *, block, reduce, dtype, heads, interpret):
   batch, (tall, wide) = x.shape[0], block
   grid = x.shape[1] // tall, cotangent.shape[1] // wide
   size = sizes.span(x.shape[1], tall), sizes.span(cotangent.shape[1], wide)
-  height = sizes.rows_of(batch, 512)
+  height, heads = tpu_heads.fit(heads, batch, sizes.rows_of(batch, 512), size)
   panels = pl.cdiv(batch, height)
   cells = x.shape[1] // size[0], cotangent.shape[1] // size[1]
   kernel = functools.partial(_scores_kernel, panels=panels, batch=batch,
@@ -306,8 +318,9 @@ def _scores(x, cotangent, *, block, reduce, dtype, interpret):
   scores = pl.pallas_call(
       kernel,
       grid=(*cells, panels),
-      in_specs=[pl.BlockSpec((height, size[0]), lambda i, j, m: (m, i)),
-                pl.BlockSpec((height, size[1]), lambda i, j, m: (m, j))],
+      in_specs=[
+          tpu_heads.spec((height, size[0]), lambda i, j, m: (m, i), heads[0]),
+          tpu_heads.spec((height, size[1]), lambda i, j, m: (m, j), heads[1])],
       out_specs=pl.BlockSpec((8, 128), lambda i, j, m: (i, j)),
       out_shape=jax.ShapeDtypeStruct((cells[0] * 8, cells[1] * 128),
                                      jnp.float32),
@@ -316,22 +329,24 @@ def _scores(x, cotangent, *, block, reduce, dtype, interpret):
       cost_estimate=pl.CostEstimate(
           flops=2 * batch * x.shape[1] * cotangent.shape[1], transcendentals=0,
           bytes_accessed=cells[1] * x.nbytes + cells[0] * cotangent.nbytes),
-      interpret=interpret, name='growth_scores')(x, cotangent)
+      interpret=interpret, name='growth_scores')(
+          *map(tpu_heads.apart, (x, cotangent), heads))
   scores = scores.reshape(cells[0], 8, cells[1], 128)
   return scores[:, :size[0] // tall, :, :size[1] // wide].reshape(grid)
 
 
 def _scores_kernel(x, cotangent, scores, total, *, panels, batch, block,
                    reduce, dtype):
-  (tall, wide), panel, height = block, pl.program_id(2), x.shape[0]
+  (tall, wide), panel, height = block, pl.program_id(2), tpu_heads.height(x)
 
-  def inside(part):
+  def inside(ref, width):
+    part = tpu_heads.take(ref, 0, width)
     if batch % height == 0:
-      return part[...]
+      return part
     row = lax.broadcasted_iota(jnp.int32, part.shape, 0) + panel * height
-    return jnp.where(row < batch, part[...], jnp.zeros(part.shape, part.dtype))
+    return jnp.where(row < batch, part, jnp.zeros_like(part))
 
-  part = _dot(inside(x), inside(cotangent), (0, 0))
+  part = _dot(*map(inside, (x, cotangent), total.shape), (0, 0))
   total[...] = jnp.where(panel == 0, 0., total[...]) + part
 
   @pl.when(panel == panels - 1)
@@ -357,10 +372,6 @@ def _in_turn(call, mapped):
 def _params(*semantics):
   return pltpu.CompilerParams(dimension_semantics=semantics,
                               vmem_limit_bytes=sizes.chip().vmem)
-
-
-def _strip(index, size):
-  return pl.ds(pl.multiple_of(index * size, size), size)
 
 
 def _dot(a, b, axes):

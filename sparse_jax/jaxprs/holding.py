@@ -136,10 +136,12 @@ def _dot(eqn, side, value, other):
   kept = [other.shape[i] for i in others]
   x = x.reshape(*stack, *kept, -1)
   out = eqn.outvars[0].aval
+  heads = (_head([other.shape[i] for _, i in pairs]),
+           _head([value.shape[i] for i in free]))
 
   def product(x, packed):
     packed = packed if forward else block_products.transposed(packed)
-    return block_products.matmul(x, packed, **dict(value.options))
+    return block_products.matmul(x, packed, heads=heads, **dict(value.options))
 
   y = _mapped(product, value)(x, _cast(value)).astype(out.dtype)
   # From the outputs in the layout's order to those of the value's axes.
@@ -152,6 +154,11 @@ def _dot(eqn, side, value, other):
     rest = range(before, y.ndim)
     y = y.transpose(*range(len(stack)), *rest, *range(len(stack), before))
   return y.reshape(out.shape)
+
+
+def _head(sizes: list[int]) -> int | None:
+  """The last of several axes that are one in a matrix."""
+  return sizes[-1] if len(sizes) > 1 else None
 
 
 def _joined(groups) -> tuple[int, ...]:
