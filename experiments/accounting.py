@@ -15,7 +15,7 @@ from sparse_jax.rules import state
 
 def figures(apply: Callable[..., Any], params: Any, inputs: Any,
             method: sparse_jax.SparseMethod, summary: sparse_jax.Summary,
-            steps: int) -> dict[str, Any]:
+            steps: int, opt_state: Any) -> dict[str, Any]:
   """FLOPs of training and inference by a method.
 
   Args:
@@ -26,6 +26,7 @@ def figures(apply: Callable[..., Any], params: Any, inputs: Any,
     summary: the masks at the end. A method whose sparsity is an outcome (STR,
       DST) states no work; its densities at the end then count for all steps.
     steps: length of the run.
+    opt_state: at the end, for budgets that moved between leaves.
 
   Returns:
     `flops`: multiply-adds of one dense forward pass of an example;
@@ -44,7 +45,7 @@ def figures(apply: Callable[..., Any], params: Any, inputs: Any,
                                         convention=convention)
             for convention in ('multiply_adds', 'rigl')]
   ours, rigl = (sparse_jax.cost.training_cost(
-      count, method if method.work else at_end, steps=steps)
+      count, method if method.work else at_end, steps=steps, state=opt_state)
                 for count in counts)
   inference = sparse_jax.cost.training_cost(counts[0], at_end)
   stored = {path: work.forward for path, work in at_end.items()}

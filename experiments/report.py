@@ -137,7 +137,8 @@ def cost(run, state: tasks.TrainState, summary, shapes) -> dict[str, Any]:
   apply, inputs = run.apply(state)
   optimizer = optimization.make(run.values, run.train_steps)
   return accounting.figures(
-      apply, shapes, inputs, run.task.method, summary, run.train_steps
+      apply, shapes, inputs, run.task.method, summary, run.train_steps,
+      state.opt_state,
   ) | accounting.held(shapes, state.params, state.opt_state, optimizer)
 
 

@@ -16,7 +16,7 @@ def figures(method, state=None):
   return accounting.figures(
       lambda params, x: x @ params['hidden']['kernel'] @ params['head'][
           'kernel'], params, jax.ShapeDtypeStruct((1, 10), jnp.float32), method,
-      sparse_jax.summarize(params, state, method), 100)
+      sparse_jax.summarize(params, state, method), 100, state)
 
 
 class FiguresTest(parameterized.TestCase):
@@ -46,6 +46,31 @@ class FiguresTest(parameterized.TestCase):
     found = figures(method, state)
     self.assertEqual(found['inference_multiplier'], .5)
     self.assertGreater(found['training_multiplier'], .9)
+
+  @parameterized.parameters(
+      lambda: sparse_jax.snfs(.8, update_every=1, update_end=9),
+      lambda: sparse_jax.dsr(.8, update_every=1, update_end=9),
+      lambda: sparse_jax.swat(.8, allocation='momentum'))
+  def test_a_budget_that_moves_counts_where_it_went(self, make):
+    method = make()
+    key = jax.random.key(0)
+    params = {'hidden': {'kernel': .001 * jax.random.normal(key, (10, 20))},
+              'head': {'kernel': 9 * jax.random.normal(key, (20, 10))}}
+    state, grads = method.init(params), jax.tree.map(jnp.ones_like, params)
+    grads['head']['kernel'] *= 9.
+    for _ in range(3):
+      params, state = method.refresh(params, grads, state)
+    apply = lambda params, x: (x @ params['hidden']['kernel'])[:, :2] @ (
+        params['head']['kernel'][:2])
+    found = accounting.figures(
+        apply, params, jax.ShapeDtypeStruct((1, 10), jnp.float32), method,
+        sparse_jax.summarize(params, state, method), 100, state)
+    flops = sparse_jax.cost.count_flops(
+        apply, params, jax.ShapeDtypeStruct((1, 10), jnp.float32))
+    cost = sparse_jax.cost.training_cost(flops, method, steps=100, state=state)
+    self.assertAlmostEqual(cost.forward_multiplier,
+                           found['inference_multiplier'], places=5)
+    self.assertGreater(abs(cost.forward_multiplier - .2), .01)
 
   def test_an_outcome_counts_as_it_ended(self):
     found = figures(sparse_jax.static(.75)._replace(work=None))

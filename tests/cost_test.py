@@ -12,6 +12,7 @@ import optax
 import sparse_jax
 from experiments.image import models
 from sparse_jax import trees
+from sparse_jax.cost import budget
 from sparse_jax.cost import flops as cost
 
 Work = sparse_jax.rules.Work
@@ -249,9 +250,9 @@ class TrainingCostTest(parameterized.TestCase):
       ('method', lambda f: cost.training_cost(f, None)),
       ('flops', lambda f: cost.training_cost(cost.count_flops(
           jnp.sin, jnp.ones(3)), {})),
-      ('budget', lambda f: cost.plan(.1, lambda s: 1 - s, highest=.8)),
-      ('highest', lambda f: cost.plan(.1, lambda s: 1 - s, highest=1.)),
-      ('cost', lambda f: cost.plan(.1, .5, highest=.5)),
+      ('budget', lambda f: budget.plan(.1, lambda s: 1 - s, highest=.8)),
+      ('highest', lambda f: budget.plan(.1, lambda s: 1 - s, highest=1.)),
+      ('cost', lambda f: budget.plan(.1, .5, highest=.5)),
       ('reduction', lambda f: cost.theoretical_speedup(1.)))
   def test_bad_arguments_are_named(self, name, call):
     flops = cost.count_flops(mlp, *mlp_args())
@@ -269,7 +270,7 @@ class PlanTest(parameterized.TestCase):
       work = {path: Work(.2, .2, 1 - backward) for path in 'abc'}
       return cost.training_cost(flops, work).multiplier
 
-    got = cost.plan(multiplier(sparsity) + 1e-9, multiplier, highest=.8)
+    got = budget.plan(multiplier(sparsity) + 1e-9, multiplier, highest=.8)
     self.assertAlmostEqual(got, sparsity, places=6)
 
   def test_fits_and_is_the_densest_that_does(self):
@@ -278,16 +279,16 @@ class PlanTest(parameterized.TestCase):
       return sparse_jax.cost.memory_cost(mlp, *mlp_args(), stored=stored,
                                          optimizer=optax.adam(1e-3)).total
 
-    budget = .6 * bytes_of(0.)
-    got = cost.plan(budget, bytes_of, highest=.9)
-    self.assertLessEqual(bytes_of(got), budget)
-    self.assertGreater(bytes_of(got - .001), budget)
+    most = .6 * bytes_of(0.)
+    got = budget.plan(most, bytes_of, highest=.9)
+    self.assertLessEqual(bytes_of(got), most)
+    self.assertGreater(bytes_of(got - .001), most)
 
   def test_highest_need_not_lie_on_the_grid(self):
     highest = 1 - 1 / 3
-    self.assertEqual(cost.plan(1 - highest, lambda s: 1 - s, highest=highest),
+    self.assertEqual(budget.plan(1 - highest, lambda s: 1 - s, highest=highest),
                      highest)
-    self.assertEqual(cost.plan(np.inf, lambda s: 1 - s, highest=highest), 0.)
+    self.assertEqual(budget.plan(np.inf, lambda s: 1 - s, highest=highest), 0.)
 
 
 if __name__ == '__main__':

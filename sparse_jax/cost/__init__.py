@@ -2,9 +2,9 @@
 
 from sparse_jax.cost.accelerator import layer_cycles
 from sparse_jax.cost.accelerator import Machine
+from sparse_jax.cost.budget import plan
 from sparse_jax.cost.flops import count_flops
 from sparse_jax.cost.flops import FlopCount
-from sparse_jax.cost.flops import plan
 from sparse_jax.cost.flops import theoretical_speedup
 from sparse_jax.cost.flops import training_cost
 from sparse_jax.cost.flops import TrainingCost

@@ -1,4 +1,4 @@
-"""What training costs: FLOPs of each pass and layer, and what fits.
+"""What training costs: FLOPs of each pass and layer.
 
 FLOPs are read from the products of the function itself. There are two
 conventions, and a count stays in the one it was made in:
@@ -19,10 +19,12 @@ import math
 from typing import Any
 from typing import NamedTuple
 
-from sparse_jax import checks
+import numpy as np
 
+from sparse_jax import checks
 from sparse_jax import trees
 from sparse_jax.jaxprs import products as products_lib
+from sparse_jax.masks import marks as marks_lib
 from sparse_jax.rules import state as state_lib
 
 Product = products_lib.Product
@@ -184,7 +186,8 @@ def count_flops(fn: Callable[..., Any], *args: Any,
 
 def training_cost(flops: FlopCount,
                   method: state_lib.SparseMethod | Mapping[trees.Path, Work],
-                  *, steps: int | None = None) -> TrainingCost:
+                  *, steps: int | None = None, state: Any = None
+                  ) -> TrainingCost:
   """FLOPs of training by a sparse method, beside those of dense training.
 
   Each product costs one of its size forward, one for the gradient to its
@@ -199,6 +202,10 @@ def training_cost(flops: FlopCount,
     method: a method, or the `Work` of each sparse leaf by path. Leaves that
       are not named are dense.
     steps: length of the run over which a method's work is averaged.
+    state: the method's or the optimizer's state after the run. Where budgets
+      have moved between leaves (DSR, SNFS, SWAT-M, global scopes), the work of
+      a leaf is then that of what its masks keep in the end; None counts the
+      budgets of the start.
 
   Returns:
     A TrainingCost, printable.
@@ -226,6 +233,8 @@ def training_cost(flops: FlopCount,
     Raihan and Aamodt, SWAT, 2020, https://arxiv.org/abs/2001.01969.
   """
   work = _work_of(method, flops.params, steps)
+  if state is not None:
+    work = _moved(work, state_lib.get_state(state))
   unknown = sorted(set(work) - set(trees.leaves_by_path(flops.params)))
   if unknown:
     raise ValueError(f'`method` works on {unknown}, which are none of the '
@@ -238,57 +247,6 @@ def training_cost(flops: FlopCount,
   return TrainingCost(flops.convention, tuple(
       LayerCost(path, *(table.get(path, Passes(0, 0, 0)) for table in tables))
       for path in (*paths, None)))
-
-
-def plan(budget: float, cost: Callable[[float], float], *,
-         highest: float) -> float:
-  """The densest backward pass that a budget allows.
-
-  With the forward sparsity fixed, accuracy rises with the density of the
-  backward pass; so the authors of Top-KAST advise the smallest backward
-  sparsity that can be afforded.
-
-  Args:
-    budget: the most that it may cost, in the unit of `cost`.
-    cost: backward sparsity -> cost, which must not rise with the sparsity:
-      FLOPs, bytes, or a multiplier.
-    highest: the largest backward sparsity to try, in [0, 1): the forward
-      sparsity, at which the two sets are the same.
-
-  Returns:
-    The smallest multiple of 0.001, or `highest`, whose cost is within budget.
-
-  Raises:
-    ValueError: if even `highest` costs more.
-
-  Example:
-    >>> import jax, jax.numpy as jnp
-    >>> params = {'hidden': jnp.ones((3, 8)), 'head': jnp.ones((8, 2))}
-    >>> def model(params, x):
-    ...   return jax.nn.relu(x @ params['hidden']) @ params['head']
-    >>> flops = count_flops(model, params, jnp.ones((5, 3)), convention='rigl')
-    >>> def cost(backward_sparsity):
-    ...   work = Work(.2, .2, 1 - backward_sparsity)
-    ...   return training_cost(flops, {'hidden': work, 'head': work}).multiplier
-    >>> plan(.4, cost, highest=.8)
-    0.425
-
-  Reference:
-    Jayakumar et al., Top-KAST, 2020, https://arxiv.org/abs/2106.03517,
-    section 4.
-  """
-  checks.check_sparsity('highest', highest)
-  checks.check_callable('cost', cost)
-  grid = [i / 1000 for i in range(math.ceil(1000 * highest))] + [highest]
-  if not (least := cost(highest)) <= budget:
-    raise ValueError(f'`budget` (={budget!r}) is below the cost {least:g} of '
-                     f'the backward sparsity {highest:g}.')
-  low, high = 0, len(grid) - 1
-  while low < high:
-    middle = (low + high) // 2
-    low, high = (low, middle) if cost(grid[middle]) <= budget else (
-        middle + 1, high)
-  return grid[high]
 
 
 def theoretical_speedup(reduction: float) -> float:
@@ -334,6 +292,28 @@ def _work_of(method, params, steps):
     raise ValueError('`steps` (=None) must be the length of the run, over '
                      'which the work of the method is averaged.')
   return method.work(params, checks.check_count('steps', steps, least=1))
+
+
+def _moved(work, state) -> dict[trees.Path, Work]:
+  """The work where masks keep another share of a leaf than was planned.
+
+  What all such leaves leave out together stays that of `work`: it may still
+  grow at the end of a run.
+  """
+  marks, zeros = trees.leaves_by_path(state.marks), {}
+  for path in work.keys() & state.plan.by_path.keys():
+    leaf = state.plan.by_path[path]
+    kept = float(np.mean(leaf.sum(marks_lib.forward_mask(marks[path]))))
+    if kept != leaf.count:
+      zeros[path] = [math.prod(leaf.layout.shape) * (1 - leaf.layout.share(k))
+                     for k in (leaf.count, kept)]
+  planned, now = (sum(both) for both in zip((0, 0), *zeros.values()))
+  moved = dict(work)
+  for path, (ours, left) in zeros.items():
+    ratio = left / now * planned / ours if now and ours else 1.
+    moved[path] = Work(*(max(0., 1 - (1 - share) * ratio)
+                         for share in work[path]))
+  return moved
 
 
 def _checked(path, work) -> Work:
