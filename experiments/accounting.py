@@ -20,8 +20,7 @@ def figures(apply: Callable[..., Any], params: Any, inputs: Any,
 
   Args:
     apply: `(weights, inputs) -> outputs` of the model.
-    params: the weights that the model reads, or their shapes.
-    inputs: of one example, or their shapes.
+    params, inputs: weights and one example, or their shapes.
     method: what it is trained with.
     summary: the masks at the end. A method whose sparsity is an outcome (STR,
       DST) states no work; its densities at the end then count for all steps.
@@ -31,11 +30,11 @@ def figures(apply: Callable[..., Any], params: Any, inputs: Any,
   Returns:
     `flops`: multiply-adds of one dense forward pass of an example;
     `inference_multiplier`, with the masks at the end, and
-    `training_multiplier`: FLOPs as a fraction of the dense ones, in
-    multiply-adds (SWAT's convention);
-    `training_multiplier_rigl`: in RigL's; `theoretical_speedup`: of training,
-    if time followed multiply-adds; `weight_bytes`, `dense_weight_bytes`: of
-    the weights that inference reads, with a bit for each entry of a mask.
+    `training_multiplier`: as a fraction of the dense ones, in multiply-adds
+    (SWAT's convention); `training_multiplier_rigl`: in RigL's;
+    `theoretical_speedup`: of training, if time followed multiply-adds;
+    `weight_bytes`, `dense_weight_bytes`: of the weights that inference reads,
+    with a bit for each entry of a mask.
   """
   shapes = jax.eval_shape(lambda tree: tree, params)
   at_end = {row.path: state.Work(row.forward_density, row.forward_density,
@@ -67,10 +66,8 @@ def forecast(loss: Callable[..., Any], state: Any, one: Any, two: Any,
   Args:
     loss: `(weights, *inputs) -> loss` of a batch.
     state: shapes of the state of a run, with `params` and `opt_state`.
-    one, two: inputs of a batch of one and of two examples, or their shapes:
-      what grows with the batch is the difference.
-    method: what it is trained with.
-    batch_size, steps: examples of a step, and length of the run.
+    one, two: inputs of a batch of one and of two examples, or their shapes.
+    method, batch_size, steps: of the training.
 
   Returns:
     `parameters`; `training_flops`, multiply-adds of the whole run if nothing

@@ -6,9 +6,7 @@ The rule looks at the shape alone, so a weight, its masks and its optimizer
 slots lie alike, and no weight is gathered.
 """
 
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import functools
 import json
@@ -64,7 +62,11 @@ def join(values: Mapping[str, Any], refused: str | None = None) -> None:
   if values['distributed']:
     jax.distributed.initialize(*(values[name] for name in names),
                                heartbeat_timeout_seconds=seconds)
-    agree(functools.partial(_refuse, refused))
+
+    def refuse():
+      if refused is not None:
+        raise ValueError(refused)
+    agree(refuse)
 
 
 def leave_together(arguments: Sequence[str], reason: str) -> None:
@@ -84,11 +86,6 @@ def leave_together(arguments: Sequence[str], reason: str) -> None:
     own(['', *kept])
     if own.distributed and not jax.distributed.is_initialized():
       join(own.flag_values_dict(), reason)
-
-
-def _refuse(reason: str | None) -> None:
-  if reason is not None:
-    raise ValueError(reason)
 
 
 def _check_address(address: str) -> None:
@@ -202,8 +199,8 @@ def put_batch(batch: Any, mesh_: Mesh) -> Any:
 
 
 def check_batch_size(batch_size: int, model_parallel: int = 1,
-                     flag: str = 'batch_size') -> int:
-  """Returns the size, or raises ValueError if it does not split evenly."""
+                     flag: str = 'batch_size') -> None:
+  """Raises ValueError if the size does not split evenly."""
   devices = jax.device_count()
   if model_parallel < 1 or devices % model_parallel:
     raise ValueError(f'`model_parallel` (={model_parallel}) must divide the '
@@ -212,4 +209,3 @@ def check_batch_size(batch_size: int, model_parallel: int = 1,
   if batch_size < 1 or batch_size % parts:
     raise ValueError(f'`{flag}` (={batch_size}) must be a positive '
                      f'multiple of the {parts} parts it is split into.')
-  return batch_size

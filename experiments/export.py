@@ -62,8 +62,6 @@ def arrays(weights: Any, masks: Mapping[str, np.ndarray], form: str,
     {'kernel:values': array([2., 3.]), 'kernel:bits': array([80], dtype=uint8),
      'kernel:shape': array([2, 2])}
   """
-  if form not in FORMS:
-    raise ValueError(f'`form` (={form!r}) must be one of {", ".join(FORMS)}.')
   if form == 'packed' and block is None:
     raise ValueError(f'`form` (={form!r}) needs a run with --structure=block.')
   found = {}
@@ -72,23 +70,16 @@ def arrays(weights: Any, masks: Mapping[str, np.ndarray], form: str,
     if mask is None or form == 'dense':
       found[path] = weight
     elif form == 'sparse':
-      found |= _sparse(path, weight, mask)
+      found |= {f'{path}:values': weight[mask],
+                f'{path}:bits': np.packbits(mask),
+                f'{path}:shape': np.array(weight.shape)}
     else:
-      found |= _packed(path, weight, mask, block)
+      packed = sparse_jax.blocks.pack(weight, block=block, mask=mask, pad=True)
+      found |= {f'{path}:blocks': np.asarray(packed.blocks),
+                f'{path}:rows': np.asarray(packed.rows),
+                f'{path}:columns': np.asarray(packed.columns),
+                f'{path}:shape': np.array(weight.shape)}
   return found
-
-
-def _sparse(path, weight, mask):
-  return {f'{path}:values': weight[mask], f'{path}:bits': np.packbits(mask),
-          f'{path}:shape': np.array(weight.shape)}
-
-
-def _packed(path, weight, mask, block):
-  packed = sparse_jax.blocks.pack(weight, block=block, mask=mask, pad=True)
-  return {f'{path}:blocks': np.asarray(packed.blocks),
-          f'{path}:rows': np.asarray(packed.rows),
-          f'{path}:columns': np.asarray(packed.columns),
-          f'{path}:shape': np.array(weight.shape)}
 
 
 def from_run(workdir: str, form: str) -> dict[str, np.ndarray]:
@@ -97,17 +88,13 @@ def from_run(workdir: str, form: str) -> dict[str, np.ndarray]:
   state = training.last_state(run)
   weights = sparse_jax.dense_weights(run.task.method, state.params,
                                      state.opt_state)
-  masks = sparse_jax.get_state(state.opt_state).forward_masks
+  masks = trees.leaves_by_path(
+      sparse_jax.get_state(state.opt_state).forward_masks)
   block = (tuple(map(int, run.values['block_shape']))
            if run.values['structure'] == 'block' else None)
-  return arrays(jax.device_get(weights), _present(masks), form, block)
-
-
-def _present(masks) -> dict[str, np.ndarray]:
-  """Those of the leaves that have one."""
-  return {path: np.asarray(mask)
-          for path, mask in trees.leaves_by_path(masks).items()
-          if mask is not None and np.ndim(mask)}
+  return arrays(jax.device_get(weights), {
+      path: np.asarray(mask) for path, mask in masks.items()
+      if mask is not None and np.ndim(mask)}, form, block)
 
 
 def main(argv):

@@ -10,8 +10,7 @@ import json
 import os
 import pathlib
 import secrets
-from typing import Any
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -32,7 +31,8 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(temporary_name(path.name))
+  # Another name at each call.
+  temporary = path.with_name(f'.{path.name}.{secrets.token_hex(8)}')
   try:
     with open(temporary, 'xb') as file:
       yield file
@@ -42,11 +42,6 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
   except BaseException:
     temporary.unlink(missing_ok=True)
     raise
-
-
-def temporary_name(name: str) -> str:
-  """What a file is called until it is whole, another name at each call."""
-  return f'.{name}.{secrets.token_hex(8)}'
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

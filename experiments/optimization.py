@@ -41,8 +41,17 @@ def define_flags(*, optimizer: str = 'nesterov', learning_rate: float = .1,
 
 def schedule(values: Mapping[str, Any], train_steps: int) -> optax.Schedule:
   """Learning rate by the step; a ValueError names a flag and its value."""
-  _check_schedule(values)
-  periods = values.get('lr_periods') or sparsity.periods(values)
+  _check_number('learning_rate', values)
+  _check_number('lr_factor', values)
+  for flag in ('lr_drops', 'lr_factor'):
+    default = flags.FLAGS[flag].default
+    if values['lr_schedule'] != 'step' and values[flag] != default:
+      raise ValueError(f'`{flag}` (={values[flag]!r}) is a setting of '
+                       f'--lr_schedule=step, not of {values["lr_schedule"]}.')
+  periods = values.get('lr_periods')  # Not in the flags of older runs.
+  if periods is not None and periods < 1:
+    raise ValueError(f'`lr_periods` (={periods}) must be at least 1.')
+  periods = periods or sparsity.periods(values)
   length = -(-train_steps // periods)
   once = _period(values, length)
   return once if periods == 1 else lambda step: once(step % length)
@@ -58,8 +67,11 @@ def _period(values, train_steps) -> optax.Schedule:
   elif values['lr_schedule'] == 'cosine':
     after = optax.cosine_decay_schedule(peak, rest)
   else:
-    after = optax.piecewise_constant_schedule(peak, _drops(
-        values, train_steps, warmup))
+    drops = [round(_share('lr_drops', share) * train_steps) - warmup
+             for share in sparsity.numbers('lr_drops', values['lr_drops'])]
+    # In a short run two drops may fall on one step.
+    after = optax.piecewise_constant_schedule(peak, {
+        step: values['lr_factor']**drops.count(step) for step in drops})
   if not warmup:
     return after
   rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
@@ -93,33 +105,6 @@ def _kernels(params):
   """What decays: kernels and their thresholds, not the gates of `cs`."""
   return jax.tree.map_with_path(
       lambda path, leaf: leaf.ndim > 1 and path[0] != GATES, params)
-
-
-def _drops(values, train_steps, warmup) -> dict[int, float]:
-  """{steps after the warm-up: factor} of the step schedule."""
-  try:
-    shares = [float(share) for share in values['lr_drops']]
-  except ValueError:
-    raise ValueError(f'`lr_drops` (={",".join(values["lr_drops"])!r}) must be '
-                     'numbers separated by commas.') from None
-  steps = [round(_share('lr_drops', share) * train_steps) - warmup
-           for share in shares]
-  # In a short run two drops may fall on one step.
-  return {step: values['lr_factor']**steps.count(step) for step in steps}
-
-
-def _check_schedule(values) -> None:
-  periods = values.get('lr_periods')  # Not in the flags of older runs.
-  if periods is not None and periods < 1:
-    raise ValueError(f'`lr_periods` (={periods}) must be at least 1.')
-  _check_number('learning_rate', values)
-  _check_number('lr_factor', values)
-  for flag in ('lr_drops', 'lr_factor'):
-    default = flags.FLAGS[flag].default
-    if values['lr_schedule'] != 'step' and values[flag] != default:
-      raise ValueError(f'`{flag}` (={values[flag]!r}) is a setting of '
-                       '--lr_schedule=step, not of '
-                       f'{values["lr_schedule"]}.')
 
 
 def _check_number(flag: str, values, zero: bool = False) -> None:

@@ -6,9 +6,7 @@ asked to stop and has saved, with 76 if another process is at its run, and with
 134 if another process of its run is lost.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
 import inspect
@@ -16,8 +14,7 @@ import re
 import sys
 import textwrap
 import threading
-from typing import Any
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app
 from absl import flags

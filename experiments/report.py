@@ -4,8 +4,7 @@
 """
 
 import base64
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import functools
 import html
 import itertools
@@ -40,13 +39,12 @@ _MOST_LAYERS, _MOST_UNITS, _MOST_SQUARES = 12, 24, 320
 def followed(run) -> tuple[Any, Any]:
   """The model of a run as a function, and its inputs, as shapes.
 
-  The result of `fn(weights, inputs)` is the prediction alone. The function is
-  one value for the whole run, so that it is compiled once.
+  `fn(weights, inputs)` is the prediction alone. The function is one value for
+  the whole run, so that it is compiled once.
   """
   shapes = run.init.out_info
-  blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype),
-                       shapes.model_state)
-  apply, inputs = run.apply(shapes._replace(model_state=blank))
+  apply, inputs = run.apply(shapes._replace(model_state=jax.tree.map(
+      lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes.model_state)))
   return (lambda weights, given: jax.tree.leaves(apply(weights, given))[0],
           inputs)
 
@@ -74,36 +72,31 @@ def mask_metrics(summary: sparse_jax.Summary) -> dict[str, float]:
   return found
 
 
-def in_order(summary: sparse_jax.Summary, paths: Sequence[str]
-             ) -> sparse_jax.Summary:
-  """The rows in the network's order: that in which it uses its layers."""
-  place = {}
-  for path in paths:
-    place.setdefault(path.rpartition('/')[0], len(place))
-  last = len(place)
-  return summary._replace(rows=tuple(sorted(
-      summary.rows,
-      key=lambda row: place.get(row.path.rpartition('/')[0], last))))
-
-
 def report(binary, run, state: tasks.TrainState, model,
            measured: Mapping[str, float]) -> dict[str, Any]:
   """Draws the pictures, then writes result.json, which ends the run.
 
-  Args:
-    binary, run: the `training.Binary` and the `training.Run`.
-    state: its last state.
-    model: of `followed`, or None to leave out what is on a path.
-    measured: the results of the last evaluation.
-
-  Returns:
-    What result.json holds.
+  `model` is that of `followed`, or None to leave out what is on a path,
+  `measured` has the results of the last evaluation. Returns what result.json
+  holds.
   """
   shapes = weight_shapes(run, state)
   fn, inputs = model or followed(run)
   paths = list(dict.fromkeys(filter(None, (
       use.path for use in products.find_products(fn, shapes, inputs)))))
-  summary = in_order(summarize(run, state, model), paths)
+  # Rows in the network's order: that in which it uses its layers.
+  layers = list(dict.fromkeys(path.rpartition('/')[0] for path in paths))
+  place = {layer: index for index, layer in enumerate(layers)}
+  summary = summarize(run, state, model)
+  summary = summary._replace(rows=tuple(sorted(
+      summary.rows, key=lambda row: place.get(row.path.rpartition('/')[0],
+                                              len(layers)))))
+  apply, one = run.apply(state)
+  optimizer = optimization.make(run.values, run.train_steps)
+  cost = accounting.figures(
+      apply, shapes, one, run.task.method, summary, run.train_steps,
+      state.opt_state,
+  ) | accounting.held(shapes, state.params, state.opt_state, optimizer)
   result = {
       **measured, 'sparsity': summary.sparsity if summary.total.sparse else 0.,
       'effective_sparsity': summary.effective_sparsity,
@@ -113,7 +106,7 @@ def report(binary, run, state: tasks.TrainState, model,
       'parameters': sum(row.entries for row in summary.rows),
       'steps': int(state.step), 'program': binary.name,
       'flags': dict(run.values),
-      'layers': summary.as_dicts(), 'cost': cost(run, state, summary, shapes)}
+      'layers': summary.as_dicts(), 'cost': cost}
   image_shape = getattr(inputs, 'shape', (1,))[1:]
   seen = look(run, state, model, paths, len(image_shape) == 3)
   if jax.process_index() == 0:
@@ -130,16 +123,6 @@ def weight_shapes(run, state: tasks.TrainState) -> Any:
   return jax.eval_shape(
       functools.partial(sparse_jax.dense_weights, run.task.method),
       state.params, state.opt_state)
-
-
-def cost(run, state: tasks.TrainState, summary, shapes) -> dict[str, Any]:
-  """FLOPs and bytes, by arithmetic."""
-  apply, inputs = run.apply(state)
-  optimizer = optimization.make(run.values, run.train_steps)
-  return accounting.figures(
-      apply, shapes, inputs, run.task.method, summary, run.train_steps,
-      state.opt_state,
-  ) | accounting.held(shapes, state.params, state.opt_state, optimizer)
 
 
 def speed(rows, per_step: int) -> float | None:
@@ -205,13 +188,9 @@ def fields(kernel: np.ndarray, image_shape: Sequence[int]
            ) -> tuple[np.ndarray, np.ndarray | None]:
   """Units of a first layer as images, those of the largest weights first.
 
-  Args:
-    kernel: float[inputs, units] of a Dense, or float[h, w, channels, units].
-    image_shape: height, width and channels of what a Dense reads.
-
-  Returns:
-    float[units, height, width], the mean over channels, and how many units
-    read each pixel, of a Dense.
+  The kernel, float[inputs, units] of a Dense or float[h, w, channels, units],
+  becomes float[units, height, width], the mean over channels. Also how many
+  units read each pixel, of a Dense.
   """
   if dense := kernel.ndim == 2:
     kernel = kernel.reshape(*image_shape, kernel.shape[-1])
@@ -238,6 +217,19 @@ def draw(binary, result: Mapping[str, Any], rows, seen: Mapping[str, Any],
     pictures.receptive_fields(*fields(kernel, image_shape), at('first_layer'))
   files.write_text(os.path.join(workdir, 'report.html'),
                    page(binary, result, workdir))
+
+
+def show(binary, result: Mapping[str, Any], workdir: str) -> None:
+  """Prints the table of layers and the last line."""
+  rows = [sparse_jax.summary.Row(**layer) for layer in result['layers']]
+  print(sparse_jax.Summary(tuple(rows[:-1]), rows[-1]))
+  print(' '.join(measured(binary, result)) + f', sparsity '
+        f'{result["sparsity"]:.2%}, {result["steps"]} steps')
+  cost = result['cost']
+  print(f'theoretical FLOPs of dense: {cost["training_multiplier"]:.2%} in '
+        f'training, {cost["inference_multiplier"]:.2%} in inference')
+  print(f'pictures and metrics: {workdir}, to show: '
+        f'{os.path.join(workdir, "report.html")}', flush=True)
 
 
 def title(result: Mapping[str, Any]) -> str:
@@ -311,20 +303,26 @@ def page(binary, result: Mapping[str, Any], workdir: str) -> str:
       command=html.escape(command(result)))
 
 
+def measured(binary, result: Mapping[str, Any]) -> tuple[str, str]:
+  """What was measured on the test split in the end, and its value."""
+  metric = binary.metric(result['flags'])
+  kind = plots.METRICS[metric]
+  value = kind.scale * result[f'test_{metric}']
+  return f'test {kind.label}', f'{value:.4g}{kind.unit}'
+
+
 def figures(binary, result: Mapping[str, Any]) -> dict[str, str]:
   """The numbers at the top of the page."""
-  metric = binary.metric(result['flags'])
-  kind, cost_ = plots.METRICS[metric], result['cost']
-  value = kind.scale * result[f'test_{metric}']
-  found = {f'test {kind.label}': f'{value:.4g}{kind.unit}',
-           'sparsity': f'{result["sparsity"]:.2%}'}
+  cost = result['cost']
+  found = dict([measured(binary, result)])
+  found['sparsity'] = f'{result["sparsity"]:.2%}'
   if result['effective_sparsity'] is not None:
     found['effective sparsity'] = f'{result["effective_sparsity"]:.2%}'
   return found | {
       'ever active': f'{result["ever_active"]:.1%}',
-      'training FLOPs of dense': f'{cost_["training_multiplier"]:.1%}',
-      'inference FLOPs of dense': f'{cost_["inference_multiplier"]:.1%}',
-      'weights': f'{cost_["weight_bytes"] / 1e3:,.4g} kB'}
+      'training FLOPs of dense': f'{cost["training_multiplier"]:.1%}',
+      'inference FLOPs of dense': f'{cost["inference_multiplier"]:.1%}',
+      'weights': f'{cost["weight_bytes"] / 1e3:,.4g} kB'}
 
 
 def command(result: Mapping[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """What a finished run has left, and whether it is the run that one asks for."""
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import importlib
 import os
 from typing import Any

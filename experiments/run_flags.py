@@ -1,6 +1,6 @@
 """The flags that every run has, beside those of its method and optimizer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import math
 import os
 import sys
@@ -78,9 +78,10 @@ def workdir_name(values: Mapping[str, Any]) -> str:
   return os.path.join('runs', name)
 
 
-def run_config(module: str) -> dict[str, Any]:
+def run_config(module: str, without: Sequence[str] = ()) -> dict[str, Any]:
   """The flags that make a run what it is, wherever `module` is used."""
   own = flags.FLAGS.flags_by_module_dict()
   main_module = sys.argv[0] if module == '__main__' else module
   modules = (main_module, __name__, sparsity.__name__, optimization.__name__)
-  return {flag.name: flag.value for name in modules for flag in own[name]}
+  return {flag.name: flag.value for name in modules for flag in own[name]
+          if flag.name not in without}

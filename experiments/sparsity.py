@@ -5,9 +5,7 @@ so its default is the one that `sparse_jax` documents; a flag that the chosen
 method does not have is an error, never ignored.
 """
 
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import inspect
 import re
@@ -66,27 +64,17 @@ PRUNE_ENDS = {'granet': .3, 'spartan': .2, 'iht': .5}
 REFRESHES = {'ac_dc': 20, 'itop': 20}
 SCORES = {name: getattr(sparse_jax.scores, name)
           for name in ('magnitude', 'random', 'saliency')}
-# Flags, and what the methods that have them call them.
-ARGUMENTS = {name: name for name in (
-    'sparsity', 'backward_sparsity', 'penalty_weight', 'backward_selection',
-    'stop_exploration_at', 'drop_fraction', 'drop_by', 'growth', 'scope',
-    'score', 'grow_init', 'redistribution', 'hidden', 'skip_step',
-    'final_dense', 'reset_slots', 'least_kept', 'temperature', 'rounds',
-    'round_steps', 'rewind', 'rewind_to', 'activation_sparsity',
-    'masked_update', 'freeze_at', 'update_every', 'update_begin', 'update_end',
-    'allocation', 'structure', 'gamma', 'never_ablate', 'prune_begin',
-    'prune_end', 'initial_sparsity', 'variant', 'gradient_weight')}
+# Flags, and what the methods that have them call them: mostly the same.
+ARGUMENTS = {name: name for method in METHODS.values()
+             for name in inspect.signature(method).parameters}
 ARGUMENTS |= {'dense_layers': 'is_sparse', 'growth_momentum': 'momentum',
               'drop_threshold': 'threshold', 'hidden_decay': 'decay',
-              'initial_gate': 'initial', 'mutation': 'mutation',
-              'soft_beta': 'beta'}
+              'initial_gate': 'initial', 'soft_beta': 'beta'}
 # Lists of numbers.
 NUMBERS = ('mutation', 'soft_beta')
 # Flags of methods whose products have sparse operands.
 OPERATOR_FLAGS = ('activation_scope', 'gradient_scope', 'pack_activations',
                   'operand_period')
-# Flags of one structure alone.
-STRUCTURE_FLAGS = {'block_shape': 'block', 'block_reduce': 'block', 'nm': 'nm'}
 
 
 def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
@@ -243,11 +231,7 @@ def from_flags(values: Mapping[str, Any], train_steps: int,
       --allocation=uniform_plus.
     learning_rate: the schedule, for --drop_schedule=learning_rate.
 
-  Returns:
-    The method.
-
-  Raises:
-    ValueError: naming the flag or argument and its value.
+  A ValueError names the flag or argument and its value.
   """
   # The flags of an older run may lack some.
   values = {**dict.fromkeys((*ARGUMENTS, 'drop_schedule', 'erk_power_scale')),
@@ -261,18 +245,19 @@ def from_flags(values: Mapping[str, Any], train_steps: int,
     if argument not in known and _is_given(flag, values):
       raise ValueError(f'`{flag}` (={values[flag]!r}) is not a setting of '
                        f'--method={name}; it has {", ".join(known) or "none"}.')
-  for flag, structure in STRUCTURE_FLAGS.items():
-    if values['structure'] != structure and _is_given(flag, values):
-      raise ValueError(f'`{flag}` (={values[flag]!r}) is a setting of '
-                       f'--structure={structure}, not of '
-                       f'{values["structure"] or "element"}.')
-  if values['allocation'] != 'erk' and _is_given('erk_power_scale', values):
-    raise ValueError(f'`erk_power_scale` (={values["erk_power_scale"]!r}) is a '
-                     'setting of --allocation=erk.')
-  if 'drop_fraction' not in known and _is_given('drop_schedule', values):
-    raise ValueError(f'`drop_schedule` (={values["drop_schedule"]!r}) is a '
-                     f'setting of methods that drop, not of --method={name}.')
-  rules = _layer_rules(values, also_sparse)
+  structure, allocation = values['structure'], values['allocation']
+  for flag, place, chosen, fits in (
+      ('block_shape', '--structure=block', structure, structure == 'block'),
+      ('block_reduce', '--structure=block', structure, structure == 'block'),
+      ('nm', '--structure=nm', structure, structure == 'nm'),
+      ('erk_power_scale', '--allocation=erk', allocation, allocation == 'erk'),
+      ('drop_schedule', 'methods that drop', name, 'drop_fraction' in known)):
+    if not fits and _is_given(flag, values):
+      raise ValueError(f'`{flag}` (={values[flag]!r}) is a setting of {place}, '
+                       f'not of {chosen or "the default"}.')
+  check_patterns('dense_layers', values['dense_layers'])
+  rules = [(layer, False) for layer in values['dense_layers']] + [
+      (pattern, True) for pattern in also_sparse] or None
   method = constructor(**_arguments(values, name, known, train_steps, rules,
                                     also_sparse, layer_order, learning_rate))
   if values['operands']:
@@ -304,14 +289,13 @@ def periods(values: Mapping[str, Any]) -> int:
 
 def _operands(values) -> sparse_jax.operators.Operands:
   """What --operands asks for."""
-  given = f'`operands` (={",".join(values["operands"])!r})'
-  names = sparse_jax.operators.Operands._fields
-  found = {}
+  names, found = sparse_jax.operators.Operands._fields, {}
   for part in values['operands']:
     match = re.fullmatch(r'(\w+)=([\d.]+)', part)
     if not match or match[1] not in names:
-      raise ValueError(f'{given} has {part!r}; it must be name=sparsity with a '
-                       f'name of {", ".join(names)}.')
+      raise ValueError(f'`operands` (={",".join(values["operands"])!r}) has '
+                       f'{part!r}; it must be name=sparsity with a name of '
+                       f'{", ".join(names)}.')
     found[match[1]] = float(match[2])
   return sparse_jax.operators.Operands(**found)
 
@@ -345,10 +329,11 @@ def _packed(values, method) -> sparse_jax.SparseMethod:
 
 def _is_given(flag, values) -> bool:
   """Whether it was typed or is no default; a dense run may be at sparsity 0."""
-  typed = flags.FLAGS[flag].present and values[flag] == flags.FLAGS[flag].value
-  unset = (None, 0. if flag == 'sparsity' else None)
-  return values[flag] not in unset and (
-      typed or values[flag] != flags.FLAGS[flag].default)
+  value = values[flag]
+  if value is None or flag == 'sparsity' and value == 0.:
+    return False
+  known = flags.FLAGS[flag]
+  return value != known.default or known.present and value == known.value
 
 
 def _arguments(values, name, known, train_steps, rules, also_sparse,
@@ -368,7 +353,7 @@ def _arguments(values, name, known, train_steps, rules, also_sparse,
     chosen['score'] = SCORES[chosen['score']]
   for flag in NUMBERS:
     if ARGUMENTS[flag] in chosen:
-      chosen[ARGUMENTS[flag]] = _numbers(flag, values)
+      chosen[ARGUMENTS[flag]] = numbers(flag, values[flag])
   if name in PRUNE_ENDS and not isinstance(chosen.get('structure'),
                                            sparse_jax.NM):
     chosen.setdefault('prune_end',
@@ -407,11 +392,12 @@ def _allocation(values, layer_order):
   return uniform_plus
 
 
-def _numbers(flag, values) -> tuple[float, ...]:
+def numbers(flag: str, texts: Sequence[str]) -> tuple[float, ...]:
+  """The numbers of a list of texts; a ValueError names the flag."""
   try:
-    return tuple(float(number) for number in values[flag])
+    return tuple(float(text) for text in texts)
   except ValueError:
-    raise ValueError(f'`{flag}` (={",".join(values[flag])!r}) must be numbers '
+    raise ValueError(f'`{flag}` (={",".join(texts)!r}) must be numbers '
                      'such as 0.5,0.25.') from None
 
 
@@ -448,13 +434,6 @@ def check_patterns(flag: str, patterns: Sequence[str]) -> None:
     except re.error as error:
       raise ValueError(f'`{flag}` (={",".join(patterns)!r}) has {pattern!r}, '
                        f'no regular expression: {error}.') from None
-
-
-def _layer_rules(values, also_sparse) -> list[tuple[str, bool]] | None:
-  layers = values['dense_layers']
-  check_patterns('dense_layers', layers)
-  rules = [(layer, False) for layer in layers]
-  return rules + [(pattern, True) for pattern in also_sparse] or None
 
 
 def _window(chosen, name, train_steps) -> dict[str, Any]:

@@ -5,9 +5,7 @@ optimizer: both together are a `Task`.
 """
 
 from collections.abc import Mapping
-from typing import Any
-from typing import NamedTuple
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +44,9 @@ class Problem(Protocol):
 
   def examples(self, size: int) -> tuple[Any, Any]:
     """A model state and a batch of so many examples, as shapes."""
+
+  def inference(self, model_state) -> tuple[Any, Any]:
+    """(weights, inputs) -> the prediction, and the shapes of one example."""
 
   def results(self, means: Mapping[str, float]) -> dict[str, float]:
     """What is reported of the means of the loss and the metrics."""

@@ -7,18 +7,14 @@ SIGTERM it saves first and exits with status 75. Bad flags are status 2 and
 leave nothing behind.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
 import math
 import os
 import sys
 import time
-from typing import Any
-from typing import NamedTuple
-from typing import NoReturn
+from typing import Any, NamedTuple
 
 from absl import flags
 from absl import logging
@@ -39,12 +35,8 @@ from experiments import results
 from experiments import run_flags
 from experiments import sparsity
 from experiments import tasks
-from experiments.tasks import Problem
-from experiments.tasks import Task
-from experiments.tasks import TrainState
+from experiments.tasks import Problem, Task, TrainState
 
-# How many devices there are is noted beside the flags.
-_FREE = (*run_flags.FREE, 'devices')
 # XLA optimises the random draws and searches of the first state for minutes on
 # a CPU; they run once. Half the compile time of ResNet-20, a sixth if dense.
 FAST_COMPILE = {'xla_backend_optimization_level': 0}
@@ -68,9 +60,19 @@ class Run(NamedTuple):
   eval_batches: Callable[[], Iterator[Any]]
   # Of what the speed is counted: its name and how many a step.
   units: tuple[str, int]
-  # (weights, inputs) -> outputs, and the shapes of the inputs: for the FLOPs.
-  apply: Callable[[TrainState], tuple[Callable[..., Any], Any]]
   data: str = ''  # Tells the data from any others, where the flags do not.
+
+  def apply(self, state: TrainState) -> tuple[Callable[..., Any], Any]:
+    """(weights, inputs) -> outputs, and the shapes of inputs: for FLOPs."""
+    return self.task.problem.inference(state.model_state)
+
+  @property
+  def checkpoints(self) -> dict[str, Any]:
+    """Where they are, and the flags that they belong to."""
+    return {'directory': os.path.join(self.workdir, 'checkpoints'),
+            'free': (*run_flags.FREE, 'devices'),
+            'config': {**self.values, 'data': self.data,
+                       'devices': jax.device_count()}}
 
 
 class Binary(NamedTuple):
@@ -78,7 +80,6 @@ class Binary(NamedTuple):
 
   name: str  # Of its module.
   prepare: Callable[[Mapping[str, Any], str], Run]
-  headline: Callable[[Mapping[str, Any]], str]  # (result) -> of the last line.
   # (values) -> the result that pictures show, by its name in `plots`.
   metric: Callable[[Mapping[str, Any]], str]
 
@@ -111,12 +112,16 @@ def make_run(values: Mapping[str, Any], workdir: str, task: Task,
   """Traces the functions of a run; `data` are the last fields of `Run`."""
   mesh = devices.mesh(values['model_parallel'])
   first = functools.partial(tasks.init_state, task, values['seed'])
-  with _naming_dense_layers(values['dense_layers']):
+  try:
     state = jax.eval_shape(first)
+  except ValueError as error:  # The library knows the flag by its own name.
+    layers = ','.join(values['dense_layers'])
+    if not layers or '`is_sparse`' not in str(error):
+      raise
+    raise ValueError(f'`dense_layers` (={layers!r}): {error}') from error
   carry = jax.eval_shape(task.problem.first_carry)
-  axes = task.problem.batch_axes
   places = state_places(task, mesh, state)
-  carried = _places(mesh, carry, axes(carry))
+  carried = _places(task, mesh, carry)
   rows, whole = devices.split(mesh), devices.replicated(mesh)
   return Run(
       values, workdir, train_steps, task, mesh,
@@ -133,10 +138,15 @@ def make_run(values: Mapping[str, Any], workdir: str, task: Task,
 def state_places(task: Task, mesh: jax.sharding.Mesh, state: TrainState
                  ) -> TrainState:
   """Where each array of the state lies."""
-  axes = task.problem.batch_axes(state.model_state)
   return jax.tree.map_with_path(
       functools.partial(devices.place, mesh), state)._replace(
-          model_state=_places(mesh, state.model_state, axes))
+          model_state=_places(task, mesh, state.model_state))
+
+
+def _places(task, mesh, carried):
+  """Shardings of what belongs to examples: split like them."""
+  return jax.tree.map(lambda leaf, axis: devices.split(mesh, axis), carried,
+                      task.problem.batch_axes(carried))
 
 
 def step_fn(task: Task, places: TrainState, rows: jax.sharding.Sharding):
@@ -145,32 +155,14 @@ def step_fn(task: Task, places: TrainState, rows: jax.sharding.Sharding):
                  in_shardings=(places, rows), out_shardings=places)
 
 
-@contextlib.contextmanager
-def _naming_dense_layers(rules):
-  """Says which flag made the rules that the library calls `is_sparse`."""
-  try:
-    yield
-  except ValueError as error:
-    if not rules or '`is_sparse`' not in str(error):
-      raise
-    raise ValueError(f'`dense_layers` (={",".join(rules)!r}): {error}'
-                     ) from error
-
-
-def _places(mesh, carried, axes):
-  """Shardings of what belongs to examples: split like them."""
-  return jax.tree.map(lambda leaf, axis: devices.split(mesh, axis), carried,
-                      axes)
-
-
-def describe(task: Task, values: Mapping[str, Any], train_steps: int
-             ) -> dict[str, Any]:
+def describe(without_data: Callable[..., tuple[Task, int]],
+             values: Mapping[str, Any]) -> dict[str, Any]:
   """Size, length and cost of a run, from shapes alone.
 
-  Returns:
-    `train_steps`, `batch_size`, `learning_rate` (the highest), and what
-    `accounting.forecast` says.
+  `train_steps`, `batch_size`, `learning_rate` (the highest), and what
+  `accounting.forecast` says. `without_data` is that of the run's program.
   """
+  task, train_steps = without_data(values)
   key = jax.random.key(0)
   loss = lambda weights, model_state, batch: task.problem.loss(
       weights, model_state, batch, key)[0]
@@ -188,12 +180,7 @@ def describe(task: Task, values: Mapping[str, Any], train_steps: int
 def train(binary: Binary, values: Mapping[str, Any]) -> dict[str, Any]:
   """Runs from the last checkpoint, or the start, to the end.
 
-  Args:
-    binary: what is trained.
-    values: flag values by name.
-
-  Returns:
-    What result.json holds.
+  Returns what result.json holds; `values` are those of the flags by name.
 
   Raises:
     ValueError: naming the flag and its value; FileNotFoundError likewise for
@@ -206,9 +193,14 @@ def train(binary: Binary, values: Mapping[str, Any]) -> dict[str, Any]:
       lambda: results.finished(workdir, values, run_flags.FREE)))[0]
   if result is None:
     run = devices.agree(lambda: _ready(binary, values, workdir))
-    with _held(workdir), files.naming(workdir):
+    with contextlib.ExitStack() as stack:
+      # The lock of the first process is that of all.
+      devices.agree(lambda: jax.process_index() or stack.enter_context(
+          locking.hold(workdir)))
+      stack.enter_context(files.naming(workdir))
       result = run_steps(binary, run)
-  show(binary, result, workdir)
+  if jax.process_index() == 0:
+    report.show(binary, result, workdir)
   return result
 
 
@@ -217,25 +209,8 @@ def _ready(binary: Binary, values: Mapping[str, Any], workdir: str) -> Run:
   check_workdir(workdir)
   run = binary.prepare(values, workdir)
   with _naming_workdir(workdir):
-    checkpointing.check(_checkpoints_of(run), config=_config(run), free=_FREE)
+    checkpointing.check(**run.checkpoints)
   return run
-
-
-def _checkpoints_of(run: Run) -> str:
-  return os.path.join(run.workdir, 'checkpoints')
-
-
-def _config(run: Run) -> dict[str, Any]:
-  return {**run.values, 'data': run.data, 'devices': jax.device_count()}
-
-
-@contextlib.contextmanager
-def _held(workdir: str):
-  """Holds the folder for all processes, by the lock of the first."""
-  with contextlib.ExitStack() as stack:
-    devices.agree(lambda: jax.process_index() or stack.enter_context(
-        locking.hold(workdir)))
-    yield
 
 
 def run_steps(binary: Binary, run: Run) -> dict[str, Any]:
@@ -282,11 +257,11 @@ def check_workdir(workdir: str) -> None:
                      else f'`workdir` (={workdir!r}) is a file.')
 
 
-def open_checkpoints(run: Run, guard) -> checkpointing.Checkpoints:
+def open_checkpoints(run: Run, guard=None) -> checkpointing.Checkpoints:
   """The checkpoints of a run, by default one with each evaluation."""
   with _naming_workdir(run.workdir):
     return checkpointing.Checkpoints(
-        _checkpoints_of(run), config=_config(run), free=_FREE, guard=guard,
+        **run.checkpoints, guard=guard,
         save_every=run_flags.steps_between('checkpoint', run.values))
 
 
@@ -296,26 +271,22 @@ def first_state(run: Run, checkpoints) -> tuple[TrainState, int]:
     restored = checkpoints.restore_latest(run.init.out_info)
   if restored is not None:
     print(f'continues {run.workdir} after step {restored[1]}', flush=True)
-    _say_if_rounded(checkpoints.config, _config(run))
+    names = ('devices', 'model_parallel')
+    now = {name: run.checkpoints['config'][name] for name in names}
+    then = {name: checkpoints.config.get(name, now[name]) for name in names}
+    if then != now:  # Sums over other devices are added in another order.
+      logging.warning(
+          'This run began on %s devices (model_parallel %s) and goes on on %s '
+          '(%s): it equals an undisturbed one to rounding, not bit for bit.',
+          *then.values(), *now.values())
     return restored
   options = FAST_COMPILE if jax.default_backend() == 'cpu' else None
   return run.init.lower().compile(compiler_options=options)(), 0
 
 
-def _say_if_rounded(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-  """Warns that sums over other devices are added in another order."""
-  names = ('devices', 'model_parallel')
-  then = {name: stored.get(name, now[name]) for name in names}
-  if then != {name: now[name] for name in names}:
-    logging.warning(
-        'This run began on %s devices (model_parallel %s) and goes on on %s '
-        '(%s): it equals an undisturbed one to rounding, not bit for bit.',
-        *then.values(), *(now[name] for name in names))
-
-
 def last_state(run: Run) -> TrainState:
   """The newest checkpoint's state; a ValueError if there is none."""
-  with open_checkpoints(run, None) as checkpoints, _naming_workdir(run.workdir):
+  with open_checkpoints(run) as checkpoints, _naming_workdir(run.workdir):
     restored = checkpoints.restore_latest(run.init.out_info)
   if restored is None:
     raise ValueError(f'`workdir` (={run.workdir!r}) has no checkpoint.')
@@ -359,32 +330,22 @@ def mean_metrics(run: Run, state: TrainState) -> dict[str, float]:
     FloatingPointError: if the loss or a parameter is not finite, before that
       can be saved.
   """
-  means = _means(state.sums)
-  if not (math.isfinite(means['loss']) and all_finite(state.params)):
+  means = _means(run, 'train', state.sums)
+  # The loss is that before the last update.
+  if not (math.isfinite(means['train_loss']) and all_finite(state.params)):
     raise FloatingPointError(
-        f'the training loss is {means["loss"]} by step {int(state.step)}, or '
-        f'a parameter is not finite; what is in {run.workdir} is from before. '
-        f'A smaller --learning_rate (={run.values["learning_rate"]}) may help, '
-        'in another --workdir.')
-  return _named('train', run.task.problem.results(means))
+        f'the training loss is {means["train_loss"]} by step '
+        f'{int(state.step)}, or a parameter is not finite; what is in '
+        f'{run.workdir} is from before. A smaller --learning_rate '
+        f'(={run.values["learning_rate"]}) may help, in another --workdir.')
+  return means
 
 
 @jax.jit
 def all_finite(tree: Any) -> jax.Array:
-  """Whether no entry is infinite or NaN: the last update's loss is to come."""
+  """Whether no entry is infinite or NaN."""
   return jnp.array([jnp.isfinite(leaf).all()
                     for leaf in jax.tree.leaves(tree)]).all()
-
-
-def _means(sums: Mapping[str, jax.Array]) -> dict[str, float]:
-  """Each sum over that of the weights."""
-  sums = {name: float(value) for name, value in jax.device_get(sums).items()}
-  weight = sums.pop('weight')
-  return {name: value / weight for name, value in sums.items()}
-
-
-def _named(split: str, results: Mapping[str, float]) -> dict[str, float]:
-  return {f'{split}_{name}': value for name, value in results.items()}
 
 
 def evaluate(run: Run, state: TrainState) -> dict[str, float]:
@@ -393,7 +354,16 @@ def evaluate(run: Run, state: TrainState) -> dict[str, float]:
   for batch in run.eval_batches():
     carry, found = run.eval_fn(state, carry, devices.put_batch(batch, run.mesh))
     sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
-  return _named('test', run.task.problem.results(_means(sums)))
+  return _means(run, 'test', sums)
+
+
+def _means(run, split, sums) -> dict[str, float]:
+  """The problem's results of each sum over that of the weights."""
+  sums = {name: float(value) for name, value in jax.device_get(sums).items()}
+  weight = sums.pop('weight')
+  found = run.task.problem.results(
+      {name: value / weight for name, value in sums.items()})
+  return {f'{split}_{name}': value for name, value in found.items()}
 
 
 def stop(run: Run, checkpoints, state: TrainState, step: int) -> None:
@@ -406,20 +376,6 @@ def stop(run: Run, checkpoints, state: TrainState, step: int) -> None:
   sys.exit(checkpointing.REQUEUE_EXIT_CODE)
 
 
-def show(binary: Binary, result: Mapping[str, Any], workdir: str) -> None:
-  """Prints the table of layers and the last line."""
-  if jax.process_index() == 0:
-    rows = [sparse_jax.summary.Row(**layer) for layer in result['layers']]
-    print(sparse_jax.Summary(tuple(rows[:-1]), rows[-1]))
-    print(f'{binary.headline(result)}, sparsity {result["sparsity"]:.2%}, '
-          f'{result["steps"]} steps')
-    cost = result['cost']
-    print(f'theoretical FLOPs of dense: {cost["training_multiplier"]:.2%} in '
-          f'training, {cost["inference_multiplier"]:.2%} in inference')
-    print(f'pictures and metrics: {workdir}, to show: '
-          f'{os.path.join(workdir, "report.html")}', flush=True)
-
-
 def main(binary: Binary, values: Callable[[], Mapping[str, Any]], argv) -> None:
   """What a program does; its statuses are those of `programs`."""
   programs.begin(argv)
@@ -429,15 +385,11 @@ def main(binary: Binary, values: Callable[[], Mapping[str, Any]], argv) -> None:
       devices.join(flags.FLAGS.flag_values_dict())
       train(binary, values())
     except (jax.errors.JaxRuntimeError, TimeoutError) as error:
-      if jax.process_count() > 1:
-        _leave_the_lost(error)
-      raise
-
-
-def _leave_the_lost(error: Exception) -> NoReturn:
-  """Ends as JAX ends a process that lost another: by SIGABRT, status 134."""
-  logging.error('Process %d stops, since another one has probably died (%s); '
-                'start all of them again with the same flags to continue.',
-                jax.process_index(), error)
-  logging.flush()
-  os.abort()
+      if jax.process_count() == 1:
+        raise
+      # As JAX ends a process that lost another: by SIGABRT, status 134.
+      logging.error('Process %d stops, since another one has probably died '
+                    '(%s); start all of them again with the same flags to '
+                    'continue.', jax.process_index(), error)
+      logging.flush()
+      os.abort()

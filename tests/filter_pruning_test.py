@@ -165,7 +165,7 @@ class StudyTest(parameterized.TestCase):
                              from_scratch=False, fine_tune_epochs=2.,
                              fine_tune_learning_rate=.1):
       self.assertEqual(filter_pruning.settings(), filter_pruning.Settings(
-          [.3], ['stem'], 2., .1, False))
+          (.3,), ['stem'], 2., .1, False))
     with flagsaver.flagsaver(filter_sparsities=['few']):
       with self.assertRaisesRegex(ValueError, "`filter_sparsities` .='few'"):
         filter_pruning.settings()

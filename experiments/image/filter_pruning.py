@@ -23,15 +23,12 @@ Reference:
   https://arxiv.org/abs/1608.08710, sections 3 and 4.
 """
 
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import functools
 import math
 import os
 import re
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 from flax import linen as nn
@@ -39,6 +36,7 @@ import jax
 import jax.numpy as jnp
 
 import sparse_jax
+from sparse_jax import trees
 from sparse_jax.methods import filters
 from experiments import devices
 from experiments import files
@@ -50,7 +48,6 @@ from experiments import run_flags
 from experiments import sparsity
 from experiments import tasks
 from experiments import training
-from experiments.image import input_pipeline
 from experiments.image import train
 
 _SHARES = flags.DEFINE_list(
@@ -118,15 +115,10 @@ def followers(name: str, variables: Mapping[str, Any]
               ) -> dict[str, dict[str, int]]:
   """For each kernel that may lose filters, what shrinks with it.
 
-  Args:
-    name: of the network, in CHAINS or BLOCKS.
-    variables: its parameters and batch statistics.
-
-  Returns:
-    The `followers` of `sparse_jax.methods.filters.prune_filters`.
+  They are the `followers` of `sparse_jax.methods.filters.prune_filters`, of a
+  network in CHAINS or BLOCKS.
   """
-  paths = {_path(path) for path, _ in
-           jax.tree_util.tree_leaves_with_path(variables)}
+  paths = trees.leaves_by_path(variables)
   found = {}
   for layer, reader in _pairs(name, variables['params']):
     norm = re.sub('conv_(?=[0-9]+$)', 'norm_', layer)
@@ -183,7 +175,18 @@ def study(values: Mapping[str, Any], settings: Settings
   for share in settings.shares:
     rows.append(one_share(run, state, share, settings))
     print(f'{share:.0%} of the filters removed: {rows[-1]}', flush=True)
-  write(rows, values, settings)
+  at = os.path.join(values['workdir'], 'pruning')
+  reporting.write_json(f'{at}.json', {
+      'rows': rows, 'settings': settings._asdict(), 'flags': dict(values)})
+  files.write_text(f'{at}.md', table(rows))
+  points = [{'row': 'dense' if kind == 'trained' else kind.replace('_', ' '),
+             'ours': 100 * row[kind], 'x': 100 * row['filter_sparsity']}
+            for kind in ('trained', 'fine_tuned', 'from_scratch', 'pruned')
+            for row in rows if kind in row]
+  plots.lines(points, f'{at}.png', f'{values["dataset"]}, {values["model"]}',
+              xlabel='filters that are removed (%)', scale='sparsity',
+              ylabel='test accuracy (%)', published=False)
+  print(table(rows))
   return rows
 
 
@@ -227,8 +230,9 @@ def one_share(run: training.Run, state: tasks.TrainState, share: float,
       'fine_tuned': accuracy_after(tuned, started)}
   if settings.from_scratch:
     anew = smaller_run(run, run.train_steps, {})
-    first = start(anew, smaller(variables_of(initial(run))), 0)
-    row['from_scratch'] = accuracy_after(anew, first)
+    first = tasks.init_state(run.task, run.values['seed'])
+    row['from_scratch'] = accuracy_after(
+        anew, start(anew, smaller(variables_of(first)), 0))
   return row
 
 
@@ -269,11 +273,6 @@ def accuracy_after(run: training.Run, state: tasks.TrainState) -> float:
   return training.evaluate(run, state)['test_accuracy']
 
 
-def initial(run: training.Run) -> tasks.TrainState:
-  """The dense run's state before its first step."""
-  return tasks.init_state(run.task, run.values['seed'])
-
-
 def variables_of(state: tasks.TrainState) -> dict[str, Any]:
   """Parameters and batch statistics, as a model takes them."""
   return {'params': state.params, 'batch_stats': state.model_state}
@@ -281,38 +280,12 @@ def variables_of(state: tasks.TrainState) -> dict[str, Any]:
 
 def size(run: training.Run, variables: Mapping[str, Any]) -> dict[str, int]:
   """Parameters, and multiply-adds of a forward pass of one image."""
-  spec = input_pipeline.DATASETS[run.values['dataset']]
-
-  def apply(params, images):
-    return run.task.problem.model.apply({**variables, 'params': params},
-                                        images, train=False)
-
-  count = sparse_jax.cost.count_flops(
-      apply, variables['params'],
-      jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32),
-      convention='multiply_adds')
+  apply, images = run.task.problem.inference(variables.get('batch_stats', {}))
+  count = sparse_jax.cost.count_flops(apply, variables['params'], images,
+                                      convention='multiply_adds')
   return {'parameters': sum(leaf.size for leaf in
                             jax.tree.leaves(variables['params'])),
           'flops': int(count.total)}
-
-
-def write(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any],
-          settings: Settings) -> None:
-  """Writes the results, and prints the table."""
-  def path(ending):
-    return os.path.join(values['workdir'], f'pruning.{ending}')
-
-  reporting.write_json(path('json'), {
-      'rows': rows, 'settings': settings._asdict(), 'flags': dict(values)})
-  files.write_text(path('md'), table(rows))
-  points = [{'row': 'dense' if kind == 'trained' else kind.replace('_', ' '),
-             'ours': 100 * row[kind], 'x': 100 * row['filter_sparsity']}
-            for kind in ('trained', 'fine_tuned', 'from_scratch', 'pruned')
-            for row in rows if kind in row]
-  plots.lines(points, path('png'), f'{values["dataset"]}, {values["model"]}',
-              xlabel='filters that are removed (%)', scale='sparsity',
-              ylabel='test accuracy (%)', published=False)
-  print(table(rows))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -339,19 +312,11 @@ def _pairs(name: str, params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from zip(chain, chain[1:])
 
 
-def _path(path) -> str:
-  return '/'.join(str(entry.key) for entry in path)
-
-
 def settings() -> Settings:
   """Those of the flags; a ValueError names the flag and its value."""
-  given = f'`filter_sparsities` (={",".join(_SHARES.value)!r})'
-  try:
-    shares = [float(share) for share in _SHARES.value]
-  except ValueError:
-    raise ValueError(f'{given} must be numbers separated by commas.') from None
+  shares = sparsity.numbers('filter_sparsities', _SHARES.value)
   if not shares:
-    raise ValueError(f'{given} must not be empty.')
+    raise ValueError('`filter_sparsities` (=\'\') must not be empty.')
   return Settings(shares, _UNTOUCHED.value, _EPOCHS.value, _RATE.value,
                   _FROM_SCRATCH.value)
 

@@ -34,8 +34,7 @@ only prints its report.
 from collections.abc import Mapping
 import functools
 import math
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 import jax
@@ -138,14 +137,17 @@ class Classification(NamedTuple):
         {'params': weights, 'batch_stats': batch_stats},
         input_pipeline.normalise(images, self.dataset), **options)
 
+  def inference(self, batch_stats):
+    """What accounting counts: one image through the model."""
+    def apply(weights, images):
+      return self.model.apply({'params': weights, 'batch_stats': batch_stats},
+                              images, train=False)
+    return apply, jax.ShapeDtypeStruct((1, *self.spec.image_shape),
+                                       jnp.float32)
+
   @property
   def spec(self) -> input_pipeline.Dataset:
     return input_pipeline.DATASETS[self.dataset]
-
-
-def train(values: Mapping[str, Any]) -> dict[str, Any]:
-  """`training.train` of this program."""
-  return training.train(BINARY, values)
 
 
 def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
@@ -154,11 +156,17 @@ def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
   eval_split = input_pipeline.DATASETS[values['dataset']].eval_split
   data, test = (load(values, split) for split in ('train', eval_split))
   train_steps = run_length(values, data.num_examples)
+  index, count = devices.part(values['model_parallel'])
+  part = {'batch_size': values['batch_size'], 'process_index': index,
+          'process_count': count}
   return training.make_run(
       values, workdir, make_task(values, train_steps), train_steps,
-      train_batches=functools.partial(train_batches, values, data),
-      eval_batches=functools.partial(eval_batches, values, test),
-      units=('examples', values['batch_size']), apply=inference(values))
+      train_batches=lambda start: batching.prefetch(
+          input_pipeline.train_batches(
+              data, step=start, seed=values['seed'], augment=values['augment'],
+              **part)),
+      eval_batches=lambda: input_pipeline.eval_batches(test, **part),
+      units=('examples', values['batch_size']))
 
 
 def without_data(values: Mapping[str, Any]) -> tuple[tasks.Task, int]:
@@ -167,12 +175,6 @@ def without_data(values: Mapping[str, Any]) -> tuple[tasks.Task, int]:
   steps = run_length(values, input_pipeline.DATASETS[
       values['dataset']].num_train)
   return make_task(values, steps), steps
-
-
-def describe(values: Mapping[str, Any]) -> dict[str, Any]:
-  """What `training.describe` says of these flags; no data need be there."""
-  task, steps = without_data(values)
-  return training.describe(task, values, steps)
 
 
 def run_length(values: Mapping[str, Any], num_examples: int) -> int:
@@ -196,19 +198,18 @@ def run_length(values: Mapping[str, Any], num_examples: int) -> int:
   return steps
 
 
-def make_problem(values: Mapping[str, Any]) -> Classification:
-  """Model and data set of the flags."""
-  spec = input_pipeline.DATASETS[values['dataset']]
-  model = models.create(
-      values['model'], num_classes=spec.num_classes, width=values['width'],
-      dropout=values['dropout'],
-      dtype=jnp.bfloat16 if values['bfloat16'] else jnp.float32)
-  return Classification(model, values['dataset'], values['label_smoothing'])
-
-
 def make_task(values: Mapping[str, Any], train_steps: int) -> tasks.Task:
   """Problem, method and optimizer of the flags."""
-  return training.make_task(make_problem(values), values, train_steps)
+  model = models.create(
+      values['model'], width=values['width'], dropout=values['dropout'],
+      num_classes=input_pipeline.DATASETS[values['dataset']].num_classes,
+      dtype=jnp.bfloat16 if values['bfloat16'] else jnp.float32)
+  problem = Classification(model, values['dataset'], values['label_smoothing'])
+  return training.make_task(problem, values, train_steps)
+
+
+# Kept in memory for a program that trains several times.
+_load = functools.lru_cache(2)(input_pipeline.load)
 
 
 def load(values: Mapping[str, Any], split: str) -> input_pipeline.Split:
@@ -216,50 +217,13 @@ def load(values: Mapping[str, Any], split: str) -> input_pipeline.Split:
   return _load(values['dataset'], split, values['data_dir'])
 
 
-@functools.lru_cache(2)
-def _load(dataset: str, split: str, data_dir: str | None):
-  """Keeps the splits in memory for a program that trains several times."""
-  return input_pipeline.load(dataset, split, data_dir)
-
-
-def train_batches(values: Mapping[str, Any], data: input_pipeline.Split,
-                  start: int):
-  """This process's part of each batch after step `start`."""
-  index, count = devices.part(values['model_parallel'])
-  return batching.prefetch(input_pipeline.train_batches(
-      data, batch_size=values['batch_size'], seed=values['seed'], step=start,
-      augment=values['augment'], process_index=index, process_count=count))
-
-
-def eval_batches(values: Mapping[str, Any], test: input_pipeline.Split):
-  """This process's part of the test split."""
-  index, count = devices.part(values['model_parallel'])
-  return input_pipeline.eval_batches(
-      test, batch_size=values['batch_size'], process_index=index,
-      process_count=count)
-
-
-def inference(values: Mapping[str, Any]):
-  """What accounting counts: one image through the model."""
-  problem = make_problem(values)
-  shape = jax.ShapeDtypeStruct((1, *problem.spec.image_shape), jnp.float32)
-
-  def make(state):
-    return (lambda weights, images: problem.model.apply(
-        {'params': weights, 'batch_stats': state.model_state}, images,
-        train=False)), shape
-  return make
-
-
-def run_config() -> dict[str, Any]:
-  """The flags that make a run what it is, wherever this program is used."""
-  return run_flags.run_config(__name__)
-
-
-BINARY = training.Binary(
-    'experiments.image.train', prepare,
-    headline=lambda result: f'test accuracy {result["test_accuracy"]:.2%}',
-    metric=lambda values: 'accuracy')
+BINARY = training.Binary('experiments.image.train', prepare,
+                         metric=lambda values: 'accuracy')
+# Of values of flags by name: the run; its size, for which no data need be
+# there. Of no argument: these values.
+train = functools.partial(training.train, BINARY)
+describe = functools.partial(training.describe, without_data)
+run_config = functools.partial(run_flags.run_config, __name__)
 
 
 def main(argv):

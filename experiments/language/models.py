@@ -110,8 +110,9 @@ def attention_mask(valid: jax.Array, memory_length: int, length: int
   """
   query = jnp.arange(length)[:, None] + memory_length
   key = jnp.arange(memory_length + length)[None]
+  seen = key <= query
   filled = key >= memory_length - valid[:, None]
-  return ((key <= query)[None] & filled[:, None])[:, None]
+  return (seen[None] & filled[:, None])[:, None]
 
 
 def thin(x: jax.Array, sparsity: float) -> jax.Array:
@@ -197,8 +198,10 @@ class Layer(nn.Module):
                                   self.activation_sparsity, name='attention')
     drop = nn.Dropout(self.dropout, deterministic=not train)
     context = jnp.concatenate([memory.astype(x.dtype), x], axis=1)
+    # Of the context, so that gradients of x are summed in one order.
+    queries = context[:, memory.shape[1]:]
     x = norm(name='norm_1')(
-        x + drop(attention(x, context, positions, mask, train)))
+        x + drop(attention(queries, context, positions, mask, train)))
     hidden = nn.relu(dense(self.d_ff, name='dense_1')(x))
     hidden = drop(thin(hidden, self.activation_sparsity))
     added = thin(dense(x.shape[-1], name='dense_2')(hidden),
@@ -290,12 +293,13 @@ class TransformerXL(nn.Module):
     for layer, remembered in zip(self.layer.values(), memory.values):
       inputs.append(x)
       x = layer(x, remembered, positions, mask, train)
+    x = drop(x)
     inputs = jax.lax.stop_gradient(jnp.stack(inputs)).astype(
         memory.values.dtype)
     added, length = inputs.shape[2], memory.values.shape[2]
     joined = jnp.concatenate([memory.values, inputs], axis=2)
-    return drop(x), Memory(joined[:, :, added:],
-                           jnp.minimum(memory.valid + added, length))
+    return x, Memory(joined[:, :, added:],
+                     jnp.minimum(memory.valid + added, length))
 
 
 def init_memory(model: TransformerXL, batch_size: int,

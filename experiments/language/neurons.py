@@ -15,8 +15,7 @@ writes.
 
 from collections.abc import Mapping
 import os
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 import numpy as np
@@ -99,26 +98,23 @@ def describe(neuron: Neuron) -> str:
 
 
 def main(argv):
+  """Shows a unit of the run in --workdir."""
   programs.begin(argv)
   with programs.errors_in_a_line():
-    study(flags.FLAGS.workdir or '')
-
-
-def study(folder: str) -> None:
-  """What the flags ask of the run in a folder."""
-  given = flags.FLAGS
-  _, run = results.reopen(folder)
-  state = training.last_state(run)
-  weights = sparse_jax.dense_weights(run.task.method, state.params,
-                                     state.opt_state)
-  text = train.load(run.values, 'train')
-  tokens, counts = np.unique(text.tokens, return_counts=True)
-  names = {int(token): repr(text.vocabulary.decode([int(token)]))[1:-1]
-           for token in tokens[counts >= _RARE * counts.sum()]}
-  neuron = look(weights, names, given.layer, given.neuron, given.tokens)
-  pictures.neuron(neuron, os.path.join(
-      folder, f'neuron_{neuron.layer}_{neuron.number}.png'))
-  print(describe(neuron))
+    given = flags.FLAGS
+    folder = given.workdir or ''
+    _, run = results.reopen(folder)
+    state = training.last_state(run)
+    weights = sparse_jax.dense_weights(run.task.method, state.params,
+                                       state.opt_state)
+    text = train.load(run.values, 'train')
+    tokens, counts = np.unique(text.tokens, return_counts=True)
+    names = {int(token): repr(text.vocabulary.decode([int(token)]))[1:-1]
+             for token in tokens[counts >= _RARE * counts.sum()]}
+    neuron = look(weights, names, given.layer, given.neuron, given.tokens)
+    pictures.neuron(neuron, os.path.join(
+        folder, f'neuron_{neuron.layer}_{neuron.number}.png'))
+    print(describe(neuron))
 
 
 if __name__ == '__main__':

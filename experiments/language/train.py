@@ -30,8 +30,7 @@ character, as is the custom with enwik8), words in perplexity, never mixed.
 from collections.abc import Mapping
 import functools
 import math
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import app
 from absl import flags
@@ -145,6 +144,19 @@ class Prediction(NamedTuple):
     return memory, {'inputs': tokens, 'targets': tokens,
                     'begins': shape((size,), bool)}
 
+  def inference(self, memory):
+    """What accounting counts: one segment with a full memory."""
+    del memory  # Of the training text.
+    memory = jax.eval_shape(lambda: models.init_memory(
+        self.model, 1, self.memory_length))
+    tokens = jax.ShapeDtypeStruct((1, self.segment_length), jnp.int32)
+
+    def apply(weights, inputs):
+      tokens, memory = inputs
+      return self.model.apply({'params': weights}, tokens, tokens, memory,
+                              train=False)
+    return apply, (tokens, memory)
+
   def results(self, means):
     """Bits of a character, or the perplexity of a word."""
     loss = means['loss']
@@ -163,26 +175,25 @@ class Prediction(NamedTuple):
     return models.Memory(values=1, valid=0)
 
 
-def train(values: Mapping[str, Any]) -> dict[str, Any]:
-  """`training.train` of this program."""
-  return training.train(BINARY, values)
-
-
 def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
   """Checks the flags, loads the data and traces; writes nothing yet."""
   check_values(values)
   text, test = (load(values, split) for split in ('train',
                                                   values['eval_split']))
   task = make_task(values, len(text.vocabulary))
-  problem, part = task.problem, devices.part(values['model_parallel'])
+  problem = task.problem
   check_length(problem, text.tokens, test.tokens)
+  index, count = devices.part(values['model_parallel'])
+  part = {'length': problem.segment_length, 'process_index': index,
+          'process_count': count}
   return training.make_run(
       values, workdir, task, values['train_steps'],
-      train_batches=functools.partial(train_batches, problem, text.tokens,
-                                      part),
-      eval_batches=functools.partial(eval_batches, problem, test.tokens, part),
+      train_batches=lambda start: input_pipeline.train_batches(
+          text.tokens, batch_size=problem.batch_size, step=start, **part),
+      eval_batches=lambda: input_pipeline.eval_batches(
+          test.tokens, batch_size=problem.eval_batch_size, **part),
       units=('tokens', problem.batch_size * problem.segment_length),
-      apply=functools.partial(inference, problem), data=text.fingerprint)
+      data=text.fingerprint)
 
 
 def without_data(values: Mapping[str, Any]) -> tuple[tasks.Task, int]:
@@ -194,12 +205,6 @@ def without_data(values: Mapping[str, Any]) -> tuple[tasks.Task, int]:
                      'is known from its text alone.')
   size = 256 if level(values) == 'byte' else words
   return make_task(values, size), values['train_steps']
-
-
-def describe(values: Mapping[str, Any]) -> dict[str, Any]:
-  """What `training.describe` says of these flags; no data need be there."""
-  task, steps = without_data(values)
-  return training.describe(task, values, steps)
 
 
 def check_length(problem: Prediction, tokens, test_tokens) -> None:
@@ -223,34 +228,14 @@ def check_values(values: Mapping[str, Any]) -> None:
                              values['model_parallel'], 'eval_batch_size')
 
 
-@functools.lru_cache(2)
-def _load(*arguments):
-  """Keeps the texts in memory for a program that trains several times."""
-  dataset, split, level, data_dir, text_file = arguments
-  return input_pipeline.load(dataset, split, level=level, data_dir=data_dir,
-                             text_file=text_file)
+# Kept in memory for a program that trains several times.
+_load = functools.lru_cache(2)(input_pipeline.load)
 
 
 def load(values: Mapping[str, Any], split: str) -> input_pipeline.Text:
   """A split of the text of the flags."""
-  return _load(values['dataset'], split, values['level'], values['data_dir'],
-               values['text_file'])
-
-
-def make_problem(values: Mapping[str, Any], vocab_size: int) -> Prediction:
-  """The network of the flags, and how much text it sees at a time."""
-  preset = models.MODELS[values['model']]
-  lengths = {flag: getattr(preset, flag) if values[flag] is None
-             else values[flag] for flag in LENGTHS}
-  model = models.create(
-      values['model'], vocab_size=vocab_size, dropout=values['dropout'],
-      width=values['width'],
-      dtype=jnp.bfloat16 if values['bfloat16'] else jnp.float32)
-  if values['abs_top_k']:
-    model = model.clone(activation_sparsity=values['abs_top_k'])
-  return Prediction(model, level(values), values['batch_size'],
-                    values['eval_batch_size'] or values['batch_size'],
-                    **lengths)
+  return _load(values['dataset'], split, level=values['level'],
+               data_dir=values['data_dir'], text_file=values['text_file'])
 
 
 def level(values: Mapping[str, Any]) -> str:
@@ -259,59 +244,33 @@ def level(values: Mapping[str, Any]) -> str:
 
 
 def make_task(values: Mapping[str, Any], vocab_size: int) -> tasks.Task:
-  """Problem, method and optimizer of the flags."""
-  return training.make_task(make_problem(values, vocab_size), values,
-                            values['train_steps'], {'embedding$': (1,)})
+  """Problem, method and optimizer of the flags.
 
-
-def train_batches(problem: Prediction, tokens, part: tuple[int, int],
-                  start: int):
-  """This process's streams, segment by segment, after step `start`."""
-  index, count = part
-  return input_pipeline.train_batches(
-      tokens, batch_size=problem.batch_size, length=problem.segment_length,
-      step=start, process_index=index, process_count=count)
-
-
-def eval_batches(problem: Prediction, tokens, part: tuple[int, int]):
-  """This process's streams of an evaluation."""
-  index, count = part
-  return input_pipeline.eval_batches(
-      tokens, batch_size=problem.eval_batch_size,
-      length=problem.segment_length, process_index=index, process_count=count)
-
-
-def inference(problem: Prediction, state: tasks.TrainState):
-  """What accounting counts: one segment with a full memory."""
-  del state
-  memory = jax.eval_shape(lambda: models.init_memory(
-      problem.model, 1, problem.memory_length))
-  tokens = jax.ShapeDtypeStruct((1, problem.segment_length), jnp.int32)
-
-  def apply(weights, inputs):
-    tokens, memory = inputs
-    return problem.model.apply({'params': weights}, tokens, tokens, memory,
-                               train=False)
-  return apply, (tokens, memory)
+  The problem: the network, and how much text it sees at a time.
+  """
+  preset = models.MODELS[values['model']]
+  lengths = {flag: getattr(preset, flag) if values[flag] is None
+             else values[flag] for flag in LENGTHS}
+  model = models.create(
+      values['model'], vocab_size=vocab_size, dropout=values['dropout'],
+      width=values['width'], activation_sparsity=values['abs_top_k'],
+      dtype=jnp.bfloat16 if values['bfloat16'] else jnp.float32)
+  problem = Prediction(
+      model, level(values), values['batch_size'],
+      values['eval_batch_size'] or values['batch_size'], **lengths)
+  return training.make_task(problem, values, values['train_steps'],
+                            {'embedding$': (1,)})
 
 
 def metric(values: Mapping[str, Any]) -> str:
   return 'bits_per_character' if level(values) == 'byte' else 'perplexity'
 
 
-def headline(result: Mapping[str, Any]) -> str:
-  name = metric(result['flags'])
-  return f'test {name.replace("_", " ")} {result["test_" + name]:.4g}'
-
-
-def run_config() -> dict[str, Any]:
-  """The flags that make a run what it is, wherever this program is used."""
-  return {name: value for name, value in run_flags.run_config(__name__).items()
-          if name not in NOT_OF_THE_RUN}
-
-
-BINARY = training.Binary(
-    'experiments.language.train', prepare, headline=headline, metric=metric)
+BINARY = training.Binary('experiments.language.train', prepare, metric)
+# As in experiments.image.train.
+train = functools.partial(training.train, BINARY)
+describe = functools.partial(training.describe, without_data)
+run_config = functools.partial(run_flags.run_config, __name__, NOT_OF_THE_RUN)
 
 
 def sample(values: Mapping[str, Any], count: int, prompt: str,
