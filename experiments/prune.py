@@ -22,14 +22,12 @@ an output. Batch statistics are measured anew on the data that it is pruned by.
 """
 
 import argparse
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import contextlib
 import math
 import os
 import re
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import app
 from absl import flags
@@ -53,6 +51,7 @@ from experiments import training
 
 # Not in one shot: in rounds from early values, and sparse from early on.
 IN_TRAINING = ('iterative', 'gmp', 'rigl')
+RULES = (*one_shot.RULES, *IN_TRAINING)
 
 
 class Settings(NamedTuple):
@@ -67,6 +66,16 @@ class Settings(NamedTuple):
   fine_tune_learning_rate: float = 1e-4
   distill: float = 0.  # Share of the loss that is the teacher's.
   rewind_to: int = 0  # The step whose values iterative pruning returns to.
+
+  @property
+  def structure(self) -> sparse_jax.masks.Structure:
+    """What is kept together."""
+    if self.pattern is None:
+      return sparse_jax.Unstructured()
+    found = re.fullmatch(r'([1-9]\d*):([1-9]\d*)', self.pattern)
+    if found is None or int(found[1]) >= int(found[2]):
+      raise ValueError(f'`pattern` (={self.pattern!r}) must be as 2:4.')
+    return sparse_jax.NM(*map(int, found.groups()))
 
 
 def open_run(workdir: str) -> tuple[training.Binary, training.Run]:
@@ -94,66 +103,53 @@ def study(workdir: str, settings: Settings) -> list[dict[str, Any]]:
   state = training.last_state(run)
   examples = calibration(run, state, settings.calibration_batches)
   leaves = chosen(run, state, examples, settings)
+  wanted = (settings.sparsity if settings.pattern is None
+            else [settings.structure.sparsity])
   rows = []
-  for by, sparsity in [('dense', 0.)] + [
-      (by, sparsity) for sparsity in sparsities(settings)
-      for by in settings.by]:
+  for by, sparsity in [('dense', 0.)] + [(by, sparsity) for sparsity in wanted
+                                         for by in settings.by]:
     params, steps = state.params, run.train_steps
     if by == 'iterative':
-      params, steps = pruning.ticket(
-          run, params, sparsity, leaves, structure_of(settings),
-          settings.rewind_to)
+      params, steps = pruning.ticket(run, params, sparsity, leaves,
+                                     settings.structure, settings.rewind_to)
     elif by in IN_TRAINING:
       params = pruning.trained(binary, run, by, sparsity, leaves,
                                settings.pattern)
     elif by != 'dense':
-      params = prune(run, state, examples, by, sparsity, leaves, settings)
+      params = prune(run, state, examples, by, sparsity, leaves,
+                     settings.structure)
     rows.append({'by': by, 'steps': steps} | measure(
         binary, run, settled(run, state, params, examples), settings,
         teacher=state.params))
     print(rows[-1], flush=True)
-  write(rows, binary, run, settings)
+  path = os.path.join(run.workdir, 'one_shot')
+  reporting.write_json(f'{path}.json', {
+      'rows': rows, 'metric': binary.metric(run.values),
+      'settings': settings._asdict()})
+  files.write_text(f'{path}.md', table(rows))
+  print(table(rows))
   return rows
 
 
 def check(settings: Settings) -> None:
   """Raises ValueError for what cannot work."""
   for by in settings.by:
-    if by not in (*one_shot.RULES, *IN_TRAINING):
-      raise ValueError(f'`by` (={by!r}) must be of '
-                       f'{", ".join((*one_shot.RULES, *IN_TRAINING))}.')
+    if by not in RULES:
+      raise ValueError(f'`by` (={by!r}) must be of {", ".join(RULES)}.')
   for sparsity in settings.sparsity:
     if not 0 < sparsity < 1:
       raise ValueError(f'`sparsity` (={sparsity!r}) must be in (0, 1).')
   sparsity_flags.check_patterns('dense_layers', settings.dense_layers)
-  if settings.calibration_batches < 1 or settings.fine_tune_steps < 0:
-    raise ValueError(
-        f'`calibration_batches` (={settings.calibration_batches!r}) must be at '
-        f'least 1 and `fine_tune_steps` (={settings.fine_tune_steps!r}) 0.')
-  if not 0 < settings.fine_tune_learning_rate < math.inf:
-    raise ValueError('`fine_tune_learning_rate` '
-                     f'(={settings.fine_tune_learning_rate!r}) must be finite '
-                     'and above 0.')
-  if not 0 <= settings.distill <= 1:
-    raise ValueError(f'`distill` (={settings.distill!r}) must be in [0, 1].')
-  structure_of(settings)
-
-
-def structure_of(settings: Settings):
-  """What is kept together."""
-  if settings.pattern is None:
-    return sparse_jax.Unstructured()
-  found = re.fullmatch(r'([1-9]\d*):([1-9]\d*)', settings.pattern)
-  if found is None or int(found[1]) >= int(found[2]):
-    raise ValueError(f'`pattern` (={settings.pattern!r}) must be as 2:4.')
-  return sparse_jax.NM(*map(int, found.groups()))
-
-
-def sparsities(settings: Settings) -> Sequence[float]:
-  """Those asked for, or that of the pattern."""
-  structure = structure_of(settings)
-  return ([structure.sparsity] if settings.pattern is not None
-          else settings.sparsity)
+  for name, fits, must in (
+      ('calibration_batches', lambda n: n >= 1, 'at least 1'),
+      ('fine_tune_steps', lambda n: n >= 0, 'at least 0'),
+      ('fine_tune_learning_rate', lambda x: 0 < x < math.inf,
+       'finite and above 0'),
+      ('distill', lambda x: 0 <= x <= 1, 'in [0, 1]')):
+    value = getattr(settings, name)
+    if not fits(value):
+      raise ValueError(f'`{name}` (={value!r}) must be {must}.')
+  settings.structure  # Named if it is none.
 
 
 def loss(run: training.Run, weights, model_state, batch):
@@ -165,35 +161,44 @@ def loss(run: training.Run, weights, model_state, batch):
 def calibration(run: training.Run, state: tasks.TrainState, count: int
                 ) -> list[tuple[Any, Any]]:
   """Model states and batches of training data that come after the run's."""
-  following = jax.jit(lambda *args: loss(run, *args)[1][0])
-  examples, model_state = [], state.model_state
   with contextlib.closing(run.train_batches(run.train_steps)) as batches:
-    for _ in range(count):
-      batch = devices.put_batch(next(batches), run.mesh)
-      examples.append((model_state, batch))
-      model_state = following(state.params, model_state, batch)
-  return examples
+    found = [devices.put_batch(next(batches), run.mesh) for _ in range(count)]
+  *before, _ = model_states(run, state, state.params, found)
+  return list(zip(before, found, strict=True))
+
+
+def model_states(run, state, params, batches) -> list[Any]:
+  """The state's, and that after each of the batches."""
+  following = jax.jit(lambda *args: loss(run, *args)[1][0])
+  found = [state.model_state]
+  for batch in batches:
+    found.append(following(params, found[-1], batch))
+  return found
+
+
+def settled(run: training.Run, state: tasks.TrainState, params, examples
+            ) -> tasks.TrainState:
+  """The state with other parameters, and the model state that they lead to."""
+  *_, last = model_states(run, state, params, [batch for _, batch in examples])
+  return state._replace(params=params, model_state=last)
 
 
 def prune(run: training.Run, state: tasks.TrainState, examples, by: str,
-          sparsity: float, leaves, settings: Settings) -> Any:
+          sparsity: float, leaves, structure) -> Any:
   """The parameters of a run, pruned, with a bar that says how far it is."""
-  bar = []  # Made when it is known how many layers there are.
+  with contextlib.ExitStack() as stack:
+    bars = []
 
-  def report(path, done, total):
-    del path
-    if not bar:
-      bar.append(reporting.Progress(total, log_every=1))
-    bar[0].update(done)
+    def report(path, done, total):
+      del path
+      if not bars:  # Now it is known how many layers there are.
+        bars.append(stack.enter_context(reporting.Progress(total, log_every=1)))
+      bars[0].update(done)
 
-  try:
     return one_shot.one_shot(
         lambda *args: loss(run, *args)[0], state.params, examples,
-        sparsity=sparsity, by=by, structure=structure_of(settings),
+        sparsity=sparsity, by=by, structure=structure,
         is_sparse=lambda path, leaf: path in leaves, report=report)
-  finally:
-    for shown in bar:
-      shown.close()
 
 
 def chosen(run, state, examples, settings) -> set[str]:
@@ -207,16 +212,6 @@ def chosen(run, state, examples, settings) -> set[str]:
     raise ValueError(f'`dense_layers` (={",".join(settings.dense_layers)!r}) '
                      f'must leave one of {", ".join(filter(None, used))}.')
   return found
-
-
-def settled(run: training.Run, state: tasks.TrainState, params, examples
-            ) -> tasks.TrainState:
-  """The state with other parameters, and the model state that they lead to."""
-  following = jax.jit(lambda *args: loss(run, *args)[1][0])
-  model_state = state.model_state
-  for _, batch in examples:
-    model_state = following(params, model_state, batch)
-  return state._replace(params=params, model_state=model_state)
 
 
 def masks_of(params) -> Any:
@@ -238,8 +233,7 @@ def measure(binary, run, state, settings, teacher) -> dict[str, Any]:
     found = effective.connectivity(
         lambda weights, inputs: jax.tree.leaves(apply(weights, inputs))[0],
         masks, inputs, params=state.params)
-    row = {'sparsity': found.sparsity,
-           'effective_sparsity': found.effective_sparsity}
+    row = {name: getattr(found, name) for name in row}
   row['pruned'] = training.evaluate(run, state)[metric]
   if settings.fine_tune_steps:
     row['fine_tuned'] = training.evaluate(run, pruning.fine_tune(
@@ -252,21 +246,13 @@ def measure(binary, run, state, settings, teacher) -> dict[str, Any]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """A Markdown table: a line for each network."""
+  formats = {'sparsity': '.1%', 'effective_sparsity': '.1%', 'pruned': '.4g',
+             'fine_tuned': '.4g'}
+  spaced = lambda row: {name.replace('_', ' '): value
+                        for name, value in row.items()}
   return reporting.markdown_table(
-      [{name.replace('_', ' '): value for name, value in row.items()}
-       for row in rows], formats={
-           'sparsity': '.1%', 'effective sparsity': '.1%', 'pruned': '.4g',
-           **({'fine tuned': '.4g'} if 'fine_tuned' in rows[0] else {})})
-
-
-def write(rows, binary, run, settings) -> None:
-  """Leaves the results in the run's folder, and prints the table."""
-  path = os.path.join(run.workdir, 'one_shot')
-  reporting.write_json(f'{path}.json', {
-      'rows': rows, 'metric': binary.metric(run.values),
-      'settings': settings._asdict()})
-  files.write_text(f'{path}.md', table(rows))
-  print(table(rows))
+      [spaced(row) for row in rows], formats=spaced({
+          name: formats[name] for name in rows[0] if name in formats}))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -277,20 +263,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   floats = lambda text: [float(part) for part in text.split(',')]
   words = lambda text: [part for part in text.split(',') if part]
   given.add_argument('--run', required=True, help='Folder of a finished run.')
-  for name, (kind, text) in {
-      'by': (words, 'Rules, separated by commas: '
-             f'{", ".join((*one_shot.RULES, *IN_TRAINING))}.'),
-      'sparsity': (floats, 'Sparsities, separated by commas.'),
-      'pattern': (str, 'n:m, as 2:4: n of each m inputs.'),
-      'dense_layers': (words, 'Leaves that are not pruned: regular '
-                       'expressions, separated by commas.'),
-      'calibration_batches': (int, 'Batches of training data to prune by.'),
-      'fine_tune_steps': (int, 'How many.'),
-      'fine_tune_learning_rate': (float, 'Constant.'),
-      'distill': (float, 'Share of the loss of fine-tuning that is the '
-                  'divergence from the outputs of the dense network.'),
-      'rewind_to': (int, 'iterative: the step whose values rounds return to.')
-  }.items():
+  for name, kind, text in (
+      ('by', words, f'Rules, separated by commas: {", ".join(RULES)}.'),
+      ('sparsity', floats, 'Sparsities, separated by commas.'),
+      ('pattern', str, 'n:m, as 2:4: n of each m inputs.'),
+      ('dense_layers', words, 'Leaves that are not pruned: regular '
+       'expressions, separated by commas.'),
+      ('calibration_batches', int, 'Batches of training data to prune by.'),
+      ('fine_tune_steps', int, 'How many.'),
+      ('fine_tune_learning_rate', float, 'Constant.'),
+      ('distill', float, 'Share of the loss of fine-tuning that is the '
+       'divergence from the outputs of the dense network.'),
+      ('rewind_to', int, 'iterative: the step whose values rounds return to.')):
     given.add_argument(f'--{name}', type=kind, help=text,
                        default=Settings._field_defaults[name])
   flags.FLAGS(argv[:1])

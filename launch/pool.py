@@ -37,17 +37,9 @@ class Job(NamedTuple):
   log_path: str
 
 
-class Outcome(NamedTuple):
-  """Names of cells, each in one place."""
-
-  finished: Sequence[str]
-  failed: Sequence[str]
-  left: Sequence[str]  # Not done, since the runner was asked to stop.
-
-
 def run(jobs: Sequence[Job], *, workers: int, retries: int,
         environment: Callable[[int], Mapping[str, str]] = lambda worker: {},
-        stream: TextIO | None = None, wait: float = .1) -> Outcome:
+        stream: TextIO | None = None, wait: float = .1) -> int:
   """Runs what is not finished, until all is finished, failed or stopped.
 
   A cell that fails goes to the end of the queue, `retries` times; one that
@@ -63,6 +55,10 @@ def run(jobs: Sequence[Job], *, workers: int, retries: int,
     environment: variables for the processes of a worker.
     stream: for the lines of progress; standard output if None.
     wait: seconds between two looks at the processes.
+
+  Returns:
+    The status of the runner: 0, 1 if a cell failed, 75 if it was asked to stop
+    with some left.
   """
   pool = _Pool(jobs, workers, retries, environment, stream or sys.stdout)
   numbers = (signal.SIGTERM, signal.SIGINT)
@@ -75,7 +71,7 @@ def run(jobs: Sequence[Job], *, workers: int, retries: int,
   finally:
     for number, handler in zip(numbers, before):
       signal.signal(number, handler)
-  return Outcome(pool.finished, pool.failed, [job.name for job in pool.queue])
+  return REQUEUE_EXIT_CODE if pool.queue else int(bool(pool.failed))
 
 
 class _Pool:

@@ -209,7 +209,7 @@ def start(values: Mapping[str, Any], found: Sequence[Cell]) -> int:
     return 0
   path = functools.partial(os.path.join, sweep_dir)
   if values['backend'] in ('local', 'tpu_vm'):
-    outcome = pool.run(
+    return pool.run(
         [pool.Job(cell.run.name,
                   functools.partial(backends.command, cell.run, values),
                   functools.partial(cell.is_finished, sweep_dir),
@@ -218,8 +218,6 @@ def start(values: Mapping[str, Any], found: Sequence[Cell]) -> int:
         workers=len(values['tpu_names']) or values['workers'],
         retries=values['retries'],
         environment=functools.partial(gpus, values['gpus_per_worker']))
-    return (pool.REQUEUE_EXIT_CODE if outcome.left
-            else int(bool(outcome.failed)))
   for folder in ('locks', 'logs'):
     os.makedirs(path(folder), exist_ok=True)
   if values['backend'] == 'slurm':

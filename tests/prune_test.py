@@ -60,7 +60,8 @@ class StudyTest(parameterized.TestCase):
                         dense_layers=['head'])
     examples = prune.calibration(run, state, 1)
     leaves = prune.chosen(run, state, examples, settings)
-    params = prune.prune(run, state, examples, 'wanda', .75, leaves, settings)
+    params = prune.prune(run, state, examples, 'wanda', .75, leaves,
+                         settings.structure)
     pruned = prune.settled(run, state, params, examples)
     masks = prune.masks_of(params)
     tuned = pruning.fine_tune(run, pruned, masks, begin=41, steps=3,

@@ -22,6 +22,7 @@ import optax
 from sklearn import datasets
 
 import sparse_jax
+from experiments import reporting
 
 _METHOD = flags.DEFINE_enum('grown_by', 'rigl', ['rigl', 'set_'],
                             'The method.')
@@ -91,21 +92,17 @@ def losses(optimizer, bound_grown: bool) -> np.ndarray:
   return np.stack([run(jax.random.key(seed)) for seed in range(_SEEDS.value)])
 
 
-def main(argv):
-  del argv
+def main(_):
   # Before update t stands loss t - 1; masks move in update t.
-  last = _STEPS.value - max(_AFTER)
-  moved = np.arange(_EVERY.value, last, _EVERY.value)
-  moved = moved[moved > _STEPS.value // 2]
-  print('| optimizer | loss before |', ' | '.join(
-      f'+{n}' for n in _AFTER), '|')
-  print('|:---|---:|' + '---:|' * len(_AFTER))
+  moved = np.arange(_EVERY.value, _STEPS.value - max(_AFTER), _EVERY.value)
+  moved, rows = moved[moved > _STEPS.value // 2], []
   for name, (optimizer, bound) in optimizers(_RATE.value).items():
     runs = losses(optimizer, bound)
     before = np.mean(runs[:, moved - 1])
-    after = [np.mean(runs[:, moved - 1 + n]) for n in _AFTER]
-    print(f'| {name} | {before:.4f} |', ' | '.join(
-        f'{loss / before:.2f}' for loss in after), '|', flush=True)
+    rows.append({'optimizer': name, 'loss before': before, **{
+        f'+{n}': np.mean(runs[:, moved - 1 + n]) / before for n in _AFTER}})
+  print(reporting.markdown_table(rows, formats={
+      'loss before': '.4f', **{f'+{n}': '.2f' for n in _AFTER}}))
 
 
 if __name__ == '__main__':
