@@ -97,6 +97,13 @@ def checked(operands: Operands, activation_scope, gradient_scope, structure,
   return Options(activation_scope, gradient_scope, structure, batch_axes, pack)
 
 
+def is_right(weight: str) -> bool:
+  """Whether the weight is the right operand."""
+  if weight not in ('left', 'right'):
+    raise ValueError(f'`weight` (={weight!r}) must be \'left\' or \'right\'.')
+  return weight == 'right'
+
+
 def _check_fixed_sparsity(name, structure, value):
   """NM fixes the sparsity of a weight that is sparse at all."""
   if not isinstance(value, jax.Array) and value == 0:
@@ -192,6 +199,18 @@ def parts_of(scope: str | int, tensor: jax.Array) -> int:
   if isinstance(scope, str):
     return tensor.shape[0] if scope == 'example' else 1
   return scope
+
+
+def groups(name: str, tensor: jax.Array, options: Options, axes: Axes
+           ) -> Groups:
+  """What competes in the operand of that name."""
+  if name.endswith('weight'):
+    return weight_groups(tensor, options, axes)
+  if name.endswith('activation'):
+    return activation_groups(tensor, options.activation_scope)
+  if options.gradient_scope == 'unified':
+    return feature_groups(tensor, axes.features)
+  return activation_groups(tensor, options.gradient_scope)
 
 
 def activation_groups(x: jax.Array, scope: str | int) -> Groups:

@@ -128,7 +128,7 @@ def sparse_dot_general(operands: Operands, *, weight: str = 'right',
   """
   options = operands_lib.checked(operands, activation_scope, gradient_scope,
                                  structure, batch_axes, pack)
-  right = _checked_side(weight)
+  right = operands_lib.is_right(weight)
 
   def dot_general(lhs, rhs, dimension_numbers, *args, **kwargs):
     def product(x, w):
@@ -213,7 +213,7 @@ def sparse_einsum(operands: Operands, *, weight: str = 'right',
   """
   options = operands_lib.checked(operands, activation_scope, gradient_scope,
                                  structure, batch_axes, pack)
-  right = _checked_side(weight)
+  right = operands_lib.is_right(weight)
 
   def einsum(subscripts, lhs, rhs, **kwargs):
     def product(x, w):
@@ -245,13 +245,6 @@ def first_thresholds() -> Operands:
     6.0 [0. 7. 0. 6.]
   """
   return Operands(*(jnp.zeros((), jnp.float32) for _ in Operands._fields))
-
-
-def _checked_side(weight: str) -> bool:
-  """Whether the weight is the right operand."""
-  if weight not in ('left', 'right'):
-    raise ValueError(f'`weight` (={weight!r}) must be \'left\' or \'right\'.')
-  return weight == 'right'
 
 
 def _apply(product, operands, options, axes, x, w, thresholds, due):
@@ -378,7 +371,7 @@ def _keep(rule, name, tensor, traced: _Traced):
   if traced.thresholds is None:
     choose = functools.partial(_largest, rule, name, sparsity)
     return placing.automatic(choose, tensor, tensor), None
-  groups = _groups(rule, name, tensor)
+  groups = operands_lib.groups(name, tensor, rule.options, rule.axes)
   scores = groups.scores
   k = topk.keep_count(scores.size, sparsity)
   threshold = lax.cond(traced.due, lambda: _smallest_kept(scores, k),
@@ -387,7 +380,7 @@ def _keep(rule, name, tensor, traced: _Traced):
 
 
 def _largest(rule, name, sparsity, tensor) -> jax.Array:
-  groups = _groups(rule, name, tensor)
+  groups = operands_lib.groups(name, tensor, rule.options, rule.axes)
   k = topk.keep_count(groups.rivals, sparsity)
   return groups.spread(topk.top_k_mask(groups.scores, k, axes=groups.axes))
 
@@ -396,17 +389,6 @@ def _smallest_kept(scores, k) -> jax.Array:
   """float32[]: the k-th largest."""
   kept = topk.top_k_mask(scores, k)
   return jnp.min(scores, initial=jnp.inf, where=kept).astype(jnp.float32)
-
-
-def _groups(rule, name, tensor) -> operands_lib.Groups:
-  options = rule.options
-  if name.endswith('weight'):
-    return operands_lib.weight_groups(tensor, options, rule.axes)
-  if name.endswith('activation'):
-    return operands_lib.activation_groups(tensor, options.activation_scope)
-  if options.gradient_scope == 'unified':
-    return operands_lib.feature_groups(tensor, rule.axes.features)
-  return operands_lib.activation_groups(tensor, options.gradient_scope)
 
 
 def _where(mask, x):
