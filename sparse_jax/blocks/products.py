@@ -17,6 +17,7 @@ from sparse_jax.blocks.tiles import Plan
 from sparse_jax.blocks.tiles import Windows
 
 _PLAIN = (None, 'loop', 'batched')
+_LANES = 128  # Columns of a tile of a TPU's memory.
 
 
 def matmul(x: jax.Array, packed: PackedBlocks, *,
@@ -61,8 +62,8 @@ def matmul(x: jax.Array, packed: PackedBlocks, *,
       blocks says it.
     heads: columns of a head of attention in `x` and in the output, where the
       code around splits them so (`jnp.reshape`). Kernels of TPUs read and write
-      such an array head by head, as attention does, if tiles hold whole heads
-      of a multiple of 128; else it is copied. The output is the same.
+      such an array head by head, as attention does, if a block holds whole
+      heads of a multiple of 128; else it is copied. The output is the same.
 
   Returns:
     float[..., out], of the operands' common dtype.
@@ -80,8 +81,7 @@ def matmul(x: jax.Array, packed: PackedBlocks, *,
   (tall, wide), (rows, columns) = packed.block, packed.grid
   plan = Plan(Columns(tall), Columns(wide), columns * wide, implementation,
               columns=column_axes if packed.balanced else (),
-              heads=Heads(x.shape[-2], *heads) if any(heads) and x.ndim > 1
-              else None)
+              heads=_heads(x, packed.block, heads))
 
   def product(plan, x, packed):
     flat = x.reshape(-1, x.shape[-1])
@@ -224,6 +224,13 @@ def _pads(x, reach, strides, padding):
     raise ValueError(f'`padding` (={padding!r}) must have a pair for each of '
                      f'{len(reach)} axes.')
   return padding
+
+
+def _heads(x, block, sizes) -> Heads | None:
+  """The heads that can lie apart in a TPU's memory, whole ones in a block."""
+  sizes = [size if size and size % _LANES == side % size == 0 else None
+           for size, side in zip(sizes, block)]
+  return Heads(x.shape[-2], *sizes) if any(sizes) and x.ndim > 1 else None
 
 
 def _padded(x, pads, channels: int = 0):

@@ -75,7 +75,10 @@ class Windows(NamedTuple):
 
 
 class Heads(NamedTuple):
-  """Of the two matrices of a product, whose columns may be heads'."""
+  """Of the two matrices of a product, whose columns may be heads'.
+
+  A head has a multiple of 128 columns, and a tile holds whole ones.
+  """
 
   length: int  # Rows of a sequence.
   inputs: int | None  # Columns of a head, if there are any.

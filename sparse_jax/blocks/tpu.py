@@ -89,7 +89,7 @@ def _product(x, blocks, takes, gives, *, width, transpose, heads, interpret):
   count, columns = blocks.shape[0], width // wide
   edges, order, takes = visits.sort(takes, gives, x.shape[1] // tall, columns)
   rows, group = sizes.panel(x, side, wide, width)
-  rows, heads = tpu_heads.fit(heads, x.shape[0], rows, (tall, wide))
+  rows, heads = tpu_heads.fit(heads, x.shape[0], rows)
   panels, depth = pl.cdiv(x.shape[0], rows), sizes.depth(side,
                                                          x.dtype.itemsize)
   cores = 1 if panels % sizes.chip().cores else sizes.chip().cores
@@ -204,7 +204,7 @@ def _gradient(x, cotangent, rows, columns, *, block, heads, interpret):
   rows = jnp.clip(rows, 0, x.shape[1] // tall - 1)[order]
   columns = jnp.clip(columns, 0, cotangent.shape[1] // wide - 1)[order]
   height, chunk = sizes.chunk(x, cotangent, block, count)
-  height, heads = tpu_heads.fit(heads, x.shape[0], height, block)
+  height, heads = tpu_heads.fit(heads, x.shape[0], height)
   chunks, panels = pl.cdiv(count, chunk), pl.cdiv(x.shape[0], height)
   kernel = functools.partial(
       _gradient_kernel, count=count, chunk=chunk, panels=panels,
@@ -310,7 +310,7 @@ def _scores(x, cotangent, *, block, reduce, dtype, heads, interpret):
   batch, (tall, wide) = x.shape[0], block
   grid = x.shape[1] // tall, cotangent.shape[1] // wide
   size = sizes.span(x.shape[1], tall), sizes.span(cotangent.shape[1], wide)
-  height, heads = tpu_heads.fit(heads, batch, sizes.rows_of(batch, 512), size)
+  height, heads = tpu_heads.fit(heads, batch, sizes.rows_of(batch, 512))
   panels = pl.cdiv(batch, height)
   cells = x.shape[1] // size[0], cotangent.shape[1] // size[1]
   kernel = functools.partial(_scores_kernel, panels=panels, batch=batch,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from sparse_jax.blocks.tiles import Heads
 
-_LANES, _SUBLANES = 128, 16  # Of a tile of 16-bit entries.
+_SUBLANES = 16  # Rows of a tile of 16-bit entries.
 
 
 class Head(NamedTuple):
@@ -24,38 +24,36 @@ class Head(NamedTuple):
   size: int
 
 
-def fit(heads: Heads | None, batch: int, rows: int, sides: tuple[int, int]
+def fit(heads: Heads | None, batch: int, rows: int
         ) -> tuple[int, tuple[Head | None, Head | None]]:
   """How a product of panels can read and write heads.
 
   Args:
-    heads: what is known of them.
+    heads: what is known of them; a tile holds whole ones.
     batch: rows of both matrices.
     rows: the most rows of a panel.
-    sides: columns of a tile of the one and of the other matrix.
 
   Returns:
     The rows of a panel, which holds whole sequences or a part of one, and the
-    Head of each matrix: None where a tile holds no whole heads.
+    Head of each matrix: None where it has none, or sequences do not fit.
 
   Example:
-    >>> fit(Heads(768, 128, None), 1536, 1024, (256, 256))
+    >>> fit(Heads(768, 128, None), 1536, 1024)
     (768, (Head(length=768, size=128), None))
-    >>> fit(Heads(768, 64, None), 1536, 1024, (256, 256))
+    >>> fit(Heads(100, 128, None), 1600, 1024)
     (1024, (None, None))
   """
   if heads is None or batch % heads.length or heads.length % _SUBLANES:
     return rows, (None, None)
-  whole = [size if size and size % _LANES == side % size == 0 else None
-           for size, side in zip((heads.inputs, heads.outputs), sides)]
   if heads.length <= rows:
     fewer = rows - rows % heads.length
   else:
     fewer = max((n for n in range(_SUBLANES, rows + 1, _SUBLANES)
                  if heads.length % n == 0))
-  if whole == [None, None] or 2 * fewer < rows:
+  if 2 * fewer < rows:
     return rows, (None, None)
-  first, second = (size and Head(heads.length, size) for size in whole)
+  first, second = (size and Head(heads.length, size)
+                   for size in (heads.inputs, heads.outputs))
   return fewer, (first, second)
 
 
