@@ -35,18 +35,13 @@ def matching(count: Callable[[float], int], parameters: int) -> float:
     and 0.228, without them 0.425, 0.289, 0.193 and 0.156.
   """
   low, high = 2.0 ** -20, 1.0
-  low_count, high_count = count(low), count(high)
-  if parameters < low_count:
+  if parameters < count(low):
     raise ValueError(f'`parameters` (={parameters!r}) must be at least '
-                     f'{low_count}.')
-  while high_count < parameters:
-    low, low_count = high, high_count
-    high, high_count = 2 * high, count(2 * high)
+                     f'{count(low)}.')
+  while count(high) < parameters:
+    low, high = high, 2 * high
   while high - low > _TOLERANCE * high:
     middle = (low + high) / 2
-    middle_count = count(middle)
-    if middle_count < parameters:
-      low, low_count = middle, middle_count
-    else:
-      high, high_count = middle, middle_count
-  return low if parameters - low_count <= high_count - parameters else high
+    low, high = ((middle, high) if count(middle) < parameters
+                 else (low, middle))
+  return min(low, high, key=lambda width: abs(count(width) - parameters))
