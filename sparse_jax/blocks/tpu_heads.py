@@ -52,7 +52,7 @@ def fit(heads: Heads | None, batch: int, rows: int
                  if heads.length % n == 0))
   if 2 * fewer < rows:
     return rows, (None, None)
-  first, second = (size and Head(heads.length, size)
+  first, second = (Head(heads.length, size) if size else None
                    for size in (heads.inputs, heads.outputs))
   return fewer, (first, second)
 
