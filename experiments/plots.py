@@ -90,7 +90,10 @@ def lines(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
     if published:
       axes.plot([], [], linestyle=_DASHES, color=GREY, marker='o',
                 markerfacecolor='white', label='as published')
-    if axes.get_legend_handles_labels()[0]:
+    labels = axes.get_legend_handles_labels()[1]
+    if max(map(len, labels), default=0) > 28:  # Beside it, no room is left.
+      figure.legend(loc='outside lower left', ncols=2, handlelength=3)
+    elif labels:
       axes.legend(loc='center left', bbox_to_anchor=(1.01, .5), handlelength=3)
   save(path, (6.8, max(4.2, .7 + .22 * len(names))), draw)
 
@@ -161,9 +164,10 @@ def _leave_out_failures(axes, rows, published):
   if kept.size < values.size:
     margin = .08 * max(kept.max() - kept.min(), 1e-6)
     axes.set_ylim(kept.min() - margin, kept.max() + margin)
-    axes.text(1., 1.02, f'{values.size - kept.size} of {values.size} points '
+    axes.text(.99, .01, f'{values.size - kept.size} of {values.size} points '
               'lie outside', transform=axes.transAxes, color=GREY, ha='right',
-              va='bottom')
+              va='bottom', zorder=9, bbox={
+                  'facecolor': 'white', 'edgecolor': 'none', 'pad': 1})
 
 
 def _points(rows, x, y):
