@@ -16,8 +16,6 @@ import jaxlib  # noqa: E402
 if jaxlib.__version__.startswith('0.10.'):
   os.environ['XLA_FLAGS'] = ' '.join((
       '--xla_cpu_use_fusion_emitters=false',
-      # Each worker has a core to itself, so parts to share out only cost.
-      '--xla_cpu_parallel_codegen_split_count=1',
       # Eight devices that share a busy core may wait long for each other.
       '--xla_cpu_collective_call_terminate_timeout_seconds=600',
       os.environ.get('XLA_FLAGS', '')))
