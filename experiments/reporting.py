@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import shutil
 import pathlib
 import sys
 import time
@@ -165,9 +166,11 @@ class Progress(contextlib.AbstractContextManager):
     due = step % self._log_every == 0 or step == self._total
     if due and jax.process_index() == 0:
       self._line_is_open = self._stream.isatty()
-      erase = '\r\x1b[K' * self._line_is_open
-      print(erase + self.line(step, values), file=self._stream, flush=True,
-            end='' if self._line_is_open else '\n')
+      line, end = self.line(step, values), '\n'
+      if self._line_is_open:  # A line that wrapped could not be erased.
+        width = shutil.get_terminal_size().columns - 1
+        line, end = f'\r\x1b[K{line[:width]}', ''
+      print(line, end=end, file=self._stream, flush=True)
 
   def line(self, step: int, values: Mapping[str, float]) -> str:
     """Steps and share, rates and time to go once there are any, `values`."""

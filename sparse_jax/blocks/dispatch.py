@@ -197,8 +197,7 @@ def _scores_kernel(static, module, plan, x, cotangent):
 
 
 def _heads(module, heads):
-  """For the kernels of TPUs alone: elsewhere memory has no tiles."""
-  return {'heads': heads} if module.__name__.endswith('.tpu') else {}
+  return {'heads': heads} if module.TAKES_HEADS else {}
 
 
 def _multiply_derivative(plan, args, out):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from sparse_jax.blocks import visits
 
+TAKES_HEADS = False  # A GPU's memory has no tiles.
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _SIDES = (32, 64, 128)
 _ROWS = 64  # Rows of x in a program, or in one turn of its loop.

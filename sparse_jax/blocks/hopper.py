@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from sparse_jax.blocks import gpu
 from sparse_jax.blocks import visits
 
+TAKES_HEADS = False  # A GPU's memory has no tiles.
 _DTYPES = (jnp.bfloat16, jnp.float16)
 _SIDES = (64, 128)
 _PART = 64  # What a warpgroup multiplies at a time: one row of a swizzle.

@@ -18,6 +18,8 @@ from sparse_jax.blocks import tpu_sizes as sizes
 from sparse_jax.blocks import visits
 from sparse_jax.blocks.tiles import Heads
 
+TAKES_HEADS = True
+
 
 def product_fits(x: jax.Array, block: tuple[int, int], count: int,
                  width: int, transpose: bool = False) -> bool:

@@ -40,8 +40,8 @@ def fit(heads: Heads | None, batch: int, rows: int
   Example:
     >>> fit(Heads(768, 128, None), 1536, 1024)
     (768, (Head(length=768, size=128), None))
-    >>> fit(Heads(100, 128, None), 1600, 1024)
-    (1024, (None, None))
+    >>> fit(Heads(100, 128, None), 1600, 1024), fit(Heads(32, 128, 128), 32, 8)
+    ((1024, (None, None)), (8, (None, None)))
   """
   if heads is None or batch % heads.length or heads.length % _SUBLANES:
     return rows, (None, None)
@@ -49,7 +49,7 @@ def fit(heads: Heads | None, batch: int, rows: int
     fewer = rows - rows % heads.length
   else:
     fewer = max((n for n in range(_SUBLANES, rows + 1, _SUBLANES)
-                 if heads.length % n == 0))
+                 if heads.length % n == 0), default=0)
   if 2 * fewer < rows:
     return rows, (None, None)
   first, second = (Head(heads.length, size) if size else None

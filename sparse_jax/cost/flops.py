@@ -19,7 +19,8 @@ import math
 from typing import Any
 from typing import NamedTuple
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 
 from sparse_jax import checks
 from sparse_jax import trees
@@ -203,9 +204,9 @@ def training_cost(flops: FlopCount,
       are not named are dense.
     steps: length of the run over which a method's work is averaged.
     state: the method's or the optimizer's state after the run. Where budgets
-      have moved between leaves (DSR, SNFS, SWAT-M, global scopes), the work of
-      a leaf is then that of what its masks keep in the end; None counts the
-      budgets of the start.
+      have moved between leaves (DSR, SNFS, SWAT-M, global scopes), the work
+      that the method states for a leaf is scaled to what its masks keep in the
+      end; None counts the budgets of the start.
 
   Returns:
     A TrainingCost, printable.
@@ -232,9 +233,7 @@ def training_cost(flops: FlopCount,
     Evci et al., RigL, 2020, https://arxiv.org/abs/1911.11134, appendix H;
     Raihan and Aamodt, SWAT, 2020, https://arxiv.org/abs/2001.01969.
   """
-  work = _work_of(method, flops.params, steps)
-  if state is not None:
-    work = _moved(work, state_lib.get_state(state))
+  work = _work_of(method, flops.params, steps, state)
   unknown = sorted(set(work) - set(trees.leaves_by_path(flops.params)))
   if unknown:
     raise ValueError(f'`method` works on {unknown}, which are none of the '
@@ -280,7 +279,7 @@ def _by_path(pairs):
   return sums
 
 
-def _work_of(method, params, steps):
+def _work_of(method, params, steps, state):
   if isinstance(method, Mapping):
     return {path: _checked(path, work) for path, work in method.items()}
   if not isinstance(method, state_lib.SparseMethod):
@@ -291,7 +290,8 @@ def _work_of(method, params, steps):
   if steps is None:
     raise ValueError('`steps` (=None) must be the length of the run, over '
                      'which the work of the method is averaged.')
-  return method.work(params, checks.check_count('steps', steps, least=1))
+  work = method.work(params, checks.check_count('steps', steps, least=1))
+  return work if state is None else _moved(work, state_lib.get_state(state))
 
 
 def _moved(work, state) -> dict[trees.Path, Work]:
@@ -300,13 +300,14 @@ def _moved(work, state) -> dict[trees.Path, Work]:
   What all such leaves leave out together stays that of `work`: it may still
   grow at the end of a run.
   """
-  marks, zeros = trees.leaves_by_path(state.marks), {}
-  for path in work.keys() & state.plan.by_path.keys():
+  zeros = {}
+  for path, kept in jax.device_get(_kept(state)).items():
     leaf = state.plan.by_path[path]
-    kept = float(np.mean(leaf.sum(marks_lib.forward_mask(marks[path]))))
-    if kept != leaf.count:
-      zeros[path] = [math.prod(leaf.layout.shape) * (1 - leaf.layout.share(k))
-                     for k in (leaf.count, kept)]
+    layout = leaf.layout
+    rivalries = math.prod(layout.group_shape) // max(layout.rivals, 1)
+    if path in work and kept != leaf.count * rivalries:
+      zeros[path] = [math.prod(layout.shape) * (1 - layout.share(count))
+                     for count in (leaf.count, kept / rivalries)]
   planned, now = (sum(both) for both in zip((0, 0), *zeros.values()))
   moved = dict(work)
   for path, (ours, left) in zeros.items():
@@ -314,6 +315,14 @@ def _moved(work, state) -> dict[trees.Path, Work]:
     moved[path] = Work(*(max(0., 1 - (1 - share) * ratio)
                          for share in work[path]))
   return moved
+
+
+@jax.jit
+def _kept(state) -> dict[trees.Path, jax.Array]:
+  """How many groups of each leaf are in the forward set."""
+  marks = trees.leaves_by_path(state.marks)
+  return {path: jnp.sum(marks_lib.forward_mask(marks[path]), dtype=jnp.int32)
+          for path in state.plan.by_path}
 
 
 def _checked(path, work) -> Work:
