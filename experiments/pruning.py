@@ -96,6 +96,9 @@ def train_on(run: training.Run, step_fn, state: tasks.TrainState, begin: int,
         reporting.Progress(end, begin, run.values['log_every']) as progress):
     for done in range(begin, end):
       state = step_fn(state, devices.put_batch(next(batches), run.mesh))
+      # On CPU devices that share few cores, steps in flight together can each
+      # wait for a part of another.
+      jax.block_until_ready(state)
       progress.update(done + 1)
   return state
 
