@@ -118,6 +118,6 @@ def _cells(row: LeafDescription) -> tuple[str, ...]:
   shape = ' x '.join(map(str, row.shape))
   if not row.groups:
     return row.path, shape, '', '', '', '', f'{row.bytes:,}'
-  axes = ', '.join(map(str, row.contracting)) + ' (guess)' * row.guessed
+  axes = ', '.join(map(str, row.contracting or ())) + ' (guess)' * row.guessed
   return (row.path, shape, axes, f'{row.groups:,}', f'{row.kept:.2%}',
           f'{row.trained:.2%}', f'{row.bytes:,}')

@@ -161,7 +161,7 @@ def pack(weight: jax.Array | np.ndarray, *, block: tuple[int, int],
   _check_pack(sparsity, mask, backward_sparsity, reduce)
   tiles = tile(on_host(weight), block)
   scores = tile_scores(tiles, reduce)
-  if mask is None:
+  if sparsity is not None:
     count = topk.keep_count(scores.size, sparsity)
     inner = best(scores, count)
   else:
@@ -213,8 +213,8 @@ def without_growth(params: trees.PyTree) -> trees.PyTree:
     1
   """
   if has_bare_growth(params):
-    own = dict(getattr(params, 'raw_mapping', params))
-    del own[GROWTH]
+    mapping: Any = getattr(params, 'raw_mapping', params)
+    own = {key: value for key, value in mapping.items() if key != GROWTH}
     return type(params)(own)
   return map_packed(lambda leaf: leaf.replace(growth=None), params)
 
@@ -276,7 +276,8 @@ def of_tiles(tiles, inner, outer, count: int, outer_count: int, *,
   columns = np.int32(grid_of(shape, block)[1])
   return PackedBlocks(jnp.asarray(tiles[kept]), jnp.asarray(kept // columns),
                       jnp.asarray(kept % columns), forward,
-                      shape=tuple(shape), block=tuple(block), reduce=reduce)
+                      shape=tuple(shape), block=(block[0], block[1]),
+                      reduce=reduce)
 
 
 def check_block(block, shape: tuple[int, ...], pad: bool) -> None:

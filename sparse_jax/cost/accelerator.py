@@ -10,6 +10,7 @@ work in rounds, one group of rows each.
 Cycles come from a simulation of the real zeros, not from how many they are.
 """
 
+from collections.abc import Sequence
 import math
 from typing import NamedTuple
 
@@ -178,7 +179,7 @@ def _do_one_cycle(window, picks):
 
 
 def pass_cycles(nonzero: np.ndarray, vectors: int, machine: Machine, *,
-                traffic: tuple[int, int, int] = (0, 0, 0)) -> Cycles:
+                traffic: Sequence[int] = (0, 0, 0)) -> Cycles:
   """Cycles of all the sums between two operands.
 
   Each group of rows runs once for every `columns` of the other operand's

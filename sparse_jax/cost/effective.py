@@ -72,7 +72,8 @@ class Connectivity(NamedTuple):
     return sum(getattr(leaf, field) for leaf in self.leaves)
 
   def __str__(self) -> str:
-    rows = [('leaf', 'entries', 'sparsity', 'effective', 'dead units')]
+    rows: list[tuple[str, ...]] = [
+        ('leaf', 'entries', 'sparsity', 'effective', 'dead units')]
     rows += [_row(leaf) for leaf in self.leaves]
     rows.append(_row(LeafPaths('total', *(
         self._total(field) for field in LeafPaths._fields[1:]))))

@@ -128,8 +128,8 @@ class TrainingCost(NamedTuple):
     return theoretical_speedup(self.reduction)
 
   def __str__(self) -> str:
-    rows = [('leaf', 'forward', 'input gradient', 'weight gradient',
-             'of dense')]
+    rows: list[tuple[str, ...]] = [
+        ('leaf', 'forward', 'input gradient', 'weight gradient', 'of dense')]
     whole = LayerCost('total', self.dense, self.sparse)
     for path, dense, sparse in (*self.layers, whole):
       share = sparse.total / dense.total if dense.total else 1.

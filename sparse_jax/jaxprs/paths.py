@@ -5,7 +5,7 @@ a weight that is kept is on a path if the gradient there is positive.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -272,17 +272,25 @@ def _loop(body, first, xs, length, reverse):
       for form in after[len(forms):]])]
 
 
-def _form(flow) -> Flow:
-  """Which of a flow's parts there are: a flow of bools."""
-  return Flow(True, flow.reach is not None, flow.known is not None, flow.root,
-              flow.statistic)
+class _Form(NamedTuple):
+  """Which arrays a flow has, and what else it is."""
+
+  reach: bool
+  known: bool
+  root: Any
+  statistic: bool
 
 
-def _meet(before, after) -> Flow:
+def _form(flow: Flow) -> _Form:
+  return _Form(flow.reach is not None, flow.known is not None, flow.root,
+               flow.statistic)
+
+
+def _meet(before: _Form, after: _Form) -> _Form:
   """What a carried value has before a round and after it."""
   root = before.root or (object() if after.root is not None else None)
-  return Flow(True, before.reach or after.reach, before.known and after.known,
-              root, False)
+  return _Form(before.reach or after.reach, before.known and after.known, root,
+               False)
 
 
 def _pack(flow, form):
@@ -295,8 +303,9 @@ def _pack(flow, form):
           flow.known if form.known else None)
 
 
-def _unpack(arrays, form) -> Flow:
-  return Flow(*arrays, root=form.root, statistic=form.statistic)
+def _unpack(arrays, form: _Form) -> Flow:
+  nonzero, reach, known = arrays
+  return Flow(nonzero, reach, known, form.root, form.statistic)
 
 
 _STRUCTURES = {'scan': _run_scan, 'while': _run_while, 'cond': _run_cond}

@@ -71,7 +71,8 @@ class Product(NamedTuple):
   @property
   def path(self) -> trees.Path | None:
     """The parameter it multiplies by: of several, the largest; or None."""
-    return max(self.leaves, key=self.leaves.get, default=None)
+    leaves = self.leaves
+    return max(leaves, key=lambda path: leaves[path], default=None)
 
   @property
   def input_depends(self) -> bool:

@@ -70,8 +70,13 @@ def replace_products(fn: Callable[..., Any], rule: Rule, *,
   return replaced
 
 
+def _same(path: trees.Path, product: Product, lhs, rhs) -> jax.Array:
+  del path
+  return product.apply(lhs, rhs)
+
+
 def interpret(fn: Callable[..., Any], args: tuple[Any, ...],
-              params_argnum: int, rule: Rule | None = None,
+              params_argnum: int, rule: Rule = _same,
               paths: frozenset[trees.Path] = frozenset()) -> Any:
   """fn(*args), where products of `paths` follow the rule.
 
@@ -90,7 +95,7 @@ def interpret(fn: Callable[..., Any], args: tuple[Any, ...],
 class _Swap(NamedTuple):
   """What to replace, and by what."""
 
-  rule: Rule | None
+  rule: Rule
   wanted: frozenset[trees.Path]
   times: int = 1  # Runs of the scans around.
   run: Any = 0  # Which of them this is.
@@ -105,7 +110,7 @@ class _Swap(NamedTuple):
 
   def __call__(self, product: Product, lhs, rhs) -> jax.Array:
     product = product._replace(times=self.times, run=self.run)
-    out = self.rule(product.path, product, lhs, rhs)
+    out = self.rule(str(product.path), product, lhs, rhs)
     if jnp.shape(out) != product.shape or out.dtype != product.dtype:
       raise ValueError(f'`rule` gave {jax.typeof(out)} for {product.path!r}, '
                        f'but the product is a {product.dtype} of shape '

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 import functools
 import math
+import typing
+from typing import Any
 
 import jax
 from jax import lax
@@ -16,6 +18,15 @@ _LARGEST_SIZE = 2**31 - 1
 # Up to this many competitors along one axis, or entries in all, each is
 # compared with each other directly.
 _FEW, _TINY = 16, 128
+
+
+@typing.overload
+def keep_count(size: int, sparsity: float) -> int: ...
+
+
+@typing.overload
+def keep_count(size: int | jax.Array,
+               sparsity: float | jax.Array) -> int | jax.Array: ...
 
 
 def keep_count(size: int | jax.Array,
@@ -316,6 +327,7 @@ def _joint_cut(scores: list[jax.Array], lowest: int,
     return [sum(own.reshape(()) for own in counts)
             for counts in zip(*reached)]
 
-  none = sum(search.zeros(each, of_all(each)).reshape(()) for each in scores)
+  none: Any = sum(search.zeros(each, of_all(each)).reshape(())
+                  for each in scores)
   size = sum(each.size for each in scores)
   return search.narrow(search.whole(none, k, size, lowest), scores, count)

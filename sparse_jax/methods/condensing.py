@@ -60,7 +60,7 @@ def condense(weight: jax.Array, mask: jax.Array | None = None, *,
   layout = layouts.layout(weight.shape, structure=FanIn(),
                           contracting=contracting)
   size = layout.view_shape[-1]
-  table = np.asarray(layout.view(inside)).reshape(-1, size).T
+  table = np.asarray(layout.view(jnp.asarray(inside))).reshape(-1, size).T
   counts = table.sum(1)
   outputs = np.flatnonzero(counts)
   fan_in = set(counts[outputs].tolist())

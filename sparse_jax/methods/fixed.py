@@ -107,7 +107,7 @@ def fixed(masks: trees.PyTree, *, structure=Unstructured(),
   for path, mask in table.items():
     if mask.dtype != bool:
       raise ValueError(f'`masks` (of {mask.dtype} at {path!r}) must be bool.')
-  where = _Given(table, structure, batch_axes, contracting)
+  where: Any = _Given(table, structure, batch_axes, contracting)
 
   def choose(leaf, now):
     del now

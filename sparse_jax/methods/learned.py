@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -233,7 +234,7 @@ def cs(*, initial: float = 0., temperature: float = 200.,
     return jax.tree.map(lambda p, u, first: jnp.where(
         now.step == end, first - p, u), now.model, now.moves, now.extra), lower
 
-  rewinding = dict(
+  rewinding: dict[str, Any] = dict(
       extra=lambda model: jax.tree.map(jnp.array, model), remember=remember,
       resets=lambda state: state.step + 1 == end)
   return learned_method(

@@ -1,7 +1,7 @@
 """A method's sparse operands, put into a function that nobody edited."""
 
 from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import functools
 from typing import Any
 
@@ -18,11 +18,10 @@ from sparse_jax.jaxprs import replacing
 from sparse_jax.masks import selection
 from sparse_jax.rules import leaves as leaves_lib
 from sparse_jax.rules import state as state_lib
+from sparse_jax.rules.state import SparseMethod, Work
 from sparse_jax.masks import structures
 
 Operands = operands_lib.Operands
-SparseMethod = state_lib.SparseMethod
-Work = state_lib.Work
 
 
 def with_operators(fn: Callable[..., Any], method: SparseMethod,
@@ -232,7 +231,7 @@ def _is_dense(operands: Operands) -> bool:
   return all(not isinstance(s, jax.Array) and s == 0 for s in operands)
 
 
-def _scaled(work: Work, operands: Operands) -> Work:
+def _scaled(work: Work, operands: Sequence[Any]) -> Work:
   """The work left, if sparse operands meet by chance."""
   weight, activation, back, saved, gradient = (1 - s for s in operands)
   return Work(work.forward * weight * activation,

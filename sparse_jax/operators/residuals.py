@@ -128,7 +128,7 @@ def _smallest(size: int, count: int, itemsize: int) -> str:
   sizes = {'whole': size * itemsize,
            'bits': count * itemsize + 4 * -(-size // _WORD),
            'positions': count * (itemsize + 4)}
-  return min(sizes, key=sizes.get)
+  return min(sizes, key=lambda form: sizes[form])
 
 
 def _each_part(fn, *arrays):

@@ -45,7 +45,7 @@ class _Traced(NamedTuple):
 
   sparsities: operands_lib.Operands  # None where static.
   thresholds: operands_lib.Operands | None
-  due: jax.Array
+  due: jax.Array | None
 
 
 class _Saved(NamedTuple):
@@ -324,7 +324,7 @@ def _stored(traced: _Traced, used: Operands) -> _Traced | None:
     return None
   after = Operands(*(old if new is None else new
                      for old, new in zip(traced.thresholds, used)))
-  return _Traced(Operands(*(None for _ in after)), after, None)
+  return _Traced(jax.tree.map(lambda _: None, after), after, None)
 
 
 def _save(rule, x, mask, traced) -> residuals.Packed:

@@ -1,6 +1,7 @@
 """One budget for many leaves: counts that the run itself decides."""
 
 import functools
+from typing import Any
 
 import jax
 from jax import lax
@@ -11,7 +12,7 @@ from sparse_jax.masks import structures
 from sparse_jax.masks import topk
 from sparse_jax.rules import leaves as leaves_lib
 
-Counts = dict[trees.Path, jax.Array]
+Counts = dict[trees.Path, Any]  # An int, or int32 of each competition.
 
 
 def global_counts(leaves: dict[trees.Path, leaves_lib.Leaf],

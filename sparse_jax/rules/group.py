@@ -11,9 +11,7 @@ from sparse_jax import trees
 from sparse_jax.blocks import packing
 from sparse_jax.rules import state as state_lib
 from sparse_jax.rules.make_method import refresh_by
-
-SparseMethod = state_lib.SparseMethod
-SparseState = state_lib.SparseState
+from sparse_jax.rules.state import SparseMethod, SparseState
 
 
 def group(methods: Mapping[str, SparseMethod]) -> SparseMethod:

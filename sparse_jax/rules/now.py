@@ -28,7 +28,9 @@ class Now:
                weight: jax.Array, grad: jax.Array | None = None,
                marks: jax.Array | None = None, extra: Any = ()):
     self.leaf, self.step, self.key, self.extra = leaf, step, key, extra
-    self._weight, self._grad, self._marks = weight, grad, marks
+    self._weight = weight
+    self._grad: Any = grad
+    self._marks: Any = marks
 
   @functools.cached_property
   def magnitudes(self) -> jax.Array:

@@ -211,7 +211,8 @@ def _bare(node):
 
 
 # What makes the state of a method where `sparsify` is initialised, in `start`.
-_MAKE_STATE = contextvars.ContextVar('make_state', default=None)
+_MAKE_STATE: contextvars.ContextVar[Callable[..., Any] | None] = (
+    contextvars.ContextVar('make_state', default=None))
 
 
 def first_state(method: SparseMethod, params: trees.PyTree, key: Any
