@@ -9,10 +9,13 @@ import jax
 import optax
 
 from experiments import sparsity
+import sparse_jax
 
 # The key under which sparse_jax.cs puts its gates.
 GATES = jax.tree_util.DictKey('gates')
-OPTIMIZERS = ('sgd', 'momentum', 'nesterov', 'adam', 'adamw')
+_ADAM = {'adam': optax.adam, 'aged_adam': sparse_jax.aged_adam}
+_ADAMW = {'adamw': optax.adamw, 'aged_adamw': sparse_jax.aged_adamw}
+OPTIMIZERS = ('sgd', 'momentum', 'nesterov', *_ADAM, *_ADAMW)
 
 
 def define_flags(*, optimizer: str = 'nesterov', learning_rate: float = .1,
@@ -20,7 +23,8 @@ def define_flags(*, optimizer: str = 'nesterov', learning_rate: float = .1,
                  clip_norm: float | None = None) -> None:
   """Defines the flags below; the arguments are the binary's own defaults."""
   flags.DEFINE_enum('optimizer', optimizer, OPTIMIZERS, 'momentum and nesterov '
-                    'are SGD with a momentum of 0.9.')
+                    'are SGD with a momentum of 0.9; aged_adam and aged_adamw '
+                    'count the steps of a weight from its growth.')
   flags.DEFINE_float('learning_rate', learning_rate, 'Peak learning rate.')
   flags.DEFINE_enum('lr_schedule', lr_schedule,
                     ['constant', 'cosine', 'step'], 'After the warm-up: '
@@ -34,7 +38,8 @@ def define_flags(*, optimizer: str = 'nesterov', learning_rate: float = .1,
                        '--method=cs one for each round and for the ticket.')
   flags.DEFINE_float('lr_factor', 0.1, 'Factor of each step of the schedule.')
   flags.DEFINE_float('weight_decay', weight_decay, 'L2 coefficient of kernels '
-                     '(not of biases and norms); decoupled for adamw.')
+                     '(not of biases and norms); decoupled for adamw and '
+                     'aged_adamw.')
   flags.DEFINE_float('clip_norm', clip_norm, 'Clips gradients to this '
                      'global norm.')
 
@@ -86,11 +91,11 @@ def make(values: Mapping[str, Any], train_steps: int
     _check_number('clip_norm', values)
   rate, decay = schedule(values, train_steps), values['weight_decay']
   kind = values['optimizer']
-  if kind == 'adamw':
-    core = optax.adamw(rate, weight_decay=decay, mask=_kernels)
-  elif kind == 'adam':
+  if kind in _ADAMW:
+    core = _ADAMW[kind](rate, weight_decay=decay, mask=_kernels)
+  elif kind in _ADAM:
     core = optax.chain(optax.add_decayed_weights(decay, _kernels),
-                       optax.adam(rate))
+                       _ADAM[kind](rate))
   else:
     momentum = None if kind == 'sgd' else 0.9
     core = optax.chain(

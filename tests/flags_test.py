@@ -182,9 +182,26 @@ class OptimizerTest(parameterized.TestCase):
     for layer in updates:
       np.testing.assert_array_equal(updates[layer]['bias'], 0.)
       self.assertTrue(np.all(np.asarray(updates[layer]['kernel']) != 0.))
-      if name in ('sgd', 'adamw'):
+      if name in ('sgd', 'adamw', 'aged_adamw'):
         np.testing.assert_allclose(updates[layer]['kernel'],
                                    -.05 * params[layer]['kernel'], rtol=1e-5)
+
+  @parameterized.parameters('adam', 'adamw')
+  def test_aged_ones_differ_where_weights_grow(self, name):
+    method = sparse_jax.set_(.5, update_every=2)
+
+    def trained(optimizer):
+      tx = sparse_jax.sparsify(optimization.make(_values(
+          optimizer=optimizer, lr_schedule='constant'), 10), method)
+      params = _params()
+      state, update = tx.init(params), jax.jit(tx.update)
+      for _ in range(5):
+        updates, state = update(jax.tree.map(jnp.ones_like, params), state,
+                                params)
+        params = optax.apply_updates(params, updates)
+      return _leaves(params)
+
+    self.assertTrue(_differ(trained(name), trained(f'aged_{name}')))
 
   def test_clip_is_before_momentum_and_decay(self):
     params = _params()
