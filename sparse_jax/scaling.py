@@ -11,6 +11,7 @@ import numpy as np
 
 from sparse_jax import checks
 from sparse_jax import trees
+from sparse_jax.masks import layouts
 from sparse_jax.masks import selection
 from sparse_jax.rules import state as state_lib
 
@@ -26,7 +27,8 @@ class Scales(NamedTuple):
 def supar(params: trees.PyTree,
           densities: state_lib.SparseMethod | Mapping[trees.Path, Any], *,
           base: trees.PyTree | None = None, output: str | None = None,
-          output_scale: float = 1.) -> Scales:
+          output_scale: float = 1., batch_axes: selection.Axes = (),
+          contracting: selection.Axes | None = None) -> Scales:
   """Sparse maximal update parametrisation.
 
   A sparse layer behaves like one with fewer inputs: with m = (inputs / inputs
@@ -50,9 +52,11 @@ def supar(params: trees.PyTree,
     output: a regular expression of the output layer's path; None: there is
       none among the parameters, or the logits are left as they are.
     output_scale: the paper's alpha, another factor of the logits, above 0.
+    batch_axes, contracting: as in `static`; of sparse leaves a method's own.
 
   Returns:
-    Scales; vectors (biases, norms) have factors of 1.
+    Scales; biases and norms, of heads and of stacked layers too, and tables
+    that are looked up have factors of 1.
 
   Raises:
     ValueError: naming the argument that does not fit.
@@ -74,13 +78,19 @@ def supar(params: trees.PyTree,
   """
   if checks.check_non_negative('output_scale', output_scale) == 0:
     raise ValueError(f'`output_scale` (={output_scale!r}) must be above 0.')
+  selection.check_axes('batch_axes', batch_axes)
+  if contracting is not None:
+    selection.check_axes('contracting', contracting)
   leaves = trees.leaves_by_path(params)
   kept, rows = _kept(params, densities, leaves)
   small = leaves if base is None else trees.leaves_by_path(base)
-  inputs = {path: _ratio(path, leaf, small, rows) * kept.get(path, 1.)
-            for path, leaf in leaves.items()}
   last = [path for path in leaves if output is not None
           and leaves[path].ndim > 1 and re.search(output, path)]
+  for path, leaf in leaves.items():
+    if path not in rows:
+      rows[path] = _rows(path, leaf, batch_axes, contracting, path in last)
+  inputs = {path: _ratio(path, leaf, small, rows[path]) * kept.get(path, 1.)
+            for path, leaf in leaves.items()}
   if output is not None and len({inputs[path] for path in last}) != 1:
     raise ValueError(f'`output` (={output!r}) must be found in the path of one '
                      f'kernel, not in {last}.')
@@ -111,13 +121,24 @@ def _kept(params, densities, leaves):
   return kept, {}
 
 
-def _ratio(path, leaf, small, rows) -> float:
+def _rows(path, leaf, batch_axes, contracting, is_last) -> tuple[int, ...]:
+  """The axes of a leaf that its product sums over; of no kernel none."""
+  stacked = selection.batch_axes_of(batch_axes, path, leaf)
+  given = None if contracting is None else selection.axes_of(
+      contracting, path, leaf, 'contracting')
+  if given is None and not is_last and not selection.is_kernel(path, leaf,
+                                                               stacked):
+    return ()
+  return layouts.layout(leaf.shape, path=path, batch_axes=stacked,
+                        contracting=given).rows
+
+
+def _ratio(path, leaf, small, axes) -> float:
   """Inputs of a kernel over those of its namesake in the base."""
   if leaf.ndim < 2:
     return 1.
   if path not in small or small[path].ndim != leaf.ndim:
     raise ValueError(f'`base` must have {path!r}, with {leaf.ndim} axes.')
-  axes = rows.get(path) or selection.contracting_axes(path, leaf.ndim)
   return math.prod(leaf.shape[axis] / small[path].shape[axis] for axis in axes)
 
 

@@ -111,7 +111,15 @@ class PruneFiltersTest(parameterized.TestCase):
       ({'params/conv_3/kernel': .5}, {}, 'params/conv_3/kernel'),
       ({'params/conv_1/kernel': 1.}, {}, 'sparsities'),
       ({}, {'params/conv_1/kernel': {'params/head/bias': 0}}, 'head/bias'),
-      ({}, {'params/conv_1/kernel': {'params/nothing': 0}}, 'nothing'))
+      ({}, {'params/conv_1/kernel': {'params/nothing': 0}}, 'nothing'),
+      ({'params/conv_1/kernel': .5, 'params/conv_2/kernel': .5},
+       {'params/conv_1/kernel': {'params/conv_1/kernel': -1}},
+       'conv_1.*another kernel'),
+      ({'params/conv_2/kernel': .5, 'params/head/kernel': .5},
+       {'params/head/kernel': {'params/head/bias': 0},
+        'params/conv_2/kernel': {'params/head/kernel': 0,
+                                 'params/conv_2/kernel': 3}},
+       'conv_2.*another kernel'))
   def test_what_does_not_fit_is_named(self, sparsities, followers, named):
     _, variables = start()
     with self.assertRaisesRegex(ValueError, named):

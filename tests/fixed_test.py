@@ -49,6 +49,28 @@ class FixedTest(parameterized.TestCase):
     self.assertIsNone(sparse_jax.get_state(state).marks['b']['kernel'])
     self.assertTrue(np.all(params['b']['kernel'] != 0))
 
+  def test_a_mask_that_keeps_nothing_is_a_layer_of_zeros(self):
+    method = sparse_jax.fixed({'a/kernel': np.zeros((8, 12), bool)})
+    params, state = train(method)
+    self.assertFalse(np.any(params['a']['kernel']))
+    self.assertEqual(sparse_jax.summarize(
+        params, state, method).total.forward_density, 0)
+    self.assertEqual(method.work(draw(0), 1)['a/kernel'].forward, 0)
+
+  def test_blocks_of_which_layers_keep_unlike_numbers_are_not_packed(self):
+    mask = np.zeros((2, 8, 8), bool)
+    mask[0, :4, :4] = mask[1, :4] = True
+    block = sparse_jax.Block((4, 4))
+    for masks, balanced in ((mask, False), (mask[:1] & False, False),
+                            (mask[0], True)):
+      method = sparse_jax.fixed(
+          {'w': masks}, batch_axes=(0,) if masks.ndim > 2 else (),
+          structure=sparse_jax.Block((4, 4), balanced=balanced))
+      with self.assertRaisesRegex(ValueError, 'fixed.*\'w\' keeps .* blocks'):
+        sparse_jax.packed(method)
+    sparse_jax.packed(sparse_jax.fixed({'w': mask[0]}, structure=block))
+    sparse_jax.packed(sparse_jax.fixed({'w': mask}, structure=block))
+
   def test_masks_that_do_not_fit_are_named(self):
     with self.assertRaisesRegex(ValueError, '`masks`.*bool'):
       sparse_jax.fixed({'a': {'kernel': np.ones((8, 12))}})

@@ -84,6 +84,23 @@ class StrTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'thresholds'):
       method.parametrize(method.parametrize({'w': jnp.ones((2, 3))}))
 
+  @parameterized.parameters((sparse_jax.str_(initial=-2.),),
+                            (sparse_jax.dst(),), (sparse_jax.cs(),))
+  def test_lists_and_tuples_are_as_good_as_mappings(self, method):
+    weight = jnp.asarray(W6.reshape(3, 2))
+    mapping = {'a': {'0': {'w': weight}, '1': {'w': weight}}, 'b': weight}
+    lists = {'a': [{'w': weight, 'bias': jnp.ones(2)}, {'w': weight}],
+             'b': weight}
+    reads = []
+    for model in (mapping, lists):
+      params = method.parametrize(model)
+      reads.append(method.read(params, method.init(params)))
+    self.assertLen(jax.tree.leaves(params), 7)
+    self.assertEqual(jax.tree.structure(reads[1]), jax.tree.structure(lists))
+    for key in '01':
+      np.testing.assert_array_equal(reads[1]['a'][int(key)]['w'],
+                                    reads[0]['a'][key]['w'])
+
   def test_trains_an_nnx_module(self):
     method = sparse_jax.str_(initial=-2.)
     model = nnx.Linear(6, 3, rngs=nnx.Rngs(0))

@@ -129,6 +129,31 @@ class PowerpropTest(parameterized.TestCase):
     self.assertEqual({k: float(v.ravel()[0]) for k, v in theta.items()},
                      {'stem': 2., 'head': 4., 'bias': 4.})
 
+  def test_wraps_a_packed_method(self):
+    block = sparse_jax.Block((2, 2))
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(5, 6)), jnp.float32)
+    got = []
+    for storage in (lambda method: method, sparse_jax.packed):
+      method = sparse_jax.powerprop(storage(sparse_jax.top_kast(
+          .5, backward_sparsity=.25, structure=block, update_every=2)))
+      tx = sparse_jax.sparsify(optax.sgd(.1), method)
+      params, state = sparse_jax.start(tx, method, start())
+
+      @jax.jit
+      def step(params, state):
+        def loss(params):
+          product = sparse_jax.with_method(
+              lambda params, x: x @ params['w'], method, state)
+          return jnp.square(product(params, x) - 1).sum()
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+      for _ in range(4):
+        params, state = step(params, state)
+      got.append(sparse_jax.dense_weights(method, params, state)['w'])
+    np.testing.assert_allclose(*got, rtol=1e-4, atol=1e-5)
+
   def test_wraps_a_method_that_learns(self):
     method = sparse_jax.powerprop(sparse_jax.str_(initial=-3.))
     (before, _), *_, (after, weights) = train(method, start(), 4)

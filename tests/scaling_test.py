@@ -93,6 +93,22 @@ class SuparTest(parameterized.TestCase):
     scales = scaling.supar(big, {}, base=base).learning_rate['attention']
     self.assertEqual(scales, {'query': {'kernel': .25}, 'out': {'kernel': .25}})
 
+  def test_biases_of_heads_and_stacked_layers_are_no_kernels(self):
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    big, base = ({
+        'query': {'kernel': shape(8 * h, h, 8), 'bias': shape(h, 8)},
+        'layers': {'query': {'kernel': shape(3, 4 * d, 2, d),
+                             'bias': shape(3, 2, d)}},
+        'embedding': shape(50, d)} for h, d in ((8, 32), (2, 16)))
+    stacked = {'layers': (0,)}
+    scales = scaling.supar(big, {}, base=base, batch_axes=stacked)
+    self.assertEqual(scales.learning_rate, {
+        'query': {'kernel': .25, 'bias': 1.},
+        'layers': {'query': {'kernel': .5, 'bias': 1.}}, 'embedding': 1.})
+    tied = scaling.supar(big, {}, base=base, batch_axes=stacked,
+                         output='embedding', contracting={'embedding': (1,)})
+    self.assertEqual((tied.output, tied.learning_rate['embedding']), (.5, 1.))
+
   def test_packed_blocks_have_the_rate_of_their_leaf(self):
     method = sparse_jax.packed(sparse_jax.static(
         .75, structure=sparse_jax.Block((4, 4))))

@@ -53,6 +53,11 @@ class SelectTest(parameterized.TestCase):
     chosen = selection.select(params, lambda path, leaf: leaf.ndim == 1)
     self.assertEqual(list(chosen), ['bias'])
 
+  def test_a_leaf_without_entries_is_not_selected(self):
+    params = shapes(a=(3, 4), none=(0, 4))
+    for is_sparse in (None, {'.*': True}):
+      self.assertEqual(list(selection.select(params, is_sparse)), ['a'])
+
   def test_a_rule_found_nowhere_is_named(self):
     with self.assertRaisesRegex(ValueError, '`is_sparse`.*typo'):
       selection.select(shapes(a=(3, 4)), [('typo', False), ('a', True)])

@@ -55,6 +55,26 @@ class SinkingTest(parameterized.TestCase):
     large = [var.aval for var in update.invars if var.aval.size == 64]
     self.assertLen(large, 5)
 
+  def test_what_an_optimizer_prints_is_printed_once_each_update(self):
+    seen = []
+
+    def note(grads, state, params=None):
+      del params
+      jax.debug.callback(lambda grad: seen.append(float(grad)),
+                         grads['kernel'][0, 0])
+      return grads, state
+
+    printing = optax.GradientTransformation(lambda params: (), note)
+    tx = sparse_jax.sparsify(optax.chain(printing, optax.sgd(.1)),
+                             sparse_jax.rigl(.5, update_every=2))
+    params = {'kernel': jnp.ones((2, 2))}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(4):
+      updates, state = update(params, state, params)
+    jax.block_until_ready(updates)
+    jax.effects_barrier()
+    self.assertLen(seen, 4)
+
 
 if __name__ == '__main__':
   absltest.main()

@@ -38,8 +38,8 @@ def conditions_first(fn: Callable[..., Any], mark: str,
 
   Laws: the values are those of `fn`, but for the rounding that XLA chooses in
   a fusion, if `renewed` gives the arguments that it is given. Where nothing is
-  traced, nothing is marked, or what is marked is made of more than that, it
-  is `fn`.
+  traced, nothing is marked, what is marked is made of more than that, or it
+  has effects (a print, a callback), it is `fn`.
 
   Args:
     fn: a function of trees of arrays.
@@ -69,7 +69,7 @@ def conditions_first(fn: Callable[..., Any], mark: str,
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
     tree = jax.tree.structure(shape)
     program = _Program(closed)
-    if not program.lean(mark):
+    if closed.effects or not program.lean(mark):
       return jax.tree.unflatten(tree, jax_core.jaxpr_as_fun(closed)(*leaves))
     wanted = part(jax.tree.unflatten(tree, program.ends))
     first = jax.tree.unflatten(jax.tree.structure(part(shape)), program(

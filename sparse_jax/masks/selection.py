@@ -164,6 +164,8 @@ def select(params: trees.PyTree, is_sparse: IsSparse = None,
            batch_axes: Axes = ()) -> dict[trees.Path, Any]:
   """The leaves that may be sparse, as `{path: leaf}`.
 
+  A leaf without entries never is, whatever chooses it.
+
   Args:
     params: a tree of arrays or of shapes.
     is_sparse: a predicate on (path, leaf), or rules {regex: bool} (or pairs)
@@ -183,7 +185,8 @@ def select(params: trees.PyTree, is_sparse: IsSparse = None,
   leaves = trees.leaves_by_path(params)
   chooses = _predicate(is_sparse, batch_axes, leaves)
   chosen = {path: leaf for path, leaf in leaves.items()
-            if hasattr(leaf, 'ndim') and chooses(path, leaf)}
+            if hasattr(leaf, 'ndim') and 0 not in leaf.shape
+            and chooses(path, leaf)}
   if isinstance(batch_axes, tuple) and batch_axes and not any(
       batch_axes_of(batch_axes, path, leaf) for path, leaf in chosen.items()):
     raise ValueError(f'`batch_axes` (={batch_axes!r}) are axes of none of the '

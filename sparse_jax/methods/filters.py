@@ -103,6 +103,7 @@ def _check(arrays, sparsities, followers) -> None:
   if unknown:
     raise ValueError(f'`sparsities` and `followers` name {unknown}, which are '
                      f'none of {sorted(arrays)}.')
+  shrunk = {(path, arrays[path].ndim - 1) for path in sparsities}
   for path, sparsity in sparsities.items():
     checks.check_sparsity(f'sparsities[{path!r}]', sparsity)
   for path, own in followers.items():
@@ -114,3 +115,9 @@ def _check(arrays, sparsities, followers) -> None:
         raise ValueError(f'`followers[{path!r}]` names {name!r} with axis '
                          f'{axis}, of shape {shape}; it must have a multiple '
                          f'of {filters} entries there.')
+      place = name, axis % len(shape)
+      if path in sparsities and place in shrunk:
+        raise ValueError(f'`followers[{path!r}]` names {name!r} with axis '
+                         f'{axis}, which shrinks with another kernel: filters '
+                         'that are added must be one kernel\'s followers.')
+      shrunk.add(place)

@@ -9,6 +9,7 @@ import numpy as np
 
 from sparse_jax import trees
 from sparse_jax.masks import selection
+from sparse_jax.masks import structures
 from sparse_jax.masks.allocations import uniform
 from sparse_jax.masks.structures import Unstructured
 from sparse_jax.rules import leaves
@@ -84,12 +85,13 @@ def fixed(masks: trees.PyTree, *, structure=Unstructured(),
     masks: a tree of bool arrays like the parameters, or `{path: mask}`; leaves
       without a mask (None, or missing) are dense.
     structure: what the masks keep or drop together, so that they may be
-      packed; each group must be kept or dropped whole.
+      packed; each group must be kept or dropped whole. Packed layers that are
+      stacked (columns that are balanced) must keep equal numbers of blocks.
     batch_axes, contracting: as in `static`.
 
   Raises:
-    ValueError: if the masks are not bool; from `init`, if a mask has no leaf
-      of its shape or divides a group.
+    ValueError: if the masks are not bool or divide a group (but for blocks,
+      from `init`); from `init`, if a mask has no leaf of its shape.
 
   Example:
     >>> method = fixed({'kernel': jnp.array([[True, False], [False, True]])})
@@ -107,14 +109,15 @@ def fixed(masks: trees.PyTree, *, structure=Unstructured(),
   for path, mask in table.items():
     if mask.dtype != bool:
       raise ValueError(f'`masks` (of {mask.dtype} at {path!r}) must be bool.')
-  where: Any = _Given(table, structure, batch_axes, contracting)
+  where: Any = _Given(table, structure, batch_axes, contracting).checked()
 
   def choose(leaf, now):
     del now
     mask = jnp.asarray(table[leaf.path])
     return leaf.layout.group(mask.astype(jnp.float32)) > 0
 
-  return make_method(rule.Rule('fixed', where, choose, zeros=True))
+  return make_method(rule.Rule('fixed', where, choose, zeros=True,
+                               unpackable=where.unpackable()))
 
 
 class _Given(NamedTuple):
@@ -141,6 +144,20 @@ class _Given(NamedTuple):
     return {path: leaf._replace(sparsity=share, backward_sparsity=share)
             for path, leaf in found.items()
             for share in [1 - float(np.mean(kept[path]))]}
+
+  def unpackable(self) -> str:
+    """Why blocks of these masks cannot be packed; '' if they can."""
+    if not isinstance(self.structure, structures.Block):
+      return ''
+    shapes = {path: jax.ShapeDtypeStruct(mask.shape, np.float32)
+              for path, mask in self.masks.items()}
+    for path, leaf in self.leaves(shapes).items():
+      kept = _groups(leaf, self.masks[path])
+      counts = np.unique(kept.sum(leaf.layout.competing))
+      if len(counts) > 1 or not counts.all():
+        return (f'its mask of {path!r} keeps {counts.tolist()} blocks, where '
+                'each layer (column, if balanced) must keep one number above 0')
+    return ''
 
   def _sites(self, paths, sparsity):
     return leaves.Sites(sparsity, uniform, self.structure,

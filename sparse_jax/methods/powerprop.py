@@ -60,7 +60,11 @@ def powerprop(method: SparseMethod, alpha: float = 2., *,
   checks.check_non_negative('least_slope', least_slope)
   power = functools.partial(_power_leaf, alpha, least_slope)
 
-  name = f'powerprop({method.name})'
+  # As the states of the method call it: a packed one is a rule too.
+  held = method.name
+  if method.rule is not None and method.pack is not None:
+    held = f'packed({held})'
+  name = f'powerprop({held})'
 
   def renamed(state, name):
     plan = dataclasses.replace(state.plan, method=name)
@@ -73,7 +77,7 @@ def powerprop(method: SparseMethod, alpha: float = 2., *,
     if state.plan.method != name:
       raise ValueError(f'`opt_state` holds the state of {state.plan.method!r}, '
                        f'and this method is {name!r}.')
-    return renamed(state, method.name)
+    return renamed(state, held)
 
   def parametrize(params):
     marks = jax.eval_shape(method.init, method.parametrize(params)).marks

@@ -67,8 +67,10 @@ def group(methods: Mapping[str, SparseMethod]) -> SparseMethod:
     made = []
     for index, (plan, extra) in enumerate(zip(state.plan.parts, state.extra)):
       own = {path: marks.get(path) for path, _ in plan.shapes}
-      refreshed = next((state.refreshed[leaf.path] for leaf in plan.leaves),
-                       jnp.zeros((), bool))
+      refreshed = {leaf.path: state.refreshed[leaf.path]
+                   for leaf in plan.leaves}
+      if not plan.parts:  # Not a group itself.
+        refreshed = next(iter(refreshed.values()), jnp.zeros((), bool))
       packed = {path: place for path, place in state.packed.items()
                 if path in plan.by_path}
       made.append(SparseState(state.step, _own_key(state.key, index), own,
@@ -81,11 +83,18 @@ def group(methods: Mapping[str, SparseMethod]) -> SparseMethod:
     for own in made:
       marks |= {path: mark for path, mark in own.marks.items()
                 if mark is not None}
-      refreshed |= {leaf.path: own.refreshed for leaf in own.plan.leaves}
+      refreshed |= {leaf.path: own.refreshed_at(leaf.path)
+                    for leaf in own.plan.leaves}
       packed |= own.packed
     tree = trees.map_leaves(lambda path, leaf: marks.get(path), params)
     return SparseState(step, key, tree, refreshed, plan,
                        tuple(own.extra for own in made), packed)
+
+  def parametrize(params):
+    found = {}
+    for (_, method), own in zip(parts, split(params)):
+      found |= trees.leaves_by_path(method.parametrize(own)) if own else {}
+    return trees.map_leaves(lambda path, leaf: found.get(path, leaf), params)
 
   def init(params, key=None):
     made, data = [], state_lib.key_data(key)
@@ -157,7 +166,7 @@ def group(methods: Mapping[str, SparseMethod]) -> SparseMethod:
 
   every = list(methods.values())
   return SparseMethod(
-      name, lambda params: params, init, read, penalty, refresh_by(update),
+      name, parametrize, init, read, penalty, refresh_by(update),
       update, work=work if all(method.work for method in every) else None,
       operators=operators if any(m.operators for m in every) else None,
       pack=pack if any(method.pack for method in every) else None,

@@ -170,9 +170,13 @@ def _entries(tree: Mapping) -> dict:
 
 
 def _only(tree, replacements, path=()):
-  """The leaves with a replacement, in the same nesting of mappings."""
+  """The leaves with a replacement, in the same nesting."""
+  name = '/'.join(map(str, path))
+  if name in replacements:
+    return replacements[name]
   if not isinstance(tree, Mapping):
-    return replacements.get('/'.join(map(str, path)))
+    return trees.map_leaves(
+        lambda own, leaf: replacements.get(f'{name}/{own}'), tree)
   parts = {key: _only(value, replacements, (*path, key))
            for key, value in tree.items()}
   return {key: part for key, part in parts.items() if part is not None and (

@@ -31,12 +31,14 @@ class Leaf(NamedTuple):
 
   @property
   def count(self) -> int:  # type: ignore[override]
-    """Groups of A in each competition."""
-    return self.layout.keep_count(self.sparsity)
+    """Groups of A in each competition; 0 if a given mask keeps none."""
+    return self.layout.keep_count(self.sparsity) if self.sparsity < 1 else 0
 
   @property
   def backward_count(self) -> int:
     """Groups of B in each competition."""
+    if self.backward_sparsity == 1:
+      return self.count
     return max(self.layout.keep_count(self.backward_sparsity), self.count)
 
   def top(self, scores: jax.Array, k=None, *, among: jax.Array | None = None

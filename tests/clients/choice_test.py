@@ -74,6 +74,34 @@ class GroupTest(parameterized.TestCase):
     masks = method.init(self.params()).forward_masks
     self.assertFalse(np.array_equal(masks['a']['kernel'], masks['b']['kernel']))
 
+  def test_each_method_parametrizes_its_own_leaves(self):
+    alone = sparse_jax.powerprop(sparse_jax.static(.5))
+    method = sparse_jax.group({'a/': alone, 'b/': sparse_jax.static(.5)})
+    tx = sparse_jax.sparsify(optax.sgd(.1), method)
+    params, state = sparse_jax.start(tx, method, self.params())
+    read, masks = method.read(params, state), state.sparse.forward_masks
+    for name in 'ab':
+      np.testing.assert_allclose(
+          read[name]['kernel'], np.where(masks[name]['kernel'],
+                                         self.params()[name]['kernel'], 0),
+          rtol=1e-5)
+    np.testing.assert_array_equal(
+        params['a']['kernel'], alone.parametrize(self.params())['a']['kernel'])
+
+  def test_a_group_may_hold_a_group(self):
+    inner = {'a/': sparse_jax.rigl(.5, update_every=1),
+             'b/': sparse_jax.top_kast(.75, backward_sparsity=.5)}
+    got = []
+    for methods in (inner, {'a/|b/': sparse_jax.group(inner)}):
+      method = sparse_jax.group(methods)
+      tx = sparse_jax.sparsify(optax.sgd(.1), method, key=1)
+      params, state = self.params(), tx.init(self.params())
+      updates, state = jax.jit(tx.update)(params, state, params)
+      got.append((sparse_jax.get_state(state).refreshed, jax.tree.map(
+          lambda mask: int(mask.sum()), state.sparse.forward_masks),
+                  method.read(params, state)['c']))
+    jax.tree.map(np.testing.assert_array_equal, *got)
+
   @parameterized.parameters(
       ({}, 'not empty'), ({'(': sparse_jax.dense()}, 'regular'),
       ({'.*': sparse_jax.str_()}, 'str_'), ({'.*': None}, 'None'),
