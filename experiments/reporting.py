@@ -225,7 +225,7 @@ def markdown_table(
   Args:
     rows: a dict for each row; a value that is absent or None is left blank.
     columns: which to show, in order; None is all, in order of appearance.
-    formats: for a column, which must be shown, a format specification such as
+    formats: for a column, if it is there, a format specification such as
       '.2f', or a function that gives the text. Columns of numbers are aligned
       to the right.
 
@@ -238,8 +238,6 @@ def markdown_table(
   if columns is None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
   formats = formats or {}
-  if unknown := sorted(set(formats) - set(columns)):
-    raise ValueError(f'formats (={unknown}) must be among columns (={columns})')
   shown = [_column(name, [row.get(name) for row in rows],
                    formats.get(name, '')) for name in columns]
   return ''.join(f'|{"|".join(cells)}|\n' for cells in zip(*shown))

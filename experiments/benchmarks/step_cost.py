@@ -14,7 +14,6 @@ this file.
 """
 
 import statistics
-import time
 
 from absl import app
 from absl import flags
@@ -108,22 +107,17 @@ def main(_):
       _NETWORK.value]()
   runs = {name: timing.trainer(loss, method, optax.adam(1e-3), params)[0]
           for name, method in chosen.items()}
-  times = {name: [] for name in runs}
-  for _ in range(_ROUNDS.value):
-    for name, run in runs.items():
-      begin = time.perf_counter()
-      jax.block_until_ready(run())
-      times[name].append(time.perf_counter() - begin)
+  times = timing.interleaved(runs, rounds=_ROUNDS.value)
   rows = []
   dense = statistics.median(times['dense'])
   for name, ts in times.items():
-    ordinary = statistics.median(
-        t for i, t in enumerate(ts) if (i + 1) % PERIOD)
-    refresh = [t for i, t in enumerate(ts) if (i + 1) % PERIOD == 0]
-    whole = ordinary + (statistics.mean(refresh) - ordinary) / PERIOD
+    # Step 1 is not timed.
+    refresh = statistics.mean(ts[PERIOD - 2::PERIOD])
+    del ts[PERIOD - 2::PERIOD]
+    ordinary = statistics.median(ts)
+    whole = ordinary + (refresh - ordinary) / PERIOD
     rows.append({'method': name, 'ordinary step': ordinary / dense,
-                 'with refreshes': whole / dense,
-                 'refresh': statistics.mean(refresh) / dense,
+                 'with refreshes': whole / dense, 'refresh': refresh / dense,
                  'milliseconds': ordinary * 1e3,
                  'examples or tokens a second': examples / ordinary})
   print(reporting.markdown_table(rows, formats={

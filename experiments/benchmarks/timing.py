@@ -6,6 +6,7 @@ where single times do not.
 
 from collections.abc import Callable, Mapping
 import ctypes
+import functools
 import statistics
 import sys
 import time
@@ -35,18 +36,15 @@ def keep_freed_memory() -> None:
       mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD.
 
 
-def interleaved_medians(contenders: Mapping[str, Callable[[], object]], *,
-                        rounds: int, repeats: int = 1,
-                        clock: Callable[[], float] = time.perf_counter
-                        ) -> dict[str, float]:
-  """Median seconds of one call of each contender.
+def interleaved(contenders: Mapping[str, Callable[[], object]], *,
+                rounds: int, repeats: int = 1,
+                clock: Callable[[], float] = time.perf_counter
+                ) -> dict[str, list[float]]:
+  """Seconds of one call of each contender, by round, after one to warm up.
 
-  Args:
-    contenders: `{name: function}`; each is called once to warm up.
-    rounds: how many times each is timed.
-    repeats: calls within one timing, to average over.
-    clock: in seconds. `time.process_time` adds up what all cores spend, and
-      does not see what else the machine is doing.
+  `repeats` calls are averaged over within one timing. `clock` gives seconds:
+  `time.process_time` adds up what all cores spend, and does not see what else
+  the machine is doing.
   """
   for run in contenders.values():
     jax.block_until_ready(run())
@@ -58,32 +56,48 @@ def interleaved_medians(contenders: Mapping[str, Callable[[], object]], *,
         result = run()
       jax.block_until_ready(result)
       times[name].append((clock() - begin) / repeats)
-  return {name: statistics.median(ts) for name, ts in times.items()}
+  return times
 
 
-def trainer(loss: Callable[[Any], jax.Array], method: sparse_jax.SparseMethod,
-            optimizer: optax.GradientTransformation, params: Any
-            ) -> tuple[Callable[[], Any], list[Any]]:
-  """A function that does one step of training, and the state it keeps.
+def interleaved_medians(contenders, **options) -> dict[str, float]:
+  """Median seconds of one call of each; `options` are `interleaved`'s."""
+  return {name: statistics.median(times)
+          for name, times in interleaved(contenders, **options).items()}
 
-  Args:
-    loss: of the weights that the method reads.
-    method: what is trained with.
-    optimizer: likewise.
-    params: the model's, which are copied, since a step takes its own.
+
+def training_step(loss: Callable[..., jax.Array],
+                  method: sparse_jax.SparseMethod,
+                  optimizer: optax.GradientTransformation):
+  """(params -> state, (state, *inputs) -> state), as a user would write them.
+
+  `loss` is of the weights that the method reads, and the inputs.
   """
   tx = sparse_jax.sparsify(optimizer, method)
-  state = list(sparse_jax.start(tx, method, jax.tree.map(jnp.copy, params)))
 
-  def step(params, opt_state):
-    grads = jax.grad(sparse_jax.with_method(loss, method, opt_state))(params)
+  def step(state, *inputs):
+    params, opt_state = state
+    grads = jax.grad(sparse_jax.with_method(loss, method, opt_state))(
+        params, *inputs)
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
-  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state).compile()
+  return functools.partial(sparse_jax.start, tx, method), step
+
+
+def trainer(loss, method, optimizer, params: Any, *inputs
+            ) -> tuple[Callable[[], Any], list[Any], Any]:
+  """A function that does one such step, the state in a list, the program."""
+  start, step = training_step(loss, method, optimizer)
+  state = [start(jax.tree.map(jnp.copy, params))]  # A step takes its own.
+  compiled = jax.jit(step, donate_argnums=0).lower(state[0], *inputs).compile()
 
   def run():
-    state[:] = compiled(*state)
-    return state
+    state[0] = compiled(state[0], *inputs)
+    return state[0]
 
-  return run, state
+  return run, state, compiled
+
+
+def temporaries(compiled) -> float:
+  """MiB that a program takes beside what it is given and returns."""
+  return compiled.memory_analysis().temp_size_in_bytes / 2**20
