@@ -447,11 +447,3 @@ def create(name: str, *, num_classes: int, width: float = 1.0,
   elif dropout:
     raise ValueError(f'dropout must be 0 for {name!r}, got {dropout}')
   return MODELS[name](**kwargs)
-
-
-def kernel_count(model: nn.Module, image_shape: Sequence[int]) -> int:
-  """Counts the entries of a network's kernels, without making any array."""
-  images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  params = jax.eval_shape(functools.partial(model.init, train=False),
-                          jax.random.key(0), images)['params']
-  return sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1)

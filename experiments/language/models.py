@@ -362,12 +362,3 @@ def create(name: str, *, vocab_size: int, dropout: float = 0.0,
       cutoffs=tuple(cut for cut in preset.cutoffs if cut < vocab_size),
       dropout=dropout, dtype=dtype,
       activation_sparsity=activation_sparsity)
-
-
-def kernel_count(model: TransformerXL) -> int:
-  """Counts the entries of kernels and embeddings, without making any array."""
-  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  memory = jax.eval_shape(lambda: init_memory(model, 1, 0))
-  params = jax.eval_shape(functools.partial(model.init, train=False),
-                          jax.random.key(0), tokens, tokens, memory)['params']
-  return sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1)

@@ -17,8 +17,7 @@ _SMALL = 'small_dense'
 # columns, with the sparsity beside the accuracy.
 _OWN, _REACHED = 'own', 'sparsity'
 _WITHOUT_TARGET = ('dense', 'ste', 'sr_ste', 'str', 'dst', 'cs')
-# Widths at which experiments.widths.matching finds that share of the kernels'
-# entries.
+# Widths at which the kernels have that share of the entries, by bisection.
 NARROW = {
     ('mlp', 'fashion_mnist', 1.): {
         80: .21838, 90: .11163, 95: .055024, 98: .021668},
