@@ -218,7 +218,7 @@ class RunTest(parameterized.TestCase):
     stored = json.loads(self._path('result.json').read_text())
     self.assertEqual(stored, json.loads(json.dumps(result)))
     self.assertEqual(stored['flags'], values)
-    if sparsity.has_target(method) or method == 'dense':
+    if sparsity.has(method, 'sparsity') or method == 'dense':
       self.assertAlmostEqual(stored['sparsity'], .9 * (method != 'dense'),
                              delta=.005)
     self.assertGreater(stored['examples_per_second'], 0.)
