@@ -186,14 +186,11 @@ def settled(run: training.Run, state: tasks.TrainState, params, examples
 def prune(run: training.Run, state: tasks.TrainState, examples, by: str,
           sparsity: float, leaves, structure) -> Any:
   """The parameters of a run, pruned, with a bar that says how far it is."""
-  with contextlib.ExitStack() as stack:
-    bars = []
-
+  with reporting.progress(None) as progress:
     def report(path, done, total):
       del path
-      if not bars:  # Now it is known how many layers there are.
-        bars.append(stack.enter_context(reporting.Progress(total, log_every=1)))
-      bars[0].update(done)
+      progress.total = total  # Now it is known how many layers there are.
+      progress.update(done - progress.n)
 
     return one_shot.one_shot(
         lambda *args: loss(run, *args)[0], state.params, examples,

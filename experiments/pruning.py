@@ -93,13 +93,13 @@ def train_on(run: training.Run, step_fn, state: tasks.TrainState, begin: int,
              end: int) -> tasks.TrainState:
   """The state after the batches from `begin` to `end` of the run's data."""
   with (contextlib.closing(run.train_batches(begin)) as batches,
-        reporting.Progress(end, begin, run.values['log_every']) as progress):
-    for done in range(begin, end):
+        reporting.progress(end, begin) as progress):
+    for _ in range(begin, end):
       state = step_fn(state, devices.put_batch(next(batches), run.mesh))
       # On CPU devices that share few cores, steps in flight together can each
       # wait for a part of another.
       jax.block_until_ready(state)
-      progress.update(done + 1)
+      progress.update()
   return state
 
 

@@ -223,9 +223,8 @@ def run_steps(binary: Binary, run: Run) -> dict[str, Any]:
     state, start = first_state(run, checkpoints)
     model = report.followed(run) if run.values['effective_sparsity'] else None
     with (contextlib.closing(run.train_batches(start)) as batches,
-          reporting.open_writers(run.workdir, start + 1) as writers,
-          reporting.Progress(run.train_steps, start, run.values['log_every'],
-                             *reversed(run.units)) as progress):
+          reporting.open_writers(run.workdir, start + 1) as write,
+          reporting.progress(run.train_steps, start) as progress):
       for step in range(start + 1, run.train_steps + 1):
         state = run.step_fn(state, devices.put_batch(next(batches), run.mesh))
         row = measure(run, state, step, model)
@@ -233,9 +232,10 @@ def run_steps(binary: Binary, run: Run) -> dict[str, Any]:
           state, change = run.compare_fn(state)
           row |= {name: float(value) for name, value in change.items()}
         if row:
-          writers.write_scalars(step, row)
-        progress.update(step, **{name: row[name] for name in shown
-                                 if name in row})
+          write(step, row)
+          progress.set_postfix({name: row[name] for name in shown
+                                if name in row}, refresh=False)
+        progress.update()
         checkpoints.save(step, state, force=step == run.train_steps)
         if checkpoints.reached_preemption(step):
           stop(run, checkpoints, state, step)

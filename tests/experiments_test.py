@@ -311,7 +311,7 @@ class RunTest(parameterized.TestCase):
 
   def test_error_ends_thread_and_writers(self):
     closed = []
-    prefetch, close = batching.prefetch, reporting.Writers.close
+    prefetch, close = batching.prefetch, reporting.JsonlWriter.close
 
     def watched(batches):
       try:
@@ -320,7 +320,7 @@ class RunTest(parameterized.TestCase):
         closed.append('thread')
     with (mock.patch.object(batching, 'prefetch', watched),
           mock.patch.object(
-              reporting.Writers, 'close', autospec=True,
+              reporting.JsonlWriter, 'close', autospec=True,
               side_effect=lambda self: (closed.append('files'), close(self))),
           mock.patch.object(training, 'measure', side_effect=OSError)):
       with self.assertRaises(OSError):
