@@ -74,8 +74,40 @@ def _stored_formats(name, data_dir) -> dict[pathlib.Path, list[str]]:
   return formats
 
 
-def cached(prepare_in: Callable[[pathlib.Path], pathlib.Path]) -> pathlib.Path:
-  """Makes an embedded set in the cache folder, unless it is there."""
+def locate(builders: Mapping[str, type[LocalBuilder]], dataset: str,
+           data_dir: str | os.PathLike | None, program: str) -> pathlib.Path:
+  """Finds a prepared set, or says how to prepare it, by `program`.
+
+  Without `data_dir` it is looked for in TFDS's default folder; one that needs
+  no files is made in the cache folder, unless it is there.
+  """
+  if data_dir is not None and not os.fspath(data_dir):
+    raise ValueError(
+        f'data_dir must name a folder, or be None; got {data_dir!r}')
+  builder = builders.get(dataset)
+  is_embedded = builder and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+  if data_dir is None and is_embedded:
+    return _in_cache(lambda folder: prepare(builders, dataset, None, folder))
+  name = builder.name if builder else dataset
+  data_dir = pathlib.Path(data_dir or default_data_dir()).expanduser()
+  found = find(name, data_dir)
+  if found is None:
+    formats = sorted({one for formats in _stored_formats(
+        name, data_dir).values() for one in formats})
+    others = (f' as {FILE_FORMAT}, only as {", ".join(formats)}' if formats
+              else '')
+    advice = (f'Run: python -m {program} --dataset={dataset}'
+              + ('' if is_embedded else ' --source=DIR') if builder else
+              f'Where tensorflow is installed, run: tfds build {dataset} '
+              f'--file_format={FILE_FORMAT}')
+    raise FileNotFoundError(
+        f'{name} is not prepared in data_dir={str(data_dir)!r}{others}. '
+        f'{advice} --data_dir={data_dir}')
+  return found
+
+
+def _in_cache(prepare_in: Callable[[pathlib.Path], pathlib.Path]
+              ) -> pathlib.Path:
   place = 'the cache folder'
   try:
     cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
@@ -108,30 +140,6 @@ def reading(what: str | os.PathLike, *clear: type[Exception]
     raise ValueError(
         f'{what} cannot be read ({type(error).__name__}: {text}); if it is '
         'damaged, delete it and make it again.') from error
-
-
-def require(
-    name: str, data_dir: str | os.PathLike | None,
-    advice: str) -> pathlib.Path:
-  """Finds a prepared data set, or says how to prepare it.
-
-  Without `data_dir` it is looked for in TFDS's default folder. `advice` ends an
-  error's message: the command that prepares it, to which --data_dir is added.
-  """
-  if data_dir is not None and not os.fspath(data_dir):
-    raise ValueError(
-        f'data_dir must name a folder, or be None; got {data_dir!r}')
-  data_dir = pathlib.Path(data_dir or default_data_dir()).expanduser()
-  found = find(name, data_dir)
-  if found is None:
-    formats = sorted({one for formats in _stored_formats(
-        name, data_dir).values() for one in formats})
-    others = (f' as {FILE_FORMAT}, only as {", ".join(formats)}' if formats
-              else '')
-    raise FileNotFoundError(
-        f'{name} is not prepared in data_dir={str(data_dir)!r}{others}. '
-        f'{advice} --data_dir={data_dir}')
-  return found
 
 
 def builder_class(builders: Mapping[str, type[LocalBuilder]], name: str

@@ -100,7 +100,9 @@ def load(
   """
   import tensorflow_datasets as tfds
   from experiments import datasets
-  folder = _find(name, data_dir)
+  from experiments.image import builders
+  folder = datasets.locate(builders.BUILDERS, name, data_dir,
+                           'experiments.image.prepare')
   with datasets.reading(folder):
     builder = tfds.builder_from_directory(folder, file_format='array_record')
     if not DATASETS[name].augmentation.resized_crop:
@@ -174,19 +176,6 @@ def normalise(images: jax.Array, name: str) -> jax.Array:
   mean = jnp.asarray(DATASETS[name].mean, jnp.float32).reshape(channel)
   std = jnp.asarray(DATASETS[name].std, jnp.float32).reshape(channel)
   return (images.astype(jnp.float32) / 255 - mean) / std
-
-
-def _find(name, data_dir):
-  from experiments import datasets
-  from experiments.image import builders
-  if name == 'digits' and data_dir is None:
-    return datasets.cached(lambda folder: builders.prepare(name, None, folder))
-  source = '' if name == 'digits' else ' --source=DIR'
-  advice = f'Run: python -m experiments.image.prepare --dataset={name}{source}'
-  if name == 'imagenet2012':
-    advice = ('Where tensorflow is installed, run: tfds build imagenet2012 '
-              '--file_format=array_record')
-  return datasets.require(name, data_dir, advice)
 
 
 def _in_memory(name, source):

@@ -152,21 +152,11 @@ def _reader(dataset, data_dir, text_file) -> Callable[[str], bytes]:
     raise ValueError(
         f'`text_file` (={str(text_file)!r}) must be left out: '
         f'dataset={dataset!r} does not use it, only text does')
-  folder = _find(dataset, data_dir)
-  return lambda split: _read_records(folder, split)
-
-
-def _find(dataset, data_dir):
   from experiments import datasets
   from experiments.language import corpora
-  if dataset == 'stdlib' and data_dir is None:
-    return datasets.cached(
-        lambda folder: corpora.prepare(dataset, None, folder))
-  source = '' if dataset == 'stdlib' else ' --source=DIR'
-  return datasets.require(
-      corpora.BUILDERS[dataset].name, data_dir,
-      f'Run: python -m experiments.language.prepare --dataset={dataset}'
-      f'{source}')
+  folder = datasets.locate(corpora.BUILDERS, dataset, data_dir,
+                           'experiments.language.prepare')
+  return lambda split: _read_records(folder, split)
 
 
 def _read_records(folder, split):
