@@ -1,9 +1,8 @@
 """The image classifiers that sparse training is measured on, in Flax linen.
 
     logits = model.apply(variables, images, train=False)
-    logits, updates = model.apply(
-        variables, images, train=True, mutable=['batch_stats'],
-        rngs={'dropout': key})
+    logits, updates = model.apply(variables, images, train=True, rngs=...,
+                                  mutable=['batch_stats'])
 
 Images are float[B, H, W, C] and logits are float32[B, num_classes]. Parameters
 and batch statistics are float32 whatever `dtype`, which only sets the type the
@@ -304,7 +303,7 @@ class DenseNet121(Network):
   """DenseNet-121: growth 32, compression 0.5.
 
   `width` multiplies the 64 channels of the stem, the 32 that a layer appends
-  and the 128 of its bottleneck; other counts follow. Kernels are He over fan-in.
+  and the 128 of its bottleneck; other counts follow. Kernels: He over fan-in.
 
   Reference: Huang et al., 2016, https://arxiv.org/abs/1608.06993, table 1.
   """
