@@ -21,10 +21,9 @@ FILE_FORMAT = 'array_record'
 class LocalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """What the builders share.
 
-  A subclass has `read(source)`, which gives the examples of every split from
-  the files of a folder, and `check(split, examples)`, which raises a ValueError
-  if these cannot be the split. One whose files the user must provide says in
-  MANUAL_DOWNLOAD_INSTRUCTIONS what they are.
+  A subclass has `read(source)`, the examples of every split from the files of a
+  folder, and `check(split, examples)`, which raises a ValueError if they cannot
+  be the split. MANUAL_DOWNLOAD_INSTRUCTIONS say which files the user provides.
   """
 
   VERSION = tfds.core.Version('1.0.0')
@@ -160,14 +159,11 @@ def prepare(
     ) -> pathlib.Path:
   """Writes a data set to where TFDS looks for it, unless it is there.
 
-  The set is written in a scratch folder inside `data_dir` and moved in one
-  step, so that whatever is found at its place is whole. Two processes may
-  prepare one set at once: the later one throws its own away. A process killed
-  meanwhile leaves at most a scratch folder, `.<name>.*`, to delete.
-
-  `source` is the folder with the files as published, of a builder that has
-  MANUAL_DOWNLOAD_INSTRUCTIONS, `data_dir` that of all sets, made if absent.
-  A ValueError or FileNotFoundError says that a file is corrupt or not there.
+  It is written in a scratch folder inside `data_dir` and moved in one step, so
+  that what is found is whole, also if two processes prepare it at once. A
+  killed process leaves at most a scratch folder, `.<name>.*`, to delete. A
+  ValueError or FileNotFoundError says which file of `source` is corrupt or not
+  there.
   """
   chosen = builder_class(builders, name)
   data_dir = pathlib.Path(data_dir).expanduser()

@@ -88,12 +88,10 @@ def open_run(workdir: str) -> tuple[training.Binary, training.Run]:
 
 
 def study(workdir: str, settings: Settings) -> list[dict[str, Any]]:
-  """Prunes and fine-tunes a run in every way that is asked for.
+  """Prunes and fine-tunes a run in every way; the rows of one_shot.json.
 
-  Returns:
-    The rows of one_shot.json, the dense network first: `by`, `sparsity`,
-    `effective_sparsity`, `steps` of training, and the test metric as `pruned`
-    and `fine_tuned`. A bad argument is named before anything runs.
+  The dense network is first: `by`, `sparsity`, `effective_sparsity`, `steps` of
+  training, and the test metric as `pruned` and `fine_tuned`.
   """
   check(settings)
   binary, run = open_run(workdir)

@@ -140,10 +140,9 @@ def look(run, state: tasks.TrainState, model, paths: Sequence[str],
          is_image: bool) -> dict[str, Any]:
   """What is drawn of masks and weights, small enough for any host.
 
-  Returns:
-    `masks`: by layer, in the network's order, densities of squares of what is
-    kept and of what is on a path; and, of an image classifier, `first`: the
-    kernel of its first layer as it is read.
+  `masks`: by layer, in the network's order, densities of squares of what is
+  kept and of what is on a path; of an image classifier `first`: its first
+  kernel.
   """
   sparse = sparse_jax.get_state(state.opt_state)
   leaves = {path: sparse.plan.by_path[path] for path in paths

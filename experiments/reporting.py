@@ -28,9 +28,8 @@ from experiments import files
 class JsonlWriter:
   """Appends scalars to a file, one JSON object a line, from `start_step` on.
 
-  A line holds the step, the time in seconds since 1970, and the scalars; an
-  infinite or undefined one as null. Lines of `start_step` and later are dropped
-  first, and a last one that was cut short.
+  A line holds the step, the time in seconds since 1970, and the scalars, null
+  if not finite. Lines of `start_step` and later go first, and one cut short.
 
   Law: a run killed at any moment and resumed at `start_step` leaves the lines
   of an unbroken run, the times aside.
@@ -160,12 +159,9 @@ def markdown_table(
     formats: Mapping[str, str | Callable[[Any], str]] | None = None) -> str:
   """Makes a Markdown table that also reads well in a terminal.
 
-  Args:
-    rows: a dict for each row; a value that is absent or None is left blank.
-    columns: which to show, in order; None is all, in order of appearance.
-    formats: for a column, if it is there, a format specification such as
-      '.2f', or a function that gives the text. Columns of numbers are aligned
-      to the right.
+  A value that is absent or None is left blank; `columns` None is all, in order
+  of appearance. `formats` has for a column, if it is there, a format
+  specification or a function that gives the text.
 
   Example:
     >>> print(markdown_table([{'method': 'rigl', 'accuracy': 74.63}]), end='')

@@ -180,12 +180,9 @@ def describe(without_data: Callable[..., tuple[Task, int]],
 def train(binary: Binary, values: Mapping[str, Any]) -> dict[str, Any]:
   """Runs from the last checkpoint, or the start, to the end.
 
-  Returns what result.json holds; `values` are those of the flags by name.
-
-  Raises:
-    ValueError: naming the flag and its value; FileNotFoundError likewise for
-      data that is not there. Nothing has then been written.
-    locking.Held: if another process is at this run.
+  Returns what result.json holds. A ValueError or FileNotFoundError names a
+  flag, before anything is written; locking.Held says that another process is at
+  it.
   """
   workdir = values['workdir'] or run_flags.workdir_name(values)
   devices.check_equal(values, free=('data_dir',))

@@ -39,17 +39,12 @@ def figures(module: Any, values: Mapping[str, Any], topology: str
             ) -> dict[str, Any]:
   """What the compiler says of the step of a run, and of the dense step.
 
-  Args:
-    module: of the run's binary.
-    values: its flags by name.
-    topology: the chips, as 'v5p:4x4x4'.
-
   Returns:
     `chip`, `chips`, `hbm_gib` (that of one), and for 'step' and 'dense' a
     mapping: `needed`, if it does not fit, else `gib` (all that one chip holds
     at once), `state_gib`, `ordinary_ms`, `refresh_ms`, `unknown` (what has no
-    estimate), `collectives` (MiB of each kind in an ordinary step),
-    `seconds` of compiling.
+    estimate), `collectives` (MiB of each kind in an ordinary step), `seconds`
+    of compiling.
   """
   mesh = mesh_of(topology, values['model_parallel'])
   task, steps = module.without_data(values)

@@ -22,11 +22,9 @@ import sparse_jax
 def keep_freed_memory() -> None:
   """Tells the C library's allocator to keep what XLA frees. Call it first.
 
-  Glibc returns blocks above 32 MiB to the system at once. A program whose
-  temporary arrays are just above that pays for fresh pages every step (4,700
-  page faults, a third of the step, of SET in `step_cost`), one just below
-  does not: that is no property of what is measured. Elsewhere this does
-  nothing.
+  Glibc returns blocks above 32 MiB to the system at once; temporary arrays just
+  above that cost fresh pages every step (a third of the step of SET in
+  `step_cost`), which is no property of what is measured.
   """
   if not sys.platform.startswith('linux'):
     return
