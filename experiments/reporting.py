@@ -20,7 +20,6 @@ from typing import Any
 from absl import logging
 import jax
 import numpy as np
-import tqdm
 
 from experiments import files
 
@@ -117,8 +116,9 @@ def open_writers(workdir: str | os.PathLike, start_step: int = 0
     yield write
 
 
-def progress(total: int | None, done: int = 0) -> tqdm.tqdm:
-  """A bar of steps on a terminal; in a log it is renewed once a minute."""
+def progress(total: int | None, done: int = 0):
+  """tqdm's bar of steps on a terminal; in a log it is renewed once a minute."""
+  import tqdm
   return tqdm.tqdm(total=total, initial=done, unit='step', dynamic_ncols=True,
                    mininterval=.2 if sys.stderr.isatty() else 60.,
                    disable=jax.process_index() > 0)

@@ -90,12 +90,7 @@ def problem(side: int, density: float):
 
 def programs(multiply):
   """The product, and the product with both gradients."""
-  def both(x, dy, weight):
-    y, vjp = jax.vjp(multiply, x, weight)
-    grad_x, grad = vjp(dy)
-    return y, grad_x, getattr(grad, 'blocks', grad)
-
-  return {'forward': lambda x, dy, weight: multiply(x, weight), 'both': both}
+  return dict(zip(('forward', 'both'), timing.forward_and_both(multiply)))
 
 
 def work(name: str, x, weight) -> tuple[float, float]:
@@ -140,13 +135,13 @@ def measured(side: int, density: float) -> list[dict]:
       for name, way in ways(implementations(side)).items()}}
   best, rows = peak(jax.devices()[0].device_kind), collections.defaultdict(dict)
   for what in ('forward', 'both'):
-    ready = {name: (jax.jit(programs(way)[what]).lower(x, dy, w).compile(), w)
+    ready = {name: (jax.jit(programs(way)[what]).lower(x, w, dy).compile(), w)
              for name, (way, w) in contenders.items()}
     times = timing.interleaved_medians(
-        {name: functools.partial(run, x, dy, w)
+        {name: functools.partial(run, x, w, dy)
          for name, (run, w) in ready.items()},
         rounds=_ROUNDS.value, repeats=_REPEATS.value)
-    wanted = ready['batched'][0](x, dy, packed)
+    wanted = ready['batched'][0](x, packed, dy)
     for name, (run, weight) in ready.items():
       row = rows[name]
       row.update({'block': side, 'density': density, 'way': name,
@@ -157,7 +152,7 @@ def measured(side: int, density: float) -> list[dict]:
             work(what, x, weight), best)) / times[name]
       row['temporaries MiB'] = timing.temporaries(run)
       row['differs by'] = None if name == 'dense' else (
-          f'{difference(run(x, dy, weight), wanted):.0e}')
+          f'{difference(run(x, weight, dy), wanted):.0e}')
   return list(rows.values())
 
 
@@ -176,7 +171,7 @@ def estimated(mesh, folder: str, side: int, density: float) -> list[dict]:
       multiply, weight = (jnp.matmul, jax.ShapeDtypeStruct(
           packed.shape, packed.dtype)) if name == 'dense' else (
               ways([name])[name], packed)
-      args = compiling.placed((x, dy, weight), whole)
+      args = compiling.placed((x, weight, dy), whole)
       for path in glob.glob(os.path.join(folder, '*')):
         os.remove(path)
       with jax.set_mesh(mesh):

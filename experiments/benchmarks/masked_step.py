@@ -38,17 +38,6 @@ _METHODS = flags.DEFINE_list('methods', [], 'Only these; all if empty.')
 _ROUNDS = flags.DEFINE_integer('rounds', 60, 'Timings of each contender.')
 
 
-def methods() -> dict[str, sparse_jax.SparseMethod]:
-  every = dict(update_every=100)
-  return {
-      'dense': sparse_jax.dense(), 'static': sparse_jax.static(.9),
-      'top_kast': sparse_jax.top_kast(.9, backward_sparsity=.8, **every),
-      'set': sparse_jax.set_(.9, **every),
-      'rigl': sparse_jax.rigl(.9, **every),
-      'snfs': sparse_jax.snfs(.9, **every),
-      'gmp': sparse_jax.gmp(.9, update_end=10**6, **every)}
-
-
 def loss(weights, x):
   for i in range(3):
     layer = jax.tree.map(lambda w: w.astype(x.dtype), weights[f'layer{i}'])
@@ -103,8 +92,9 @@ def measured(chosen) -> list[dict]:
 
 
 def main(_):
-  chosen = {name: method for name, method in methods().items()
-            if name == 'dense' or not _METHODS.value or name in _METHODS.value}
+  every = {'update_every': 100}
+  chosen = timing.chosen(timing.methods(every) | {
+      'snfs': sparse_jax.snfs(.9, **every)}, _METHODS.value)
   rows = measured(chosen) if _RUN.value else estimated(chosen)
   dense = dict(rows[0])
   for row in rows:

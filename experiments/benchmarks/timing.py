@@ -4,7 +4,7 @@ What disturbs the machine then disturbs all alike, and ratios of medians hold
 where single times do not.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import ctypes
 import functools
 import statistics
@@ -61,6 +61,34 @@ def interleaved_medians(contenders, **options) -> dict[str, float]:
   """Median seconds of one call of each; `options` are `interleaved`'s."""
   return {name: statistics.median(times)
           for name, times in interleaved(contenders, **options).items()}
+
+
+def methods(every: Mapping[str, int], **options
+            ) -> dict[str, sparse_jax.SparseMethod]:
+  """What is timed at 90%, `every` saying how often masks move."""
+  return {
+      'dense': sparse_jax.dense(), 'static': sparse_jax.static(.9, **options),
+      'gmp': sparse_jax.gmp(.9, update_end=10**6, **every, **options),
+      'top_kast': sparse_jax.top_kast(.9, backward_sparsity=.8, **every,
+                                      **options),
+      'set': sparse_jax.set_(.9, **every, **options),
+      'rigl': sparse_jax.rigl(.9, **every, **options)}
+
+
+def chosen(rows: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+  """The named ones beside the dense one; all if no name is given."""
+  return {name: row for name, row in rows.items()
+          if name == 'dense' or not names or name in names}
+
+
+def forward_and_both(multiply):
+  """A product, and the product with both gradients: of x, a weight, dy."""
+  def both(x, weight, dy):
+    y, vjp = jax.vjp(multiply, x, weight)
+    grad_x, grad = vjp(dy)
+    return y, grad_x, getattr(grad, 'blocks', grad)
+
+  return lambda x, weight, dy: multiply(x, weight), both
 
 
 def training_step(loss: Callable[..., jax.Array],
