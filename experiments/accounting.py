@@ -16,25 +16,19 @@ from sparse_jax.rules import state
 def figures(apply: Callable[..., Any], params: Any, inputs: Any,
             method: sparse_jax.SparseMethod, summary: sparse_jax.Summary,
             steps: int, opt_state: Any) -> dict[str, Any]:
-  """FLOPs of training and inference by a method.
+  """FLOPs and bytes of a method, in training and inference.
 
-  Args:
-    apply: `(weights, inputs) -> outputs` of the model.
-    params, inputs: weights and one example, or their shapes.
-    method: what it is trained with.
-    summary: the masks at the end. A method whose sparsity is an outcome (STR,
-      DST) states no work; its densities at the end then count for all steps.
-    steps: length of the run.
-    opt_state: at the end, for budgets that moved between leaves.
+  `apply` is `(weights, inputs) -> outputs` of one example, `summary` has the
+  masks at the end, `opt_state` budgets that moved between leaves. A method
+  whose sparsity is an outcome states no work; its densities at the end count
+  instead.
 
   Returns:
-    `flops`: multiply-adds of one dense forward pass of an example;
-    `inference_multiplier`, with the masks at the end, and
-    `training_multiplier`: as a fraction of the dense ones, in multiply-adds
-    (SWAT's convention); `training_multiplier_rigl`: in RigL's;
-    `theoretical_speedup`: of training, if time followed multiply-adds;
-    `weight_bytes`, `dense_weight_bytes`: of the weights that inference reads,
-    with a bit for each entry of a mask.
+    `flops`: multiply-adds of one dense forward pass; `inference_multiplier` and
+    `training_multiplier`: fractions of the dense ones (SWAT's convention);
+    `training_multiplier_rigl`: in RigL's; `theoretical_speedup`: of training,
+    if time followed multiply-adds; `weight_bytes`, `dense_weight_bytes`: of
+    what inference reads, with a bit for each entry of a mask.
   """
   shapes = jax.eval_shape(lambda tree: tree, params)
   at_end = {row.path: state.Work(row.forward_density, row.forward_density,
@@ -63,17 +57,13 @@ def forecast(loss: Callable[..., Any], state: Any, one: Any, two: Any,
              ) -> dict[str, float]:
   """What a run will need, from shapes alone: before anyone pays for it.
 
-  Args:
-    loss: `(weights, *inputs) -> loss` of a batch.
-    state: shapes of the state of a run, with `params` and `opt_state`.
-    one, two: inputs of a batch of one and of two examples, or their shapes.
-    method, batch_size, steps: of the training.
+  `loss` is `(weights, *inputs) -> loss`, `one` and `two` are the inputs of a
+  batch of so many examples.
 
   Returns:
     `parameters`; `training_flops`, multiply-adds of the whole run if nothing
-    that is zero is computed; `weight_bytes`, `optimizer_bytes` (masks
-    included) and `activation_bytes` (saved for the backward pass of a whole
-    batch), as dense arrays.
+    that is zero is computed; as dense arrays `weight_bytes`, `optimizer_bytes`
+    (with masks) and `activation_bytes` (saved for the backward pass).
   """
   weights = jax.eval_shape(functools.partial(sparse_jax.dense_weights, method),
                            state.params, state.opt_state)
@@ -95,11 +85,8 @@ def held(weights: Any, params: Any, opt_state: Any, optimizer: Any
          ) -> dict[str, int]:
   """Bytes that training holds from step to step, beside those of dense.
 
-  Args:
-    weights: shapes of the model's dense weights.
-    params, opt_state: as training holds them; a packed method's reservoir is
-      in host memory.
-    optimizer: the Optax optimizer inside `sparsify`.
+  `weights` are shapes of the dense weights, `optimizer` is that inside
+  `sparsify`. A packed method's reservoir is in host memory.
   """
   packed = sparse_jax.get_state(opt_state).packed.values()
   host = _size([place.reservoir for place in packed])

@@ -79,13 +79,8 @@ def check(directory: str | os.PathLike, *, config: Mapping[str, Any],
 class Checkpoints(contextlib.AbstractContextManager):
   """The checkpoints of one run, in a directory that is new or the same run's.
 
-  Args:
-    directory: absent, empty, or one that was opened before.
-    save_every: steps between checkpoints.
-    config: the run's flags by name; values that JSON can hold.
-    free: names in `config` that may differ from the stored ones. The stored
-      file always stays as the run's first process wrote it.
-    guard: asked by `reached_preemption`.
+  `config` are the run's flags, of which those in `free` may differ from the
+  stored ones; the stored file stays as the run's first process wrote it.
 
   Raises:
     ValueError: if the stored config differs, naming each flag and both values.
@@ -117,14 +112,12 @@ class Checkpoints(contextlib.AbstractContextManager):
   def restore_latest(self, target: Any) -> tuple[Any, int] | None:
     """Reads the newest checkpoint that can be read, and its step; None of none.
 
-    One that cannot be is passed over with a logged warning and stays on disk.
-    Every leaf is compared with the checksum taken when it was saved. The state
-    is bit for bit the one saved, on the shardings of the target (a state, or
-    `abstract` of one).
+    One that cannot be is passed over with a warning and stays on disk. Every
+    leaf is compared with its checksum. The state is bit for bit the one saved,
+    on the shardings of the target (a state, or `abstract` of one).
 
-    Raises:
-      ValueError: if a checkpoint has other leaves, shapes or dtypes.
-      RuntimeError: if there are checkpoints and none can be read.
+    A ValueError if a checkpoint has other leaves, shapes or dtypes; a
+    RuntimeError if there are some and none can be read.
     """
     self.wait()
     target = abstract(target)
@@ -145,14 +138,11 @@ class Checkpoints(contextlib.AbstractContextManager):
   def save(self, step: int, state: Any, force: bool = False) -> bool:
     """Saves the state in the background, if it is time; whether a save began.
 
-    It is time if `step` is a multiple of `save_every`, or by `force`, unless it
-    is the newest checkpoint already. The values are copied out before this
-    returns: the arrays may be donated.
+    It is time at a multiple of `save_every`, or by `force`, unless it is the
+    newest checkpoint already. The arrays may be donated once this returns.
 
-    Raises:
-      OSError: if this write or the one before failed, naming the directory.
-      ValueError: if a checkpoint newer than `step` exists: the caller did not
-        start from it.
+    An OSError names the directory if this write or the one before failed; a
+    ValueError says that the caller did not start from the newest checkpoint.
     """
     if self._pending is not None and not self._manager.is_saving_in_progress():
       self.wait()

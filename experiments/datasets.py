@@ -21,10 +21,9 @@ FILE_FORMAT = 'array_record'
 class LocalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """What the builders share.
 
-  A subclass has `read(source)`, which gives the examples of every split from
-  the files of a folder, and `check(split, examples)`, which raises a ValueError
-  if these cannot be the split. One whose files the user must provide says in
-  MANUAL_DOWNLOAD_INSTRUCTIONS what they are.
+  A subclass has `read(source)`, the examples of every split from the files of a
+  folder, and `check(split, examples)`, which raises a ValueError if they cannot
+  be the split. MANUAL_DOWNLOAD_INSTRUCTIONS say which files the user provides.
   """
 
   VERSION = tfds.core.Version('1.0.0')
@@ -74,8 +73,40 @@ def _stored_formats(name, data_dir) -> dict[pathlib.Path, list[str]]:
   return formats
 
 
-def cached(prepare_in: Callable[[pathlib.Path], pathlib.Path]) -> pathlib.Path:
-  """Makes an embedded set in the cache folder, unless it is there."""
+def locate(builders: Mapping[str, type[LocalBuilder]], dataset: str,
+           data_dir: str | os.PathLike | None, program: str) -> pathlib.Path:
+  """Finds a prepared set, or says how to prepare it, by `program`.
+
+  Without `data_dir` it is looked for in TFDS's default folder; one that needs
+  no files is made in the cache folder, unless it is there.
+  """
+  if data_dir is not None and not os.fspath(data_dir):
+    raise ValueError(
+        f'data_dir must name a folder, or be None; got {data_dir!r}')
+  builder = builders.get(dataset)
+  is_embedded = builder and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+  if data_dir is None and is_embedded:
+    return _in_cache(lambda folder: prepare(builders, dataset, None, folder))
+  name = builder.name if builder else dataset
+  data_dir = pathlib.Path(data_dir or default_data_dir()).expanduser()
+  found = find(name, data_dir)
+  if found is None:
+    formats = sorted({one for formats in _stored_formats(
+        name, data_dir).values() for one in formats})
+    others = (f' as {FILE_FORMAT}, only as {", ".join(formats)}' if formats
+              else '')
+    advice = (f'Run: python -m {program} --dataset={dataset}'
+              + ('' if is_embedded else ' --source=DIR') if builder else
+              f'Where tensorflow is installed, run: tfds build {dataset} '
+              f'--file_format={FILE_FORMAT}')
+    raise FileNotFoundError(
+        f'{name} is not prepared in data_dir={str(data_dir)!r}{others}. '
+        f'{advice} --data_dir={data_dir}')
+  return found
+
+
+def _in_cache(prepare_in: Callable[[pathlib.Path], pathlib.Path]
+              ) -> pathlib.Path:
   place = 'the cache folder'
   try:
     cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
@@ -110,30 +141,6 @@ def reading(what: str | os.PathLike, *clear: type[Exception]
         'damaged, delete it and make it again.') from error
 
 
-def require(
-    name: str, data_dir: str | os.PathLike | None,
-    advice: str) -> pathlib.Path:
-  """Finds a prepared data set, or says how to prepare it.
-
-  Without `data_dir` it is looked for in TFDS's default folder. `advice` ends an
-  error's message: the command that prepares it, to which --data_dir is added.
-  """
-  if data_dir is not None and not os.fspath(data_dir):
-    raise ValueError(
-        f'data_dir must name a folder, or be None; got {data_dir!r}')
-  data_dir = pathlib.Path(data_dir or default_data_dir()).expanduser()
-  found = find(name, data_dir)
-  if found is None:
-    formats = sorted({one for formats in _stored_formats(
-        name, data_dir).values() for one in formats})
-    others = (f' as {FILE_FORMAT}, only as {", ".join(formats)}' if formats
-              else '')
-    raise FileNotFoundError(
-        f'{name} is not prepared in data_dir={str(data_dir)!r}{others}. '
-        f'{advice} --data_dir={data_dir}')
-  return found
-
-
 def builder_class(builders: Mapping[str, type[LocalBuilder]], name: str
                   ) -> type[LocalBuilder]:
   """The builder of that key; a ValueError if there is none."""
@@ -152,14 +159,11 @@ def prepare(
     ) -> pathlib.Path:
   """Writes a data set to where TFDS looks for it, unless it is there.
 
-  The set is written in a scratch folder inside `data_dir` and moved in one
-  step, so that whatever is found at its place is whole. Two processes may
-  prepare one set at once: the later one throws its own away. A process killed
-  meanwhile leaves at most a scratch folder, `.<name>.*`, to delete.
-
-  `source` is the folder with the files as published, of a builder that has
-  MANUAL_DOWNLOAD_INSTRUCTIONS, `data_dir` that of all sets, made if absent.
-  A ValueError or FileNotFoundError says that a file is corrupt or not there.
+  It is written in a scratch folder inside `data_dir` and moved in one step, so
+  that what is found is whole, also if two processes prepare it at once. A
+  killed process leaves at most a scratch folder, `.<name>.*`, to delete. A
+  ValueError or FileNotFoundError says which file of `source` is corrupt or not
+  there.
   """
   chosen = builder_class(builders, name)
   data_dir = pathlib.Path(data_dir).expanduser()

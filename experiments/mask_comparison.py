@@ -28,16 +28,11 @@ def renewed(noted: dict[str, jax.Array], opt_state: Any
 
 
 def change(noted: dict[str, jax.Array], opt_state: Any) -> dict[str, jax.Array]:
-  """Since the last note, over the layers.
+  """Since the last note, over the layers (Top-KAST's figures 3a and 3b).
 
-  Returns:
-    `mask_change_min`, `_mean`, `_max`: the share of a layer's entries whose
-    place in A differs; `reservoir_used_min`, `_mean`, `_max`: of the entries
-    outside B at the start, the share that has come into A (0 of none).
-
-  Reference:
-    Jayakumar et al., Top-KAST, 2020, https://arxiv.org/abs/2106.03517,
-    figures 3a and 3b.
+  `mask_change_min`, `_mean`, `_max`: the share of a layer's entries whose place
+  in A differs; `reservoir_used_min`, `_mean`, `_max`: of the entries outside B
+  at the start, the share that has come into A.
   """
   masks = _masks(sparse_jax.get_state(opt_state))
   differ, used = [], []

@@ -206,8 +206,8 @@ def study(train_data, test_data, *, methods, blocks, sparsities, seeds, width,
       (method, 'entries', 1), *((method, arrangement, block)
                                 for block in blocks
                                 for arrangement in ARRANGEMENTS[method])]]
-  row, done = lambda *place: dict(zip(NAMES, place)), itertools.count(1)
-  with reporting.Progress(len(seeds) * len(sparsities) * len(todo)) as progress:
+  row = lambda *place: dict(zip(NAMES, place))
+  with reporting.progress(len(seeds) * len(sparsities) * len(todo)) as progress:
     for seed in seeds:
       key = jax.random.key(seed)
       first = network(key, inputs, width)
@@ -224,7 +224,7 @@ def study(train_data, test_data, *, methods, blocks, sparsities, seeds, width,
             params, train_data, test_data, orders, method=method,
             arrangement=arrangement, block=block, sparsity=sparsity / 100,
             steps=length, key=own_key)
-        progress.update(next(done))
+        progress.update()
 
 
 def summary(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:

@@ -20,11 +20,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]],
                     metric: str = 'accuracy'):
   """Draws a metric, how much the masks change, and what is left, by step.
 
-  Args:
-    rows: metrics with `step` and any of `train_<metric>`, `test_<metric>`;
-      `churn_min`, `churn_mean`, `churn_max` over the layers; `sparsity` and
-      `effective_sparsity`. There is no panel of what all rows lack; missing
-      values and nan are gaps.
+  There is no panel of what all rows lack; missing values and nan are gaps.
   """
   plots.check(rows)
   panels = [_draw_metric]
@@ -51,12 +47,8 @@ def layer_density(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
                   title: str = 'Density of each layer'):
   """Draws how much of each layer is kept, the first row on top.
 
-  The bar of the forward set lies inside that of the backward set, as the sets
-  do; a line marks how much of it is on a path from an input to an output.
-
-  Args:
-    rows: dicts with `layer`, `forward_density` and perhaps `backward_density`,
-      `effective_density`, and `collapsed`.
+  The bar of the forward set lies inside that of the backward set; a line marks
+  how much of it is on a path from an input to an output.
   """
   plots.check(rows)
   fontsize, height = (9, .26) if len(rows) <= 30 else (7, .17)
@@ -131,12 +123,10 @@ def masks(layers: Mapping[str, tuple[np.ndarray, np.ndarray]],
 def receptive_fields(fields: np.ndarray, read: np.ndarray | None,
                      path: str | os.PathLike,
                      title: str = 'What the first layer reads') -> None:
-  """Draws the weights of units on the image that they read.
+  """Draws the weights of units, float[units, height, width], as images.
 
-  Args:
-    fields: float[units, height, width], the weights; zeros are white.
-    read: float[height, width], how many units read each pixel; None to leave
-      that panel out.
+  `read` float[height, width] says how many units read each pixel; None leaves
+  that panel out.
   """
   rows = 3 if len(fields) > 8 else 1
   columns = -(-len(fields) // rows)

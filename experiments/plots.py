@@ -57,20 +57,17 @@ def lines(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
           published: bool = True) -> None:
   """Draws a line for each row of a table, named beside the axes.
 
-  Published points are hollow, on dashed lines; ours are filled, on full ones,
-  with the deviation over the seeds as a bar. A row of one point is a point; but
-  the row 'dense' and, on an axis of sparsities, one at 0 are dashed lines
-  across, to compare with, which bear their names. Few points that lie far from
-  all others are left out, and counted.
+  Published points are hollow, on dashed lines; ours are filled, with the
+  deviation as a bar. The row 'dense' and, on an axis of sparsities, one at 0
+  are dashed lines across. Few points that lie far from all others are left out,
+  and counted.
 
   Args:
     rows: dicts with `row`, `published`, `published_x`, `ours`, `deviation` and
-      `x`; what is None or absent is left out. Rows take colour and marker in
-      order of appearance.
+      `x`; what is None or absent is left out.
     scale: 'linear', 'log', or 'sparsity': of percent, logarithmic in what is
       left, so that 80, 90, 95 and 98 stand apart.
-    published: whether the published points are drawn too; those of another
-      network would leave no room for ours.
+    published: whether the published points are drawn too.
   """
   check(rows)
   names = list(dict.fromkeys(row['row'] for row in rows))

@@ -9,7 +9,6 @@ asked to stop and has saved, with 76 if another process is at its run, and with
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
-import inspect
 import re
 import sys
 import textwrap
@@ -130,30 +129,12 @@ def _title(module: str) -> str | None:
 def _entry(flag: flags.Flag) -> str:
   """A flag, what it is for and its default in brackets."""
   text = ' '.join(flag.help.split())
-  default = str(flag.default_as_str or '').strip("'")
-  if not default and 'Default:' not in text:
-    default = _by_method(flag.name)
-  if default:
+  if default := str(flag.default_as_str or '').strip("'"):
     text += f' [{default}]'
   name = f'--[no]{flag.name}' if flag.boolean else f'--{flag.name}=...'
   return '\n'.join([f'  {name}', *textwrap.wrap(
       text, 78, initial_indent=_INDENT, subsequent_indent=_INDENT,
       break_long_words=False)]) + '\n'
-
-
-def _by_method(flag: str) -> str:
-  """The defaults that each method has for a flag, as its paper sets them."""
-  sparsity = sys.modules.get('experiments.sparsity')
-  if sparsity is None or flag not in sparsity.ARGUMENTS:
-    return ''
-  found = {}
-  for name, constructor in sparsity.METHODS.items():
-    parameter = inspect.signature(constructor).parameters.get(
-        sparsity.ARGUMENTS[flag])
-    if parameter and isinstance(parameter.default, (int, float, str)):
-      found.setdefault(str(parameter.default), []).append(name)
-  return '; '.join(f'{value}: {", ".join(names)}'
-                   for value, names in found.items())
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

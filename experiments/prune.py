@@ -88,12 +88,10 @@ def open_run(workdir: str) -> tuple[training.Binary, training.Run]:
 
 
 def study(workdir: str, settings: Settings) -> list[dict[str, Any]]:
-  """Prunes and fine-tunes a run in every way that is asked for.
+  """Prunes and fine-tunes a run in every way; the rows of one_shot.json.
 
-  Returns:
-    The rows of one_shot.json, the dense network first: `by`, `sparsity`,
-    `effective_sparsity`, `steps` of training, and the test metric as `pruned`
-    and `fine_tuned`. A bad argument is named before anything runs.
+  The dense network is first: `by`, `sparsity`, `effective_sparsity`, `steps` of
+  training, and the test metric as `pruned` and `fine_tuned`.
   """
   check(settings)
   binary, run = open_run(workdir)
@@ -186,14 +184,11 @@ def settled(run: training.Run, state: tasks.TrainState, params, examples
 def prune(run: training.Run, state: tasks.TrainState, examples, by: str,
           sparsity: float, leaves, structure) -> Any:
   """The parameters of a run, pruned, with a bar that says how far it is."""
-  with contextlib.ExitStack() as stack:
-    bars = []
-
+  with reporting.progress(None) as progress:
     def report(path, done, total):
       del path
-      if not bars:  # Now it is known how many layers there are.
-        bars.append(stack.enter_context(reporting.Progress(total, log_every=1)))
-      bars[0].update(done)
+      progress.total = total  # Now it is known how many layers there are.
+      progress.update(done - progress.n)
 
     return one_shot.one_shot(
         lambda *args: loss(run, *args)[0], state.params, examples,

@@ -28,13 +28,9 @@ def fine_tune(run: training.Run, state: tasks.TrainState, masks, *,
               distill: float = 0.) -> tasks.TrainState:
   """Trains on at a constant rate; what is zero stays zero.
 
-  Args:
-    run: the dense run.
-    state: where it begins.
-    masks: bool masks of the leaves that have zeros.
-    begin, steps: after how many of the run's batches, and how many.
-    learning_rate: of the run's optimizer.
-    teacher, distill: parameters of the dense network; its share of the loss.
+  After `begin` of the run's batches come `steps`. `masks` are those of the
+  leaves that have zeros, `teacher` the parameters of the dense network,
+  `distill` its share of the loss.
   """
   task = with_masks(run.task, optimization.make(
       {**run.values, 'warmup_share': 0., 'lr_schedule': 'constant',
@@ -93,13 +89,13 @@ def train_on(run: training.Run, step_fn, state: tasks.TrainState, begin: int,
              end: int) -> tasks.TrainState:
   """The state after the batches from `begin` to `end` of the run's data."""
   with (contextlib.closing(run.train_batches(begin)) as batches,
-        reporting.Progress(end, begin, run.values['log_every']) as progress):
-    for done in range(begin, end):
+        reporting.progress(end, begin) as progress):
+    for _ in range(begin, end):
       state = step_fn(state, devices.put_batch(next(batches), run.mesh))
       # On CPU devices that share few cores, steps in flight together can each
       # wait for a part of another.
       jax.block_until_ready(state)
-      progress.update(done + 1)
+      progress.update()
   return state
 
 
@@ -123,11 +119,9 @@ def ticket(run: training.Run, params, sparsity: float, leaves, structure,
            rewind_to: int) -> tuple[Any, int]:
   """The weights that iterative magnitude pruning ends with, and all its steps.
 
-  Each round prunes `ROUND` of what is left of each leaf, returns the rest to
-  its values at `rewind_to` and trains from there to the end by the run's own
-  schedule (Frankle et al., 2019, arXiv:1903.01611); N of M in one round. The
-  early values are made by running the first steps once more, which are the same
-  bit for bit.
+  Each round prunes `ROUND` of what is left of each leaf (N of M in one round),
+  returns the rest to its values at `rewind_to` and trains to the end by the
+  run's own schedule (Frankle et al., 2019, arXiv:1903.01611).
   """
   rounds = 1 if isinstance(structure, sparse_jax.NM) else max(
       math.ceil(math.log(1 - sparsity) / math.log(1 - ROUND) - 1e-9), 1)

@@ -140,10 +140,9 @@ def look(run, state: tasks.TrainState, model, paths: Sequence[str],
          is_image: bool) -> dict[str, Any]:
   """What is drawn of masks and weights, small enough for any host.
 
-  Returns:
-    `masks`: by layer, in the network's order, densities of squares of what is
-    kept and of what is on a path; and, of an image classifier, `first`: the
-    kernel of its first layer as it is read.
+  `masks`: by layer, in the network's order, densities of squares of what is
+  kept and of what is on a path; of an image classifier `first`: its first
+  kernel.
   """
   sparse = sparse_jax.get_state(state.opt_state)
   leaves = {path: sparse.plan.by_path[path] for path in paths
@@ -205,9 +204,9 @@ def draw(binary, result: Mapping[str, Any], rows, seen: Mapping[str, Any],
   at = lambda name: os.path.join(workdir, f'{name}.png')
   pictures.training_curves(rows, at('training'), title(result),
                            binary.metric(result['flags']))
-  layers = [{'layer': layer['path'], **layer} for layer in result['layers'][:-1]
-            if layer['sparse']]
-  pictures.layer_density(layers or [{'layer': 'all', 'forward_density': 1.}],
+  rows = [{'layer': layer['path'], **layer} for layer in result['layers'][:-1]
+          if layer['sparse']]
+  pictures.layer_density(rows or [{'layer': 'all', 'forward_density': 1.}],
                          at('layers'))
   if seen['masks']:
     pictures.masks(seen['masks'], at('masks'))
@@ -221,8 +220,7 @@ def draw(binary, result: Mapping[str, Any], rows, seen: Mapping[str, Any],
 
 def show(binary, result: Mapping[str, Any], workdir: str) -> None:
   """Prints the table of layers and the last line."""
-  rows = [sparse_jax.summary.Row(**layer) for layer in result['layers']]
-  print(sparse_jax.Summary(tuple(rows[:-1]), rows[-1]))
+  print(layers(result))
   print(' '.join(measured(binary, result)) + f', sparsity '
         f'{result["sparsity"]:.2%}, {result["steps"]} steps')
   cost = result['cost']
@@ -230,6 +228,12 @@ def show(binary, result: Mapping[str, Any], workdir: str) -> None:
         f'training, {cost["inference_multiplier"]:.2%} in inference')
   print(f'pictures and metrics: {workdir}, to show: '
         f'{os.path.join(workdir, "report.html")}', flush=True)
+
+
+def layers(result: Mapping[str, Any]) -> sparse_jax.Summary:
+  """The table of layers."""
+  *rows, total = (sparse_jax.summary.Row(**layer) for layer in result['layers'])
+  return sparse_jax.Summary(tuple(rows), total)
 
 
 def title(result: Mapping[str, Any]) -> str:
@@ -252,10 +256,6 @@ dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr));
      gap: .8rem; margin: 1.4rem 0 } dl div { border-top: 3px solid #0072b2;
      padding-top: .3rem } dt { color: #666; font-size: .85rem }
 dd { margin: 0; font-size: 1.35rem; font-weight: 600 }
-table { border-collapse: collapse; font-size: .85rem; width: 100% }
-th { text-align: left; border-bottom: 1px solid #999; font-weight: 600 }
-td, th { padding: .15rem .5rem } td { border-bottom: 1px solid #eee }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 .bad { color: #d55e00 } pre { background: #f5f5f5; padding: .7rem;
       overflow-x: auto; font-size: .85rem }
 </style>
@@ -264,13 +264,13 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 $warning
 $pictures
 <h2>Layers</h2>
-<table>$layers</table>
-<p class="quiet">In the order in which the network uses them. Dead units are
-outputs into which no weight leads and inputs that none reads$paths.</p>
+<pre>$layers</pre>
+<p class="quiet">In the order in which the network uses them. Effective is what
+is on a path from an input to an output, dead are outputs into which no weight
+leads and inputs that none reads.</p>
 <h2>Made by</h2><pre>$command</pre>
 </html>
 """)
-_NUMBER = ' class="number"'
 _PICTURES = {'training': 'Training', 'layers': 'Density of each layer',
              'masks': 'Masks', 'first_layer': 'First layer'}
 
@@ -285,7 +285,6 @@ def page(binary, result: Mapping[str, Any], workdir: str) -> str:
         data = base64.b64encode(file.read()).decode()
       pictures.append(f'<p><img alt="{alt}" '
                       f'src="data:image/png;base64,{data}"></p>')
-  followed_ = result['effective_sparsity'] is not None
   warning = ''
   if result['collapsed']:
     warning = ('<p class="bad">Collapsed, with one row or column left or none: '
@@ -297,9 +296,7 @@ def page(binary, result: Mapping[str, Any], workdir: str) -> str:
       figures=''.join(f'<div><dt>{html.escape(name)}</dt><dd>{value}</dd></div>'
                       for name, value in figures(binary, result).items()),
       warning=warning, pictures='\n'.join(pictures),
-      layers=_layers(result['layers'], followed_),
-      paths=(', as far as paths from an input to an output go'
-             if followed_ else ''),
+      layers=html.escape(str(layers(result))),
       command=html.escape(command(result)))
 
 
@@ -333,27 +330,3 @@ def command(result: Mapping[str, Any]) -> str:
                if value not in (None, [], '') and name not in ('workdir',
                                                                'data_dir')]
   return ' \\\n    '.join([f'python -m {result["program"]}', *arguments])
-
-
-def _layers(layers, followed_) -> str:
-  """The rows of the table, the total last."""
-  head = ['layer', 'shape', 'entries', 'kept', *['on a path'] * followed_,
-          'ever active', 'dead units']
-  names = ''.join(f'<th{_NUMBER * (i > 1)}>{name}</th>'
-                  for i, name in enumerate(head))
-  rows = [f'<tr>{names}</tr>']
-  for layer in layers:
-    cells = [layer['path'], ' × '.join(map(str, layer['shape'])),
-             f'{layer["entries"]:,}']
-    if layer['sparse']:
-      cells += [f'{layer["forward_density"]:.2%}',
-                *[f'{layer["effective_density"]:.2%}'] * followed_,
-                f'{layer["ever_active"]:.1%}',
-                f'{layer["dead_outputs"]:,} out, {layer["dead_inputs"]:,} in']
-    else:
-      cells += ['dense', *[''] * (2 + followed_)]
-    row = ''.join(f'<td{_NUMBER * (i > 1)}>{html.escape(cell)}</td>'
-                  for i, cell in enumerate(cells))
-    bad = ' class="bad"' * layer['collapsed']
-    rows.append(f'<tr{bad}>{row}</tr>')
-  return '\n'.join(rows)

@@ -1,23 +1,21 @@
-"""What a run writes down: metrics by step, a progress line, results, tables.
+"""What a run writes down: metrics by step, a bar of progress, results, tables.
 
 A row of metrics belongs to the step that made it, counted from 1, as a
 checkpoint named N is the state after step N. A run that resumes from
 checkpoint N therefore starts at step N + 1 and drops the rows from there on.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import csv
-import datetime
 import io
 import json
 import math
 import os
-import shutil
 import pathlib
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any
 
 from absl import logging
 import jax
@@ -29,9 +27,8 @@ from experiments import files
 class JsonlWriter:
   """Appends scalars to a file, one JSON object a line, from `start_step` on.
 
-  A line holds the step, the time in seconds since 1970, and the scalars; an
-  infinite or undefined one as null. Lines of `start_step` and later are dropped
-  first, and a last one that was cut short.
+  A line holds the step, the time in seconds since 1970, and the scalars, null
+  if not finite. Lines of `start_step` and later go first, and one cut short.
 
   Law: a run killed at any moment and resumed at `start_step` leaves the lines
   of an unbroken run, the times aside.
@@ -93,98 +90,38 @@ class TensorBoardWriter:
                                          **what))
 
 
-class Writers(contextlib.AbstractContextManager):
-  """Writes everything to each of several writers."""
-
-  def __init__(self, writers: Sequence[JsonlWriter | TensorBoardWriter]):
-    self._writers = tuple(writers)
-
-  def __exit__(self, *exc_info):
-    self.close()
-
-  def write_scalars(self, step: int, scalars: Mapping[str, float]):
-    for writer in self._writers:
-      writer.write_scalars(step, scalars)
-
-  def close(self):
-    for writer in self._writers:
-      writer.close()
-
-
-def open_writers(workdir: str | os.PathLike, start_step: int = 0) -> Writers:
+@contextlib.contextmanager
+def open_writers(workdir: str | os.PathLike, start_step: int = 0
+                 ) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
   """Opens `metrics.jsonl` in a folder and, if installed, TensorBoard files.
 
-  They lie in `tensorboard` in it. In every process but the first there are no
-  writers at all, which is no error to write to.
+  These lie in `tensorboard` in it. Gives a function of a step and scalars, of
+  which only that of the first process writes.
   """
-  if jax.process_index() != 0:
-    return Writers(())
-  workdir = pathlib.Path(workdir)
-  writers = [JsonlWriter(workdir / 'metrics.jsonl', start_step)]
-  try:
-    writers.append(TensorBoardWriter(workdir / 'tensorboard', start_step))
-  except ImportError:
-    logging.info('tensorboard is not installed: metrics go to JSON lines only')
-  return Writers(writers)
+  workdir, writers = pathlib.Path(workdir), []
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      writers.append(JsonlWriter(workdir / 'metrics.jsonl', start_step))
+      stack.callback(writers[0].close)
+      try:
+        writers.append(TensorBoardWriter(workdir / 'tensorboard', start_step))
+        stack.callback(writers[1].close)
+      except ImportError:
+        logging.info('tensorboard is not installed: metrics go to JSON lines')
+
+    def write(step, scalars):
+      for writer in writers:
+        writer.write_scalars(step, scalars)
+
+    yield write
 
 
-class Progress(contextlib.AbstractContextManager):
-  """Shows how far a run is, in a line now and then; one line on a terminal.
-
-  Rates count this session's steps only, from the end of its first, which is
-  the one that compiles. Nothing is shown by any process but the first.
-
-  Args:
-    total_steps, steps_done: of the whole run, and before this session.
-    log_every: steps between lines.
-    batch_size, unit: what is in a step over all processes, and its name in the
-      plural; None shows no such rate.
-    stream, clock: where to show it, standard error if None; seconds now.
-  """
-
-  def __init__(self, total_steps: int, steps_done: int = 0,
-               log_every: int = 100, batch_size: int | None = None,
-               unit: str = 'examples', stream: TextIO | None = None,
-               clock: Callable[[], float] = time.monotonic):
-    self._total, self._log_every = total_steps, log_every
-    self._batch_size, self._unit, self._clock = batch_size, unit, clock
-    self._stream = stream or sys.stderr
-    self._begin = None  # Step and time at the end of the first step.
-    self._line_is_open = False
-
-  def __exit__(self, *exc_info):
-    self.close()
-
-  def close(self):
-    """Ends the line on a terminal."""
-    if self._line_is_open:
-      print(file=self._stream, flush=True)
-
-  def update(self, step: int, **values: float):
-    """Notes that `step` steps are done; `values` are shown beside them."""
-    self._begin = self._begin or (step, self._clock())
-    due = step % self._log_every == 0 or step == self._total
-    if due and jax.process_index() == 0:
-      self._line_is_open = self._stream.isatty()
-      line, end = self.line(step, values), '\n'
-      if self._line_is_open:  # A line that wrapped could not be erased.
-        width = shutil.get_terminal_size().columns - 1
-        line, end = f'\r\x1b[K{line[:width]}', ''
-      print(line, end=end, file=self._stream, flush=True)
-
-  def line(self, step: int, values: Mapping[str, float]) -> str:
-    """Steps and share, rates and time to go once there are any, `values`."""
-    parts = [f'step {step}/{self._total}', f'{step / max(1, self._total):4.0%}']
-    first, begin = self._begin
-    if step > first:
-      rate = (step - first) / max(self._clock() - begin, 1e-9)
-      parts.append(f'{_short(rate)} steps/s')
-      if self._batch_size is not None:
-        parts.append(f'{_short(rate * self._batch_size)} {self._unit}/s')
-      left = datetime.timedelta(seconds=round((self._total - step) / rate))
-      parts.append(f'eta {left}')
-    parts += [f'{name} {_short(value)}' for name, value in values.items()]
-    return '  '.join(parts)
+def progress(total: int | None, done: int = 0):
+  """tqdm's bar of steps on a terminal; in a log it is renewed once a minute."""
+  import tqdm
+  return tqdm.tqdm(total=total, initial=done, unit='step', dynamic_ncols=True,
+                   mininterval=.2 if sys.stderr.isatty() else 60.,
+                   disable=jax.process_index() > 0)
 
 
 def write_json(path: str | os.PathLike, value: Any):
@@ -222,12 +159,9 @@ def markdown_table(
     formats: Mapping[str, str | Callable[[Any], str]] | None = None) -> str:
   """Makes a Markdown table that also reads well in a terminal.
 
-  Args:
-    rows: a dict for each row; a value that is absent or None is left blank.
-    columns: which to show, in order; None is all, in order of appearance.
-    formats: for a column, which must be shown, a format specification such as
-      '.2f', or a function that gives the text. Columns of numbers are aligned
-      to the right.
+  A value that is absent or None is left blank; `columns` None is all, in order
+  of appearance. `formats` has for a column, if it is there, a format
+  specification or a function that gives the text.
 
   Example:
     >>> print(markdown_table([{'method': 'rigl', 'accuracy': 74.63}]), end='')
@@ -238,8 +172,6 @@ def markdown_table(
   if columns is None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
   formats = formats or {}
-  if unknown := sorted(set(formats) - set(columns)):
-    raise ValueError(f'formats (={unknown}) must be among columns (={columns})')
   shown = [_column(name, [row.get(name) for row in rows],
                    formats.get(name, '')) for name in columns]
   return ''.join(f'|{"|".join(cells)}|\n' for cells in zip(*shown))
@@ -295,9 +227,3 @@ def _parse_lines(path) -> list[tuple[str, dict[str, Any]]]:
                        f'{error}') from error
     rows.append((line, row))
   return rows
-
-
-def _short(value) -> str:
-  """Three or four digits, never in scientific notation where it is large."""
-  value = float(value)
-  return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.4g}'

@@ -46,10 +46,9 @@ def finished(workdir: str, values: Mapping[str, Any], free: Sequence[str]
              ) -> dict[str, Any] | None:
   """What a finished run of these flags has left; None if there is none.
 
-  The one place that says whether a run may stand for another: every flag must
-  be equal, but for `workdir` and those that a continuation may change (`free`).
-  None also where result.json is damaged: the run is then made again from its
-  checkpoints.
+  The one place that says whether a run may stand for another: every flag but
+  `workdir` and `free` must be equal. None also where result.json is damaged:
+  the run is then made again from its checkpoints.
   """
   try:
     result = read(workdir)

@@ -73,7 +73,7 @@ def steps_between(event: str, values: Mapping[str, Any]) -> int:
 def workdir_name(values: Mapping[str, Any]) -> str:
   """Names a run by its data set, model, method and sparsity."""
   name = f'{values["dataset"]}_{values["model"]}_{values["method"]}'
-  if sparsity.has_target(values['method']):
+  if sparsity.has(values['method'], 'sparsity'):
     name += f'_{values["sparsity"]:g}'
   return os.path.join('runs', name)
 

@@ -67,16 +67,9 @@ def fit(sparsity: Sequence[float], nonzeros: Sequence[float],
         delta: float = 1e-3, seed: int = 0) -> tuple[Law, float]:
   """The law of least error, and the mean of Huber's loss.
 
-  Args:
-    sparsity: of the sparse weights, in [0, 1).
-    nonzeros, data, loss: above 0, of as many runs.
-    starts: how many random starts; the best end counts.
-    delta: residuals of the logarithm above it count linearly.
-    seed: of the starts.
-
-  Raises:
-    ValueError: if there are fewer runs than constants, or a number is out of
-      range.
+  `nonzeros`, `data` and `loss` are above 0, of at least as many runs as there
+  are constants (else a ValueError). Of `starts` random starts the best end
+  counts; residuals of the logarithm above `delta` count linearly.
   """
   from scipy import optimize
   runs = np.stack([np.asarray(column, float) for column in (

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import functools
 import inspect
 import re
+import typing
 from typing import Any
 
 from absl import flags
@@ -16,32 +17,10 @@ from absl import flags
 import sparse_jax
 
 # The command line's names; Python keeps `set` for itself.
-METHODS = {
-    'dense': sparse_jax.dense,
-    'static': sparse_jax.static,
-    'snip': sparse_jax.snip,
-    'grasp': sparse_jax.grasp,
-    'set': sparse_jax.set_,
-    'rigl': sparse_jax.rigl,
-    'itop': sparse_jax.itop,
-    'snfs': sparse_jax.snfs,
-    'dsr': sparse_jax.dsr,
-    'srigl': sparse_jax.srigl,
-    'mest': sparse_jax.mest,
-    'granet': sparse_jax.granet,
-    'spartan': sparse_jax.spartan,
-    'gmp': sparse_jax.gmp,
-    'ac_dc': sparse_jax.ac_dc,
-    'dnw': sparse_jax.dnw,
-    'iht': sparse_jax.iht,
-    'swat': sparse_jax.swat,
-    'top_kast': sparse_jax.top_kast,
-    'ste': sparse_jax.ste,
-    'sr_ste': sparse_jax.sr_ste,
-    'str': sparse_jax.str_,
-    'dst': sparse_jax.dst,
-    'cs': sparse_jax.cs,
-}
+METHODS = {name.strip('_'): getattr(sparse_jax, name) for name in (
+    'dense', 'static', 'snip', 'grasp', 'set_', 'rigl', 'itop', 'snfs',
+    'dsr', 'srigl', 'mest', 'granet', 'spartan', 'gmp', 'ac_dc', 'dnw',
+    'iht', 'swat', 'top_kast', 'ste', 'sr_ste', 'str_', 'dst', 'cs')}
 ALLOCATIONS = {
     'uniform': sparse_jax.uniform,
     'er': sparse_jax.erdos_renyi,
@@ -70,104 +49,90 @@ ARGUMENTS = {name: name for method in METHODS.values()
 ARGUMENTS |= {'dense_layers': 'is_sparse', 'growth_momentum': 'momentum',
               'drop_threshold': 'threshold', 'hidden_decay': 'decay',
               'initial_gate': 'initial', 'soft_beta': 'beta'}
-# Lists of numbers.
-NUMBERS = ('mutation', 'soft_beta')
+NUMBERS = ('mutation', 'soft_beta')  # Lists of them.
 # Flags of methods whose products have sparse operands.
 OPERATOR_FLAGS = ('activation_scope', 'gradient_scope', 'pack_activations',
                   'operand_period')
+# Flags that are settings of one choice of another flag.
+NEEDED = {'block_shape': ('structure', 'block'),
+          'block_reduce': ('structure', 'block'), 'nm': ('structure', 'nm'),
+          'erk_power_scale': ('allocation', 'erk')}
+# Arguments of single methods, the words that they may be, and what they are
+# for. Their types, methods and defaults are read from the methods.
+SETTINGS = re.findall(r'(\w+)(?: \((.+)\))?: (.+(?:\n  .+)*)', '''\
+backward_sparsity: fraction of the weights without a gradient, in [0,
+  sparsity]. Default: sparsity - 0.1, at least 0.
+penalty_weight: coefficient of the exploration loss (top_kast), of
+  exp(-threshold) (dst), of the gates (cs).
+backward_selection (magnitude|random): how the set B outside A is chosen.
+stop_exploration_at: the step from which on only the forward set gets a
+  gradient.
+drop_fraction: share of the active weights replaced at a refresh, in [0, 1].
+grow_init (zeros|random_normal|random_uniform|initial_value|initial_dist): the
+  value at which a weight is grown.
+redistribution (momentum|magnitude|nonzeros|none): by what dropped weights are
+  shared out among layers.
+gamma: an output with fewer salient inputs than this share of the fan-in
+  leaves, in [0, 1]; 0: none leaves.
+never_ablate: a regular expression; layers whose path has a match keep all
+  outputs. Default: the usual names of last layers.
+initial_sparsity: sparsity at the start, in [0, sparsity].
+prune_end: the step from which on the sparsity is final. Default: 30%, 20%,
+  50% of the run.
+prune_begin: the step at which the sparsity begins to rise.
+variant (em|ems): prune, then grow to the sparsity; or the soft memory bound,
+  which has more weights until the next refresh.
+mutation: shares of all weights that are replaced, in turn over the run.
+  Default: 0.02,0.01,0.
+gradient_weight: weight of the gradient in what is kept.
+soft_beta: hardness of the soft mask at the start and at the end. Default:
+  1,20.
+drop_by (magnitude|sign): one ranking, or positive and negative weights apart,
+  as originally.
+growth (gradient|random): how weights are grown.
+growth_momentum: coefficient of the average gradient, in [0, 1).
+drop_threshold: first threshold on |w|.
+scope (layer|global): whether weights compete in their layer or in all.
+score (magnitude|random|saliency): what is pruned last. Default: magnitude.
+hidden (frozen|moving): whether pruned weights stand still, or coast and
+  decay.
+skip_step: a refresh replaces the optimizer's step, as in RigL's paper.
+final_dense: steps of the last dense phase. Default: 10% of the run.
+reset_slots: whether each dense phase makes all of the optimizer's slots anew.
+hidden_decay: decay of unread weights.
+initial_gate: the first value of what is learnt.
+least_kept: a layer that keeps no more of its weights starts over.
+temperature: the last of a round.
+rounds: how many rounds.
+round_steps: steps of a round. Default: the run divided by the rounds and one
+  more, for the ticket.
+rewind: whether the ticket is trained from early weights, or on.
+rewind_to: the step of these weights. Default: two of 85 parts of a round.
+activation_sparsity: fraction of the activations that the weights' gradient
+  does not see, in [0, 1). Default: that of the layer's weights.
+masked_update: whether weights that are not read stand still.
+freeze_at: the step after which the masks change no more.
+update_every: steps between two refreshes of the masks. Default: 100, or a
+  300th of the run if that is less.
+update_begin: first step that may refresh. Default: 0; gmp 30%, ac_dc 10% of
+  the run.
+update_end: last step that may refresh. Default: the end; set, rigl, snfs,
+  dsr, srigl, mest 75%, gmp 78%, spartan 80%, ac_dc 85% of the run. Negative:
+  never ends.
+''')
 
 
-def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
-                 backward_sparsity: float | None = None) -> None:
-  """Defines the flags below; the arguments are the binary's own defaults."""
-  flags.DEFINE_enum('method', method, sorted(METHODS), 'How to train sparse.')
+def define_flags(sparsity: float = .9) -> None:
+  """Defines the flags; `sparsity` is the binary's own default."""
+  flags.DEFINE_enum('method', 'top_kast', sorted(METHODS), 'How to train '
+                    'sparse.')
   flags.DEFINE_float('sparsity', sparsity, 'Fraction of the weights that are '
                      'zero in the forward pass, in [0, 1).')
-  flags.DEFINE_float('backward_sparsity', backward_sparsity, 'top_kast: '
-                     'fraction of the weights without a gradient, in '
-                     '[0, sparsity]. Default: sparsity - 0.1, at least 0.')
-  flags.DEFINE_float('penalty_weight', None, 'Coefficient of the penalty. '
-                     'top_kast: the exploration loss; dst: exp(-threshold); '
-                     'cs: the gates.')
-  flags.DEFINE_enum('backward_selection', None, ['magnitude', 'random'],
-                    'top_kast: how the set B outside A is chosen.')
-  flags.DEFINE_integer('stop_exploration_at', None, 'top_kast: the step from '
-                       'which on only the forward set gets a gradient.')
-  flags.DEFINE_float('drop_fraction', None, 'set, rigl, itop, snfs, dsr, '
-                     'srigl, granet: share of the active weights replaced at a '
-                     'refresh, in [0, 1].')
+  for setting in SETTINGS:
+    _define_setting(*setting)
   flags.DEFINE_enum('drop_schedule', None, ['cosine', 'learning_rate'],
-                    'The same methods: how that share falls: along a '
-                    'cosine to the last refresh, or with the learning rate. '
-                    'Default: cosine.')
-  flags.DEFINE_enum('grow_init', None, [
-      'zeros', 'random_normal', 'random_uniform', 'initial_value',
-      'initial_dist'], 'set, rigl: the value at which a weight is grown.')
-  flags.DEFINE_enum('redistribution', None, [
-      'momentum', 'magnitude', 'nonzeros', 'none'], 'snfs: by what dropped '
-                    'weights are shared out among layers.')
-  flags.DEFINE_float('gamma', None, 'srigl: an output with fewer salient '
-                     'inputs than this share of the fan-in leaves, in [0, 1]; '
-                     '0: none leaves.')
-  flags.DEFINE_string('never_ablate', None, 'srigl: a regular expression; '
-                      'layers whose path has a match keep all outputs. '
-                      'Default: the usual names of last layers.')
-  flags.DEFINE_float('initial_sparsity', None, 'granet: sparsity at the start, '
-                     'in [0, sparsity].')
-  flags.DEFINE_integer('prune_end', None, 'granet, spartan, iht: the step '
-                       'from which on the sparsity is final. Default: 30%, '
-                       '20%, 50% of the run.')
-  flags.DEFINE_integer('prune_begin', None, 'iht: the step at which the '
-                       'sparsity begins to rise. Default: 0.')
-  flags.DEFINE_enum('variant', None, ['em', 'ems'], 'mest: prune, then grow '
-                    'to the sparsity; or the soft memory bound, which has '
-                    'more weights until the next refresh.')
-  flags.DEFINE_list('mutation', None, 'mest: shares of all weights that are '
-                    'replaced, in turn over the run. Default: 0.02,0.01,0.')
-  flags.DEFINE_float('gradient_weight', None, 'mest: weight of the gradient '
-                     'in what is kept.')
-  flags.DEFINE_list('soft_beta', None, 'spartan: hardness of the soft mask at '
-                    'the start and at the end. Default: 1,20.')
-  flags.DEFINE_enum('drop_by', None, ['magnitude', 'sign'], 'set: one ranking, '
-                    'or positive and negative weights apart, as originally.')
-  flags.DEFINE_enum('growth', None, ['gradient', 'random'], 'itop: how '
-                    'weights are grown.')
-  flags.DEFINE_float('growth_momentum', None, 'snfs: coefficient of the '
-                     'average gradient, in [0, 1).')
-  flags.DEFINE_float('drop_threshold', None, 'dsr: first threshold on |w|.')
-  flags.DEFINE_enum('scope', None, ['layer', 'global'], 'snip, grasp, gmp, '
-                    'ac_dc, spartan: whether weights compete in their layer '
-                    'or in all.')
-  flags.DEFINE_enum('score', None, sorted(SCORES), 'gmp: what is pruned last.')
-  flags.DEFINE_enum('hidden', None, ['frozen', 'moving'], 'gmp: whether pruned '
-                    'weights stand still, or coast and decay.')
-  flags.DEFINE_bool('skip_step', None, 'set, rigl, ...: a refresh replaces the '
-                    'optimizer\'s step, as in RigL\'s paper.')
-  flags.DEFINE_integer('final_dense', None, 'ac_dc: steps of the last dense '
-                       'phase. Default: 10% of the run.')
-  flags.DEFINE_bool('reset_slots', None, 'ac_dc: whether each dense phase '
-                    'makes all of the optimizer\'s slots anew.')
-  flags.DEFINE_float('hidden_decay', None, 'sr_ste: decay of unread weights.')
-  flags.DEFINE_float('initial_gate', None, 'str, cs: the first value of what '
-                     'is learnt.')
-  flags.DEFINE_float('least_kept', None, 'dst: a layer that keeps no more of '
-                     'its weights starts over.')
-  flags.DEFINE_float('temperature', None, 'cs: the last of a round.')
-  flags.DEFINE_integer('rounds', None, 'cs: how many rounds.')
-  flags.DEFINE_integer('round_steps', None, 'cs: steps of a round. Default: '
-                       'the run divided by the rounds and one more, for the '
-                       'ticket.')
-  flags.DEFINE_bool('rewind', None, 'cs: whether the ticket is trained from '
-                    'early weights, or on.')
-  flags.DEFINE_integer('rewind_to', None, 'cs: the step of these weights. '
-                       'Default: two of 85 parts of a round.')
-  flags.DEFINE_float('activation_sparsity', None, 'swat: fraction of the '
-                     'activations that the weights\' gradient does not see, in '
-                     '[0, 1). Default: that of the layer\'s weights.')
-  flags.DEFINE_bool('masked_update', None, 'swat: whether weights that are not '
-                    'read stand still.')
-  flags.DEFINE_integer('freeze_at', None, 'swat: the step after which the '
-                       'masks change no more.')
+                    'How --drop_fraction falls: along a cosine to the last '
+                    'refresh, or with the learning rate. Default: cosine.')
   flags.DEFINE_list('operands', [], 'Sparse operands of every product of a '
                     'method without its own, as name=sparsity. The names: '
                     f'{", ".join(sparse_jax.operators.Operands._fields)}. '
@@ -185,17 +150,9 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
                        'output gradients. 1: exact counts every step.')
   flags.DEFINE_float('powerprop_alpha', None, 'Trains the method on weights '
                      'theta * |theta|**(alpha - 1); at least 1.')
-  flags.DEFINE_integer('update_every', None, 'Steps between two refreshes of '
-                       'the masks. Default: 100, or a 300th of the run if '
-                       'that is less.')
-  flags.DEFINE_integer('update_begin', None, 'First step that may refresh. '
-                       'Default: 0; gmp 30%, ac_dc 10% of the run.')
-  flags.DEFINE_integer('update_end', None, 'Last step that may refresh. '
-                       'Default: the end; set, rigl, snfs, dsr, srigl, mest '
-                       '75%, gmp 78%, spartan 80%, ac_dc 85% of the run. '
-                       'Negative: never ends.')
   flags.DEFINE_enum('allocation', None, sorted(ALLOCATIONS), 'How the '
-                    'sparsity is shared among layers. Default: uniform.')
+                    'sparsity is shared among layers. Default: uniform; itop, '
+                    'granet erk.')
   flags.DEFINE_float('erk_power_scale', None, '--allocation=erk: the power of '
                      'its densities; 0 is uniform. Default: 1, as published.')
   flags.DEFINE_enum('structure', None,
@@ -215,51 +172,62 @@ def define_flags(*, method: str = 'top_kast', sparsity: float = .9,
                     'path has a match stay dense. For example: stem,head.')
 
 
+def _define_setting(flag: str, words: str, text: str) -> None:
+  """Defines the flag of an argument that some methods have."""
+  having = {name: inspect.signature(method).parameters[ARGUMENTS[flag]]
+            for name, method in METHODS.items() if has(name, flag)}
+  text = f'{", ".join(having)}: {text}'
+  if 'Default:' not in text:
+    defaults = {}
+    for name, parameter in having.items():
+      defaults.setdefault(parameter.default, []).append(name)
+    text += ' [' + '; '.join(f'{default}: {", ".join(names)}' for default, names
+                             in defaults.items()) + ']'
+  if words:
+    flags.DEFINE_enum(flag, None, words.split('|'), text)
+  elif flag in NUMBERS:
+    flags.DEFINE_list(flag, None, text)
+  else:
+    annotation = next(iter(having.values())).annotation
+    kinds = typing.get_args(annotation) or (annotation,)
+    next(define for kind, define in (
+        (bool, flags.DEFINE_bool), (int, flags.DEFINE_integer),
+        (float, flags.DEFINE_float), (str, flags.DEFINE_string))
+         if kind in kinds)(flag, None, text)
+
+
 def from_flags(values: Mapping[str, Any], train_steps: int,
                also_sparse: Mapping[str, tuple[int, ...]] = {},
                layer_order: Callable[[], Sequence[str]] | None = None,
                learning_rate: Callable[[Any], Any] | None = None
                ) -> sparse_jax.SparseMethod:
-  """Makes the method that the flags ask for.
+  """Makes the method of flags; a ValueError names the flag and its value.
 
-  Args:
-    values: flag values by name, as `flags.FLAGS.flag_values_dict()` gives.
-    train_steps: length of the run, for windows given as shares of it.
-    also_sparse: patterns of leaves that are dense by default and sparse here,
-      and the axes that their products sum over.
-    layer_order: gives the model's parameters in the order of its layers, for
-      --allocation=uniform_plus.
-    learning_rate: the schedule, for --drop_schedule=learning_rate.
-
-  A ValueError names the flag or argument and its value.
+  `also_sparse` has patterns of leaves that are dense by default and sparse
+  here, and the axes that their products sum over. `layer_order` gives the
+  parameters in the order of the layers, for --allocation=uniform_plus, and
+  `learning_rate` is the schedule, for --drop_schedule=learning_rate.
   """
   # The flags of an older run may lack some.
   values = {**dict.fromkeys((*ARGUMENTS, 'drop_schedule', 'erk_power_scale')),
             **values}
   name = values['method']
-  constructor = METHODS[name]
-  known = inspect.signature(constructor).parameters
-  for flag, argument in ARGUMENTS.items():
+  known = inspect.signature(METHODS[name]).parameters
+  for flag in (*ARGUMENTS, 'drop_schedule'):
     if flag == 'dense_layers' and values['operands']:
       continue  # Then it says whose operands are sparse.
-    if argument not in known and _is_given(flag, values):
+    if not has(name, flag) and _is_given(flag, values):
       raise ValueError(f'`{flag}` (={values[flag]!r}) is not a setting of '
                        f'--method={name}; it has {", ".join(known) or "none"}.')
-  structure, allocation = values['structure'], values['allocation']
-  for flag, place, chosen, fits in (
-      ('block_shape', '--structure=block', structure, structure == 'block'),
-      ('block_reduce', '--structure=block', structure, structure == 'block'),
-      ('nm', '--structure=nm', structure, structure == 'nm'),
-      ('erk_power_scale', '--allocation=erk', allocation, allocation == 'erk'),
-      ('drop_schedule', 'methods that drop', name, 'drop_fraction' in known)):
-    if not fits and _is_given(flag, values):
-      raise ValueError(f'`{flag}` (={values[flag]!r}) is a setting of {place}, '
-                       f'not of {chosen or "the default"}.')
+  for flag, (other, needed) in NEEDED.items():
+    if values[other] != needed and _is_given(flag, values):
+      raise ValueError(f'`{flag}` (={values[flag]!r}) is a setting of --{other}'
+                       f'={needed}, not of {values[other] or "the default"}.')
   check_patterns('dense_layers', values['dense_layers'])
   rules = [(layer, False) for layer in values['dense_layers']] + [
       (pattern, True) for pattern in also_sparse] or None
-  method = constructor(**_arguments(values, name, known, train_steps, rules,
-                                    also_sparse, layer_order, learning_rate))
+  method = METHODS[name](**_arguments(values, name, known, train_steps, rules,
+                                      also_sparse, layer_order, learning_rate))
   if values['operands']:
     method = sparse_jax.operators.add_operands(method, _operands(values),
                                                is_sparse=rules)
@@ -276,15 +244,15 @@ def operator_options(values: Mapping[str, Any]) -> dict[str, Any]:
           'pack': values['pack_activations']}
 
 
-def has_target(method: str) -> bool:
-  """Whether a method, by its flag, takes a sparsity to reach."""
-  return 'sparsity' in inspect.signature(METHODS[method]).parameters
+def has(method: str, flag: str) -> bool:
+  """Whether a method has the argument that a flag is for."""
+  argument = 'drop_fraction' if flag == 'drop_schedule' else ARGUMENTS[flag]
+  return argument in inspect.signature(METHODS[method]).parameters
 
 
 def periods(values: Mapping[str, Any]) -> int:
   """How many parts of a run train as one run does: rounds and ticket of cs."""
-  known = inspect.signature(METHODS[values['method']]).parameters
-  return (values['rounds'] or 1) + 1 if 'rounds' in known else 1
+  return (values['rounds'] or 1) + 1 if has(values['method'], 'rounds') else 1
 
 
 def _operands(values) -> sparse_jax.operators.Operands:
@@ -316,7 +284,7 @@ def _check_operator_flags(values, method) -> None:
 
 
 def _packed(values, method) -> sparse_jax.SparseMethod:
-  """The method with packed storage, or a ValueError that names the flag."""
+  """The method with packed storage."""
   if values.get('model_parallel', 1) > 1:
     raise ValueError('`storage` (=\'packed\') needs whole weights, not '
                      f'`model_parallel` (={values["model_parallel"]}).')
@@ -354,26 +322,29 @@ def _arguments(values, name, known, train_steps, rules, also_sparse,
   for flag in NUMBERS:
     if ARGUMENTS[flag] in chosen:
       chosen[ARGUMENTS[flag]] = numbers(flag, values[flag])
-  if name in PRUNE_ENDS and not isinstance(chosen.get('structure'),
-                                           sparse_jax.NM):
-    chosen.setdefault('prune_end',
-                      max(round(PRUNE_ENDS[name] * train_steps), 1))
-  if 'update_every' in known:
-    often = min(max(train_steps // 300, 1), 100)
-    rare = max(train_steps // REFRESHES.get(name, 1), 1)
-    chosen.setdefault('update_every', rare if name in REFRESHES else often)
-  if 'final_dense' in known:
-    chosen.setdefault('final_dense', train_steps // 10)
-  if 'round_steps' in known:
-    chosen.setdefault('round_steps', max(train_steps // periods(values), 1))
+  often = min(max(train_steps // 300, 1), 100)
+  defaults = {
+      'backward_sparsity': max(0., round((values['sparsity'] or 0.) - .1, 6)),
+      'update_every': (max(train_steps // REFRESHES[name], 1)
+                       if name in REFRESHES else often),
+      'final_dense': train_steps // 10,
+      'round_steps': max(train_steps // periods(values), 1)}
+  is_nm = isinstance(chosen.get('structure'), sparse_jax.NM)
+  if name in WINDOWS and not (name == 'gmp' and is_nm):
+    # N of M cannot tighten: gmp prunes to it from the start.
+    begin, end = (round(share * train_steps) for share in WINDOWS[name])
+    defaults |= {'update_begin': begin, 'update_end': max(end, 1)}
+  if name in PRUNE_ENDS and not is_nm:
+    defaults['prune_end'] = max(round(PRUNE_ENDS[name] * train_steps), 1)
+  chosen = {argument: value for argument, value in defaults.items()
+            if argument in known} | chosen
+  if chosen.get('update_end', 0) < 0:
+    chosen['update_end'] = None
   if values['drop_schedule'] == 'learning_rate':
     chosen['drop_fraction'] = sparse_jax.schedules.drop_with(
         chosen.get('drop_fraction', known['drop_fraction'].default),
         learning_rate, peak=values['learning_rate'])
-  if name == 'top_kast':
-    chosen.setdefault('backward_sparsity',
-                      max(0., round(values['sparsity'] - .1, 6)))
-  return chosen | _window(chosen, name, train_steps)
+  return chosen
 
 
 def _allocation(values, layer_order):
@@ -403,26 +374,18 @@ def numbers(flag: str, texts: Sequence[str]) -> tuple[float, ...]:
 
 def _structure(values) -> sparse_jax.masks.structures.Structure:
   kind = values['structure']
-  if kind == 'block':
-    return _of_pair('block_shape', values, lambda *shape: sparse_jax.Block(
-        shape, values['block_reduce']))
-  if kind == 'nm':
-    return _of_pair('nm', values, sparse_jax.NM)
-  return {'element': sparse_jax.Unstructured, 'channel': sparse_jax.Channel,
-          'filter': sparse_jax.Filter, 'fan_in': sparse_jax.FanIn}[kind]()
-
-
-def _of_pair(flag, values, make) -> sparse_jax.masks.structures.Structure:
-  given = f'`{flag}` (={",".join(values[flag])!r})'
+  flag = {'block': 'block_shape', 'nm': 'nm'}.get(kind)
+  if flag is None:
+    return {'element': sparse_jax.Unstructured, 'channel': sparse_jax.Channel,
+            'filter': sparse_jax.Filter, 'fan_in': sparse_jax.FanIn}[kind]()
   try:
-    first, second = (int(number) for number in values[flag])
-  except ValueError:
-    raise ValueError(f'{given} must be two integers such as 2,4.') from None
-  structure = make(first, second)
-  try:
+    first, second = map(int, values[flag])
+    structure = (sparse_jax.NM(first, second) if kind == 'nm' else
+                 sparse_jax.Block((first, second), values['block_reduce']))
     sparse_jax.masks.structures.check_structure(structure)
   except ValueError as error:
-    raise ValueError(f'{given}: {error}') from error
+    raise ValueError(f'`{flag}` (={",".join(values[flag])!r}) must be two '
+                     f'integers such as 2,4: {error}') from error
   return structure
 
 
@@ -434,18 +397,3 @@ def check_patterns(flag: str, patterns: Sequence[str]) -> None:
     except re.error as error:
       raise ValueError(f'`{flag}` (={",".join(patterns)!r}) has {pattern!r}, '
                        f'no regular expression: {error}.') from None
-
-
-def _window(chosen, name, train_steps) -> dict[str, Any]:
-  """Begin and end of the refreshes: as given, else the paper's shares."""
-  begin, end = WINDOWS.get(name, (None, None))
-  if name == 'gmp' and isinstance(chosen.get('structure'), sparse_jax.NM):
-    begin = end = None  # N of M cannot tighten: it is pruned from the start.
-  window = {}
-  if begin and 'update_begin' not in chosen:
-    window['update_begin'] = round(begin * train_steps)
-  if end and 'update_end' not in chosen:
-    window['update_end'] = max(round(end * train_steps), 1)
-  if chosen.get('update_end', 0) < 0:
-    window['update_end'] = None
-  return window

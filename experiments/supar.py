@@ -122,13 +122,13 @@ def study(sparsities: Sequence[float], rates: Sequence[float], seeds: int,
   """Rows of `kind`, `sparsity` in percent, `rate`, mean `loss` of the seeds."""
   cells = [(kind, sparsity) for kind in KINDS for sparsity in sparsities]
   rows = []
-  with reporting.Progress(len(cells)) as progress:
-    for i, (kind, sparsity) in enumerate(cells):
+  with reporting.progress(len(cells)) as progress:
+    for kind, sparsity in cells:
       losses = np.mean([final_losses(sparsity / 100, rates, kind, seed, **size)
                         for seed in range(seeds)], axis=0)
       rows += [{'kind': kind, 'sparsity': sparsity, 'rate': rate, 'loss': loss}
                for rate, loss in zip(rates, losses.tolist())]
-      progress.update(i + 1)
+      progress.update()
   return rows
 
 

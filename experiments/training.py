@@ -180,12 +180,9 @@ def describe(without_data: Callable[..., tuple[Task, int]],
 def train(binary: Binary, values: Mapping[str, Any]) -> dict[str, Any]:
   """Runs from the last checkpoint, or the start, to the end.
 
-  Returns what result.json holds; `values` are those of the flags by name.
-
-  Raises:
-    ValueError: naming the flag and its value; FileNotFoundError likewise for
-      data that is not there. Nothing has then been written.
-    locking.Held: if another process is at this run.
+  Returns what result.json holds. A ValueError or FileNotFoundError names a
+  flag, before anything is written; locking.Held says that another process is at
+  it.
   """
   workdir = values['workdir'] or run_flags.workdir_name(values)
   devices.check_equal(values, free=('data_dir',))
@@ -223,9 +220,8 @@ def run_steps(binary: Binary, run: Run) -> dict[str, Any]:
     state, start = first_state(run, checkpoints)
     model = report.followed(run) if run.values['effective_sparsity'] else None
     with (contextlib.closing(run.train_batches(start)) as batches,
-          reporting.open_writers(run.workdir, start + 1) as writers,
-          reporting.Progress(run.train_steps, start, run.values['log_every'],
-                             *reversed(run.units)) as progress):
+          reporting.open_writers(run.workdir, start + 1) as write,
+          reporting.progress(run.train_steps, start) as progress):
       for step in range(start + 1, run.train_steps + 1):
         state = run.step_fn(state, devices.put_batch(next(batches), run.mesh))
         row = measure(run, state, step, model)
@@ -233,9 +229,10 @@ def run_steps(binary: Binary, run: Run) -> dict[str, Any]:
           state, change = run.compare_fn(state)
           row |= {name: float(value) for name, value in change.items()}
         if row:
-          writers.write_scalars(step, row)
-        progress.update(step, **{name: row[name] for name in shown
-                                 if name in row})
+          write(step, row)
+          progress.set_postfix({name: row[name] for name in shown
+                                if name in row}, refresh=False)
+        progress.update()
         checkpoints.save(step, state, force=step == run.train_steps)
         if checkpoints.reached_preemption(step):
           stop(run, checkpoints, state, step)

@@ -56,10 +56,7 @@ def tpu_vm(run: Run, values: Mapping[str, Any], worker: int) -> list[str]:
   """A cell on all hosts of one slice, by ssh; then its results come here.
 
   A host holds a lock of its own, so that a connection that broke leaves no
-  second run beside the first.
-
-  Raises:
-    ValueError: if scp would not take the folder of the results as it is.
+  second run beside the first. A ValueError if scp would not take the folder.
   """
   sweep_dir, remote_dir = values['sweep_dir'], values['remote_dir']
   name, zone = values['tpu_names'][worker], f'--zone={values["zone"]}'
@@ -135,10 +132,7 @@ def slurm(runs: Sequence[Run], values: Mapping[str, Any]) -> str:
   """One array script with a task for each cell, some at a time.
 
   Slurm keeps the script as it was submitted, so the cells of a task stay what
-  they were when the table changes.
-
-  Raises:
-    ValueError: if a value cannot stand in the script.
+  they were when the table changes. A ValueError if a value cannot stand in it.
   """
   sweep_dir = values['sweep_dir']
   if '\\' in sweep_dir:

@@ -39,17 +39,12 @@ def figures(module: Any, values: Mapping[str, Any], topology: str
             ) -> dict[str, Any]:
   """What the compiler says of the step of a run, and of the dense step.
 
-  Args:
-    module: of the run's binary.
-    values: its flags by name.
-    topology: the chips, as 'v5p:4x4x4'.
-
   Returns:
     `chip`, `chips`, `hbm_gib` (that of one), and for 'step' and 'dense' a
     mapping: `needed`, if it does not fit, else `gib` (all that one chip holds
     at once), `state_gib`, `ordinary_ms`, `refresh_ms`, `unknown` (what has no
-    estimate), `collectives` (MiB of each kind in an ordinary step),
-    `seconds` of compiling.
+    estimate), `collectives` (MiB of each kind in an ordinary step), `seconds`
+    of compiling.
   """
   mesh = mesh_of(topology, values['model_parallel'])
   task, steps = module.without_data(values)
@@ -87,6 +82,15 @@ def mesh_of(topology: str, model_parallel: int = 1, chips: int | None = None):
       devices=found, axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
+def placed(tree: Any, places: Any) -> Any:
+  """The shapes of a tree's arrays, where they lie: at one place, or a tree."""
+  import jax
+  if isinstance(places, jax.sharding.Sharding):
+    places = jax.tree.map(lambda _: places, tree)
+  return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=place), tree, places)
+
+
 def _dense(task, values, steps):
   """The same network without a method."""
   from experiments import optimization
@@ -107,10 +111,7 @@ def _compiled(module, values, mesh, chip, task) -> dict[str, Any]:
   state = jax.eval_shape(functools.partial(tasks.init_state, task, 0))
   places, rows = training.state_places(task, mesh, state), devices.split(mesh)
   _, batch = task.problem.examples(values['batch_size'])
-  put = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
-                                                 sharding=place)
-  state = jax.tree.map(put, state, places)
-  batch = jax.tree.map(lambda leaf: put(leaf, rows), batch)
+  state, batch = placed(state, places), placed(batch, rows)
   begin = time.monotonic()
   try:
     program = training.step_fn(task, places, rows).lower(state, batch).compile()

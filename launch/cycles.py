@@ -59,16 +59,11 @@ class Cost(NamedTuple):
 
 
 def count(text: str, chip: Chip, *, dearest: bool) -> Cost:
-  """The cost of one run of a compiled program.
+  """The cost of one run of a compiled program, on one device.
 
-  Args:
-    text: of the program after all of the compiler's passes.
-    chip: on which it runs.
-    dearest: of conditions, whether the dearer branch is taken or the cheaper:
-      that of a refresh, or of an ordinary step. What has no estimate is dear.
-
-  Returns:
-    The Cost of one device.
+  `text` is that after all of the compiler's passes. Of conditions the `dearest`
+  branch is taken or the cheapest: that of a refresh, or of an ordinary step.
+  What has no estimate is dear.
 
   Example:
     >>> program = '''ENTRY %main (a: f32[4]) -> f32[4] {

@@ -43,22 +43,14 @@ def run(jobs: Sequence[Job], *, workers: int, retries: int,
   """Runs what is not finished, until all is finished, failed or stopped.
 
   A cell that fails goes to the end of the queue, `retries` times; one that
-  leaves with status 75 too, without counting. One that another process runs
-  is waited for, as is one that leaves with status 76 since its host runs it
-  already. SIGTERM or SIGINT is handed on as SIGTERM; then no cell
-  starts, and this returns when all have left. A second one kills them.
+  leaves with status 75 too, without counting. One that another process runs is
+  waited for, as is one that leaves with status 76 since its host runs it
+  already. SIGTERM or SIGINT is handed on as SIGTERM; then no cell starts, and
+  this returns when all have left. A second one kills them.
 
-  Args:
-    jobs: the cells, in the order to start them.
-    workers: how many run at once.
-    retries: how often a cell may fail and be started again.
-    environment: variables for the processes of a worker.
-    stream: for the lines of progress; standard output if None.
-    wait: seconds between two looks at the processes.
-
-  Returns:
-    The status of the runner: 0, 1 if a cell failed, 75 if it was asked to stop
-    with some left.
+  `environment` gives variables for the processes of a worker, `wait` seconds
+  between two looks at them. Returns the status of the runner: 0, 1 if a cell
+  failed, 75 if it was asked to stop with some left.
   """
   pool = _Pool(jobs, workers, retries, environment, stream or sys.stdout)
   numbers = (signal.SIGTERM, signal.SIGINT)

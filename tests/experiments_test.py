@@ -218,7 +218,7 @@ class RunTest(parameterized.TestCase):
     stored = json.loads(self._path('result.json').read_text())
     self.assertEqual(stored, json.loads(json.dumps(result)))
     self.assertEqual(stored['flags'], values)
-    if sparsity.has_target(method) or method == 'dense':
+    if sparsity.has(method, 'sparsity') or method == 'dense':
       self.assertAlmostEqual(stored['sparsity'], .9 * (method != 'dense'),
                              delta=.005)
     self.assertGreater(stored['examples_per_second'], 0.)
@@ -311,7 +311,7 @@ class RunTest(parameterized.TestCase):
 
   def test_error_ends_thread_and_writers(self):
     closed = []
-    prefetch, close = batching.prefetch, reporting.Writers.close
+    prefetch, close = batching.prefetch, reporting.JsonlWriter.close
 
     def watched(batches):
       try:
@@ -320,7 +320,7 @@ class RunTest(parameterized.TestCase):
         closed.append('thread')
     with (mock.patch.object(batching, 'prefetch', watched),
           mock.patch.object(
-              reporting.Writers, 'close', autospec=True,
+              reporting.JsonlWriter, 'close', autospec=True,
               side_effect=lambda self: (closed.append('files'), close(self))),
           mock.patch.object(training, 'measure', side_effect=OSError)):
       with self.assertRaises(OSError):

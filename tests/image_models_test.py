@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import widths
 from experiments.image import models
+from tests import kernel_count
 
 # Compiling is most of the cost of these tests; so it takes a third of the time.
 _jit = functools.partial(
@@ -313,7 +313,7 @@ class VGG16Test(absltest.TestCase):
   def test_imagenet_size_has_the_published_kernels(self):
     # 138,357,544 parameters less 4,224 and 9,192 biases.
     model = models.VGG16(num_classes=1000)
-    self.assertEqual(models.kernel_count(model, (224, 224, 3)), 138_344_128)
+    self.assertEqual(kernel_count.of_images(model, (224, 224, 3)), 138_344_128)
 
 
 class ForwardTest(parameterized.TestCase):
@@ -522,7 +522,7 @@ class KernelCountTest(parameterized.TestCase):
       ('small_cnn', (8, 8, 1), 9 * 32 + 9 * 32 * 64 + 256 * 128 + 128 * 10),
   )
   def test_count_is_the_hand_count(self, name, image_shape, count):
-    self.assertEqual(models.kernel_count(_create(name), image_shape), count)
+    self.assertEqual(kernel_count.of_images(_create(name), image_shape), count)
 
   # Densities of the Erdos-Renyi-kernel network and the widths published for
   # it. Its size has one bit of mask per entry; 3% for the batch norm and
@@ -530,42 +530,10 @@ class KernelCountTest(parameterized.TestCase):
   @parameterized.parameters(
       (0.2, 0.465), (0.1, 0.34), (0.035, 0.231))
   def test_published_small_dense_is_as_large_as_sparse(self, density, width):
-    count = models.kernel_count(
+    count = kernel_count.of_images(
         _create('resnet50', width=width), (224, 224, 3))
     sparse = 25_502_912 * (density + 1 / 32)
     np.testing.assert_allclose(count, sparse, rtol=0.03)
-
-
-class MatchingWidthTest(parameterized.TestCase):
-
-  def _match(self, parameters, name='mlp'):
-    return widths.matching(lambda width: models.kernel_count(
-        _create(name, width=width), (8, 8, 1)), parameters)
-
-  def _mlp_count(self, width):
-    hidden = max(1, round(300 * width)), max(1, round(100 * width))
-    return 64 * hidden[0] + hidden[0] * hidden[1] + hidden[1] * 10
-
-  @parameterized.parameters('mlp', 'small_cnn')
-  def test_own_count_is_matched_exactly(self, name):
-    count = models.kernel_count(_create(name), (8, 8, 1))
-    width = self._match(count, name)
-    self.assertEqual(
-        models.kernel_count(_create(name, width=width), (8, 8, 1)), count)
-
-  @parameterized.parameters(80, 130, 25_000, 200_000)
-  def test_no_width_on_a_grid_comes_nearer(self, parameters):
-    found = self._match(parameters)
-    error = abs(self._mlp_count(found) - parameters)
-    grid = np.geomspace(1e-3, 16.0, 4001)
-    best = min(abs(self._mlp_count(w) - parameters) for w in grid)
-    # The bracket's one part in 1024 moves a count by two parts, and one step
-    # of a hidden size by up to 1 / 300 of itself.
-    self.assertLessEqual(error, best + 2 * parameters / 1024)
-
-  def test_fewer_than_the_narrowest_is_an_error(self):
-    with self.assertRaisesRegex(ValueError, '`parameters` .=74. .* 75'):
-      self._match(74)
 
 
 if __name__ == '__main__':

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import widths
 from experiments.language import adaptive
 from experiments.language import models
 import sparse_jax
 from sparse_jax import trees
+from tests import kernel_count
 
 _VOCAB = 11
 
@@ -323,7 +323,8 @@ class SparseTest(parameterized.TestCase):
               or path.endswith('/embedding')}  # As the binary says.
     self.assertEqual(chosen, {path for path in leaves if path.endswith(
         ('/kernel', '/embedding'))})
-    self.assertEqual(models.kernel_count(model),
+    self.assertEqual(kernel_count.of_language(
+        model, models.init_memory(model, 1, 0)),
                      sum(leaves[path].size for path in chosen))
 
   def test_each_kernel_of_a_layer_serves_one_product(self):
@@ -428,7 +429,8 @@ class CreateTest(parameterized.TestCase):
   def test_counts_are_those_of_the_shapes(self, named, parameters, kernels):
     model = models.create(named[0], vocab_size=named[1])
     self.assertEqual(parameter_count(model), parameters)
-    self.assertEqual(models.kernel_count(model), kernels)
+    self.assertEqual(kernel_count.of_language(
+        model, models.init_memory(model, 1, 0)), kernels)
 
   def test_width_scales_to_even_multiples_of_the_heads(self):
     model = models.create('small', vocab_size=256, width=.3)
@@ -445,13 +447,6 @@ class CreateTest(parameterized.TestCase):
     default = models.create('wikitext103', vocab_size=40001)
     self.assertEqual((default.cutoffs, default.memory_length),
                      ((20000, 40000), 768))
-
-  @parameterized.parameters(1., .4)
-  def test_matching_width_finds_a_count_again(self, width):
-    count = lambda width: models.kernel_count(
-        models.create('tiny', width=width, vocab_size=70))
-    found = widths.matching(count, count(width))
-    self.assertEqual(count(found), count(width))
 
   @parameterized.parameters(
       (lambda: models.create('tiny', vocab_size=9, dropout=1.), '`dropout` '),

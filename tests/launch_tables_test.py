@@ -12,6 +12,7 @@ from launch import describe
 from launch import table as table_lib
 from launch import tables
 from launch.tables import comparisons
+from tests import kernel_count
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _ALL = [(name, scale) for name in tables.TABLES for scale in table_lib.SCALES]
@@ -98,7 +99,7 @@ class TablesTest(parameterized.TestCase):
   def test_small_dense_has_as_many_weights_as_a_sparse_network(
       self, model, dataset, width):
     spec = input_pipeline.DATASETS[dataset]
-    whole, *small = (models.kernel_count(models.create(
+    whole, *small = (kernel_count.of_images(models.create(
         model, num_classes=spec.num_classes, width=each), spec.image_shape)
                      for each in (width, *comparisons.NARROW[
                          model, dataset, width].values()))

@@ -136,84 +136,41 @@ class TensorBoardWriterTest(ReportingTestCase):
 
 class WritersTest(ReportingTestCase):
 
-  def test_every_writer_gets_everything(self):
-    each = [mock.create_autospec(reporting.JsonlWriter, instance=True)
-            for _ in range(2)]
-    with reporting.Writers(each) as writers:
-      writers.write_scalars(1, {'loss': 2.})
-    for writer in each:
-      self.assertEqual(writer.mock_calls, [
-          mock.call.write_scalars(1, {'loss': 2.}),
-          mock.call.close()])
-
   def test_writes_both_files(self):
-    with reporting.open_writers(self.directory / 'run') as writers:
-      writers.write_scalars(1, {'loss': 2.})
+    with reporting.open_writers(self.directory / 'run') as write:
+      write(1, {'loss': 2.})
     self.assertLen(reporting.read_jsonl(
         self.directory / 'run' / 'metrics.jsonl'), 1)
     self.assertLen(list((self.directory / 'run' / 'tensorboard').iterdir()), 1)
 
   def test_only_the_first_process_writes(self):
     with mock.patch.object(jax, 'process_index', return_value=1):
-      with reporting.open_writers(self.directory / 'run') as writers:
-        writers.write_scalars(1, {'loss': 2.})
+      with reporting.open_writers(self.directory / 'run') as write:
+        write(1, {'loss': 2.})
     self.assertEmpty(list(self.directory.iterdir()))
 
   def test_tensorboard_is_optional(self):
     with mock.patch.dict(sys.modules, {'tensorboard.compat.proto': None}):
-      with reporting.open_writers(self.directory) as writers:
-        writers.write_scalars(1, {'loss': 2.})
+      with reporting.open_writers(self.directory) as write:
+        write(1, {'loss': 2.})
     self.assertEqual([p.name for p in self.directory.iterdir()],
                      ['metrics.jsonl'])
 
 
-class _Terminal(io.StringIO):
-
-  def isatty(self):
-    return True
-
-
 class ProgressTest(ReportingTestCase):
 
-  def run_session(self, start, stop, stream, total=1000, **kwargs):
-    """Steps take 0.1 s, the first of the session 60 s."""
-    now = [0.]
-    with reporting.Progress(
-        total, steps_done=start, log_every=100, stream=stream,
-        clock=lambda: now[0], **kwargs) as progress:
-      for step in range(start + 1, stop + 1):
-        now[0] += 60. if step == start + 1 else 0.1
-        progress.update(step, loss=0.5)
-    return progress
-
-  def test_a_line_every_so_often_and_at_the_end(self):
-    stream = io.StringIO()
-    self.run_session(0, 250, stream, total=250, batch_size=32)
-    self.assertEqual(stream.getvalue().splitlines(), [
-        'step 100/250   40%  10 steps/s  320 examples/s  eta 0:00:15  loss 0.5',
-        'step 200/250   80%  10 steps/s  320 examples/s  eta 0:00:05  loss 0.5',
-        'step 250/250  100%  10 steps/s  320 examples/s  eta 0:00:00  loss 0.5'
-    ])
-
-  def test_rate_after_a_resume_counts_this_session_only(self):
-    stream = io.StringIO()
-    self.run_session(899, 1000, stream)
-    self.assertEqual(stream.getvalue().splitlines(), [
-        'step 900/1000   90%  loss 0.5',
-        'step 1000/1000  100%  10 steps/s  eta 0:00:00  loss 0.5'])
-
-  def test_a_terminal_has_one_line(self):
-    stream = _Terminal()
-    self.run_session(799, 1000, stream)
-    self.assertEqual(stream.getvalue().count('\n'), 1)
-    self.assertEqual([text[:14] for text in stream.getvalue().split('\x1b[K')],
-                     ['\r', 'step 800/1000 ', 'step 900/1000 ',
-                      'step 1000/1000'])
+  def test_a_bar_goes_on_where_the_run_was(self):
+    with contextlib.redirect_stderr(io.StringIO()) as stream:
+      with reporting.progress(10, 4) as bar:
+        bar.set_postfix({'loss': .5}, refresh=False)
+        bar.update(6)
+    self.assertRegex(stream.getvalue(), r'100%.*10/10.*loss=0\.5')
 
   def test_other_processes_show_nothing(self):
-    stream = io.StringIO()
-    with mock.patch.object(jax, 'process_index', return_value=1):
-      self.run_session(0, 1000, stream)
+    with (contextlib.redirect_stderr(io.StringIO()) as stream,
+          mock.patch.object(jax, 'process_index', return_value=1),
+          reporting.progress(10) as bar):
+      bar.update(10)
     self.assertEmpty(stream.getvalue())
 
 
@@ -274,8 +231,8 @@ class MarkdownTableTest(parameterized.TestCase):
                      '| a   |\n|:----|\n')
 
   def test_refuses_a_format_of_no_column(self):
-    with self.assertRaisesRegex(ValueError, r"formats \(=\['b'\]\)"):
-      reporting.markdown_table([{'a': 1}], formats={'b': '.1f'})
+    self.assertEqual(reporting.markdown_table([{'a': 1}]),
+                     reporting.markdown_table([{'a': 1}], formats={'b': '.1f'}))
 
 
 class PlotsTest(ReportingTestCase):

@@ -90,12 +90,7 @@ def problem(side: int, density: float):
 
 def programs(multiply):
   """The product, and the product with both gradients."""
-  def both(x, dy, weight):
-    y, vjp = jax.vjp(multiply, x, weight)
-    grad_x, grad = vjp(dy)
-    return y, grad_x, getattr(grad, 'blocks', grad)
-
-  return {'forward': lambda x, dy, weight: multiply(x, weight), 'both': both}
+  return dict(zip(('forward', 'both'), timing.forward_and_both(multiply)))
 
 
 def work(name: str, x, weight) -> tuple[float, float]:
@@ -131,10 +126,6 @@ def difference(found, wanted) -> float:
       for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)))
 
 
-def mib(compiled) -> float:
-  return compiled.memory_analysis().temp_size_in_bytes / 2**20
-
-
 def measured(side: int, density: float) -> list[dict]:
   """Rows of the table of one block and density, by the clock."""
   x, dy, packed = jax.tree.map(jnp.asarray, problem(side, density))
@@ -144,13 +135,13 @@ def measured(side: int, density: float) -> list[dict]:
       for name, way in ways(implementations(side)).items()}}
   best, rows = peak(jax.devices()[0].device_kind), collections.defaultdict(dict)
   for what in ('forward', 'both'):
-    ready = {name: (jax.jit(programs(way)[what]).lower(x, dy, w).compile(), w)
+    ready = {name: (jax.jit(programs(way)[what]).lower(x, w, dy).compile(), w)
              for name, (way, w) in contenders.items()}
     times = timing.interleaved_medians(
-        {name: functools.partial(run, x, dy, w)
+        {name: functools.partial(run, x, w, dy)
          for name, (run, w) in ready.items()},
         rounds=_ROUNDS.value, repeats=_REPEATS.value)
-    wanted = ready['batched'][0](x, dy, packed)
+    wanted = ready['batched'][0](x, packed, dy)
     for name, (run, weight) in ready.items():
       row = rows[name]
       row.update({'block': side, 'density': density, 'way': name,
@@ -159,9 +150,9 @@ def measured(side: int, density: float) -> list[dict]:
       if best:
         row[f'{what}, of roofline'] = max(needed / rate for needed, rate in zip(
             work(what, x, weight), best)) / times[name]
-      row['temporaries MiB'] = mib(run)
+      row['temporaries MiB'] = timing.temporaries(run)
       row['differs by'] = None if name == 'dense' else (
-          f'{difference(run(x, dy, weight), wanted):.0e}')
+          f'{difference(run(x, weight, dy), wanted):.0e}')
   return list(rows.values())
 
 
@@ -180,8 +171,7 @@ def estimated(mesh, folder: str, side: int, density: float) -> list[dict]:
       multiply, weight = (jnp.matmul, jax.ShapeDtypeStruct(
           packed.shape, packed.dtype)) if name == 'dense' else (
               ways([name])[name], packed)
-      args = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=whole), (x, dy, weight))
+      args = compiling.placed((x, weight, dy), whole)
       for path in glob.glob(os.path.join(folder, '*')):
         os.remove(path)
       with jax.set_mesh(mesh):
@@ -195,7 +185,7 @@ def estimated(mesh, folder: str, side: int, density: float) -> list[dict]:
             with open(path) as file:
               spent += kernel_seconds(os.path.basename(path), file.read(), x,
                                       packed, chip)
-      row['temporaries MiB'] = mib(compiled)
+      row['temporaries MiB'] = timing.temporaries(compiled)
       row[f'{what} us'] = 1e6 * spent
       row[f'{what}, times dense'] = rows['dense'][f'{what} us'] / (1e6 * spent)
   return list(rows.values())
@@ -249,10 +239,9 @@ def main(_):
     print(f'{device.device_kind}, jax {jax.__version__}\n')
   rows = [row for side in _BLOCKS.value or kernels
           for density in _DENSITIES.value for row in row_of(side, density)]
-  shown = {name: '.2f' if 'dense' in name or 'roof' in name else '.0f'
-           for name in rows[-1] if name.startswith(('forward', 'both'))}
-  print(reporting.markdown_table(rows, formats={
-      **shown, 'temporaries MiB': '.1f'}))
+  print(reporting.markdown_table(rows, formats={'temporaries MiB': '.1f'} | {
+      f'{what}{kind}': form for what in ('forward', 'both') for kind, form in (
+          (' us', '.0f'), (', times dense', '.2f'), (', of roofline', '.2f'))}))
 
 
 if __name__ == '__main__':

@@ -65,11 +65,11 @@ def runner(settings: dict[str, Any], common: dict[str, Any]):
       kept[0] = compiled(kept[0], batch)
     return kept[0]
 
-  return run, asked, compiled.memory_analysis().temp_size_in_bytes
+  return run, asked, timing.temporaries(compiled)
 
 
-def chain_bytes(dot, relu, scanned: bool) -> int:
-  """XLA's bytes of temporary arrays for a gradient of 12 layers of 256."""
+def chain_size(dot, relu, scanned: bool) -> float:
+  """XLA's MiB of temporary arrays for a gradient of 12 layers of 256."""
   def layer(x, weight):
     return relu(dot(x, weight, (((1,), (0,)), ((), ())))), None
 
@@ -85,7 +85,7 @@ def chain_bytes(dot, relu, scanned: bool) -> int:
              else [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 12)
   x = jax.ShapeDtypeStruct((1024, 256), jnp.float32)
   compiled = jax.jit(jax.grad(loss)).lower(weights, x).compile()
-  return compiled.memory_analysis().temp_size_in_bytes
+  return timing.temporaries(compiled)
 
 
 def chains() -> list[dict[str, Any]]:
@@ -94,8 +94,8 @@ def chains() -> list[dict[str, Any]]:
       sparse_jax.operators.Operands(backward_activation=.9))
   return [{'twelve layers': 'scanned' if scanned else 'unrolled',
            'temporary bytes of dense': (
-               chain_bytes(sparse, residuals.relu, scanned)
-               / chain_bytes(jax.lax.dot_general, jax.nn.relu, scanned))}
+               chain_size(sparse, residuals.relu, scanned)
+               / chain_size(jax.lax.dot_general, jax.nn.relu, scanned))}
           for scanned in (False, True)]
 
 

@@ -46,9 +46,8 @@ _CLOCK = flags.DEFINE_enum('clock', 'wall', ['wall', 'processor'],
 
 def medians(contenders, rounds: int) -> dict[str, float]:
   """Seconds of each contender, by --clock."""
-  clock = {'wall': time.perf_counter, 'processor': time.process_time}
-  return timing.interleaved_medians(contenders, rounds=rounds,
-                                    clock=clock[_CLOCK.value])
+  clock = (time.perf_counter if _CLOCK.value == 'wall' else time.process_time)
+  return timing.interleaved_medians(contenders, rounds=rounds, clock=clock)
 
 
 def problem(size: int, block: int, sparsity: float):
@@ -61,16 +60,11 @@ def problem(size: int, block: int, sparsity: float):
   return jnp.asarray(x), jnp.asarray(dy), packed
 
 
-def forward_and_both(product, x, dy, weight):
+def calls(product, x, dy, weight):
   """Two compiled calls: y, and y with the gradients to x and the weight."""
-  def both(x, weight, dy):
-    y, vjp = jax.vjp(product, x, weight)
-    grad_x, grad = vjp(dy)
-    return y, grad_x, getattr(grad, 'blocks', grad)
-
-  forward = jax.jit(product).lower(x, weight).compile()
-  both = jax.jit(both).lower(x, weight, dy).compile()
-  return lambda: forward(x, weight), lambda: both(x, weight, dy)
+  return [functools.partial(jax.jit(fn).lower(x, weight, dy).compile(), x,
+                            weight, dy)
+          for fn in timing.forward_and_both(product)]
 
 
 def ways(x, dy, packed) -> dict[str, tuple]:
@@ -81,10 +75,10 @@ def ways(x, dy, packed) -> dict[str, tuple]:
                                      implementation=name)
                    for name in ('loop', 'batched'))
   return {
-      'dense (XLA)': forward_and_both(jnp.matmul, x, dy, weight),
-      'masked dense': forward_and_both(masked, x, dy, weight),
-      'packed, loop': forward_and_both(loop, x, dy, packed),
-      'packed, batched': forward_and_both(batched, x, dy, packed)}
+      'dense (XLA)': calls(jnp.matmul, x, dy, weight),
+      'masked dense': calls(masked, x, dy, weight),
+      'packed, loop': calls(loop, x, dy, packed),
+      'packed, batched': calls(batched, x, dy, packed)}
 
 
 def other_libraries(x, packed):
@@ -217,7 +211,7 @@ def transformer() -> list[dict]:
 
   runs, stored = {}, {}
   for name, method in methods.items():
-    runs[name], state = timing.trainer(
+    runs[name], (state,), _ = timing.trainer(
         lambda weights: jnp.mean(model.apply({'params': weights}, x)**2),
         method, tx, params)
     stored[name] = held(state)

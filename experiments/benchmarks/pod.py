@@ -10,21 +10,21 @@ install 'jax[tpu]') says everything; nothing is run. What is counted and what is
 not: launch/cycles.py. Recorded: README.md beside this file.
 """
 
+import functools
 import os
 
-os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1')
+from absl import app
+from absl import flags
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
 
-from absl import app  # noqa: E402
-from absl import flags  # noqa: E402
-import flax.linen as nn  # noqa: E402
-import jax  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-
-import sparse_jax  # noqa: E402
-from experiments import reporting  # noqa: E402
-from launch import cycles  # noqa: E402
+import sparse_jax
+from experiments import reporting
+from experiments.benchmarks import timing
+from launch import compiling
+from launch import cycles
 
 _TOPOLOGY = flags.DEFINE_string('topology', 'v5e:4x4', 'The chips.')
 _SPLIT = flags.DEFINE_enum('split', 'data', ['data', 'fsdp'], 'Whether the '
@@ -90,31 +90,19 @@ def place(mesh, path, leaf):
 def row(mesh, name, method) -> dict:
   """What the compiler says of one step."""
   model, shape = Transformer(), (_BATCH.value, _LENGTH.value, _WIDTH.value)
-  tx = sparse_jax.sparsify(optax.adamw(1e-3), method)
   x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-  state = jax.eval_shape(lambda: sparse_jax.start(tx, method, model.init(
+
+  def loss(params, x):
+    y = model.apply({'params': params}, x)
+    return jnp.mean(jnp.square(y.astype(jnp.float32)))
+
+  start, step = timing.training_step(loss, method, optax.adamw(1e-3))
+  state = jax.eval_shape(lambda: start(model.init(
       jax.random.key(0), jnp.zeros((1, *shape[1:]), x.dtype))['params']))
-  put = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
-                                              sharding=at)
-  places = jax.tree.map_with_path(lambda *args: place(mesh, *args), state)
-  state = jax.tree.map(put, state, places)
-  x = put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(
-      'data')))
-
-  def step(state, x):
-    params, opt_state = state
-
-    def loss(params):
-      apply = sparse_jax.with_method(model.apply, method, opt_state)
-      y = apply({'params': params}, x)
-      return jnp.mean(jnp.square(y.astype(jnp.float32)))
-
-    grads = jax.grad(loss)(params)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
-
+  places = jax.tree.map_with_path(functools.partial(place, mesh), state)
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
   program = jax.jit(step, donate_argnums=0, out_shardings=places).lower(
-      state, x).compile()
+      compiling.placed(state, places), compiling.placed(x, rows)).compile()
   chip = cycles.CHIPS[mesh.devices.flat[0].device_kind]
   memory, text = program.memory_analysis(), program.as_text()
   ordinary, refresh = (cycles.count(text, chip, dearest=dear)
@@ -123,7 +111,7 @@ def row(mesh, name, method) -> dict:
   moved = lambda cost: ', '.join(f'{name} {size / 2**20:.1f}' for name, size
                                  in sorted(cost.collectives.items()))
   return {'step': name, 'state MiB': held / 2**20,
-          'temporaries MiB': memory.temp_size_in_bytes / 2**20,
+          'temporaries MiB': timing.temporaries(program),
           'host MiB': memory.host_argument_size_in_bytes / 2**20,
           'ordinary ms': 1e3 * ordinary.cycles / chip.clock,
           'refresh ms': 1e3 * refresh.cycles / chip.clock,
@@ -133,10 +121,10 @@ def row(mesh, name, method) -> dict:
 
 
 def main(_):
-  found = topologies.get_topology_desc(platform='tpu',
-                                       topology_name=_TOPOLOGY.value)
-  mesh = jax.sharding.Mesh(found.devices, ('data',), axis_types=(
-      jax.sharding.AxisType.Auto,))
+  os.environ.update(compiling.ENVIRONMENT)
+  mesh = jax.sharding.Mesh(
+      compiling.mesh_of(_TOPOLOGY.value).devices.flatten(), ('data',),
+      axis_types=(jax.sharding.AxisType.Auto,))
   print(f'{_TOPOLOGY.value}, jax {jax.__version__}: compiled and estimated, '
         'not run\n')
   rows = [row(mesh, name, methods()[name]) for name in _METHODS.value]
@@ -146,9 +134,10 @@ def main(_):
                                    / rows[0][f'{name} MiB'])
     each['ordinary, of dense'] = each['ordinary ms'] / rows[0]['ordinary ms']
   print(reporting.markdown_table(rows, formats={
-      name: '.3f' if 'of dense' in name else '.1f' for name in rows[0]
-      if 'MiB' in name and 'coll' not in name or 'of dense' in name
-      or name.endswith('ms')}))
+      **dict.fromkeys(('state MiB', 'temporaries MiB', 'host MiB',
+                       'ordinary ms', 'refresh ms'), '.1f'),
+      **dict.fromkeys(('state, of dense', 'temporaries, of dense',
+                       'ordinary, of dense'), '.3f')}))
 
 
 if __name__ == '__main__':

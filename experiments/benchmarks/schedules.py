@@ -61,19 +61,16 @@ def spans(text: str) -> tuple[int, list[Span]]:
 def cycles(text: str, turns: Sequence[float],
            taken: Mapping[int, Sequence[float]],
            least: Mapping[int, float]) -> float:
-  """Bundles, each as often as it runs.
+  """Bundles of a file of final bundles, each as often as it runs.
 
   Args:
-    text: a file of final bundles.
     turns: of each loop in order, for one entry into it.
     taken: for some loops, by their place in `turns`: of each large branch in
-      its body, how often it is of all times that it is met. Others count as
-      if always.
+      its body, how often it is taken. Others count as if always.
     least: cycles of a turn of some loops, below which the units behind the
       bundles do not go.
 
-  Raises:
-    ValueError: if the program has another number of loops or branches.
+  A ValueError if the program has another number of loops or branches.
 
   Example:
     >>> text = '''

@@ -57,14 +57,9 @@ def soak(values: Mapping[str, Any], cycles: int,
          settings: Mapping[str, Any] | None = None) -> Outcome:
   """Kills a run `cycles` times and compares it with one that is not killed.
 
-  Args:
-    values: flag values of the run; `workdir` is where both runs lie.
-    cycles: how often to kill; fewer if the run comes to its end before.
-    settings: of JAX, in the processes of the runs.
-
-  Raises:
-    RuntimeError: if the run ends in any other way, naming its log.
-    TimeoutError: if it does nothing for too long, likewise.
+  `values` are the run's flags, `workdir` where both lie, `settings` JAX's own
+  in their processes. A RuntimeError or TimeoutError names the log of a run that
+  ends in another way, or does nothing for too long.
   """
   folder, chance = values['workdir'], random.Random(values['seed'])
   unbroken, killed = ({**values, 'workdir': os.path.join(folder, name)}

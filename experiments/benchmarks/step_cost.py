@@ -14,7 +14,6 @@ this file.
 """
 
 import statistics
-import time
 
 from absl import app
 from absl import flags
@@ -50,22 +49,13 @@ class Network(nn.Module):
 
 
 def methods() -> dict[str, sparse_jax.SparseMethod]:
-  every = dict(update_every=PERIOD)
-  blocks = dict(structure=sparse_jax.Block((_BLOCK.value,) * 2))
-  return {
-      'dense': sparse_jax.dense(),
-      'static': sparse_jax.static(0.9),
-      'gmp': sparse_jax.gmp(0.9, update_end=10**6, **every),
-      'top_kast': sparse_jax.top_kast(0.9, backward_sparsity=0.8, **every),
-      'set': sparse_jax.set_(0.9, **every),
-      'rigl': sparse_jax.rigl(0.9, **every),
+  every = {'update_every': PERIOD}
+  blocks = {'structure': sparse_jax.Block((_BLOCK.value,) * 2)}
+  return timing.methods(every) | {
       'rigl_skip_step': sparse_jax.rigl(0.9, skip_step=True, **every),
-  } | {f'{name}_packed': sparse_jax.packed(method) for name, method in {
-      'static': sparse_jax.static(0.9, **blocks),
-      'set': sparse_jax.set_(0.9, **blocks, **every),
-      'rigl': sparse_jax.rigl(0.9, **blocks, **every),
-      'top_kast': sparse_jax.top_kast(0.9, backward_sparsity=0.8, **blocks,
-                                      **every)}.items()}
+  } | {f'{name}_packed': sparse_jax.packed(method)
+       for name, method in timing.methods(every, **blocks).items()
+       if name in ('static', 'set', 'rigl', 'top_kast')}
 
 
 def mlp():
@@ -102,28 +92,22 @@ def transformer_xl():
 
 def main(_):
   timing.keep_freed_memory()
-  chosen = {name: method for name, method in methods().items()
-            if name == 'dense' or not _METHODS.value or name in _METHODS.value}
+  chosen = timing.chosen(methods(), _METHODS.value)
   params, loss, examples = {'mlp': mlp, 'transformer_xl': transformer_xl}[
       _NETWORK.value]()
   runs = {name: timing.trainer(loss, method, optax.adam(1e-3), params)[0]
           for name, method in chosen.items()}
-  times = {name: [] for name in runs}
-  for _ in range(_ROUNDS.value):
-    for name, run in runs.items():
-      begin = time.perf_counter()
-      jax.block_until_ready(run())
-      times[name].append(time.perf_counter() - begin)
+  times = timing.interleaved(runs, rounds=_ROUNDS.value)
   rows = []
   dense = statistics.median(times['dense'])
   for name, ts in times.items():
-    ordinary = statistics.median(
-        t for i, t in enumerate(ts) if (i + 1) % PERIOD)
-    refresh = [t for i, t in enumerate(ts) if (i + 1) % PERIOD == 0]
-    whole = ordinary + (statistics.mean(refresh) - ordinary) / PERIOD
+    # Step 1 is not timed.
+    refresh = statistics.mean(ts[PERIOD - 2::PERIOD])
+    del ts[PERIOD - 2::PERIOD]
+    ordinary = statistics.median(ts)
+    whole = ordinary + (refresh - ordinary) / PERIOD
     rows.append({'method': name, 'ordinary step': ordinary / dense,
-                 'with refreshes': whole / dense,
-                 'refresh': statistics.mean(refresh) / dense,
+                 'with refreshes': whole / dense, 'refresh': refresh / dense,
                  'milliseconds': ordinary * 1e3,
                  'examples or tokens a second': examples / ordinary})
   print(reporting.markdown_table(rows, formats={

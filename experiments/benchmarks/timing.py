@@ -4,8 +4,9 @@ What disturbs the machine then disturbs all alike, and ratios of medians hold
 where single times do not.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import ctypes
+import functools
 import statistics
 import sys
 import time
@@ -21,11 +22,9 @@ import sparse_jax
 def keep_freed_memory() -> None:
   """Tells the C library's allocator to keep what XLA frees. Call it first.
 
-  Glibc returns blocks above 32 MiB to the system at once. A program whose
-  temporary arrays are just above that pays for fresh pages every step (4,700
-  page faults, a third of the step, of SET in `step_cost`), one just below
-  does not: that is no property of what is measured. Elsewhere this does
-  nothing.
+  Glibc returns blocks above 32 MiB to the system at once; temporary arrays just
+  above that cost fresh pages every step (a third of the step of SET in
+  `step_cost`), which is no property of what is measured.
   """
   if not sys.platform.startswith('linux'):
     return
@@ -35,18 +34,15 @@ def keep_freed_memory() -> None:
       mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD.
 
 
-def interleaved_medians(contenders: Mapping[str, Callable[[], object]], *,
-                        rounds: int, repeats: int = 1,
-                        clock: Callable[[], float] = time.perf_counter
-                        ) -> dict[str, float]:
-  """Median seconds of one call of each contender.
+def interleaved(contenders: Mapping[str, Callable[[], object]], *,
+                rounds: int, repeats: int = 1,
+                clock: Callable[[], float] = time.perf_counter
+                ) -> dict[str, list[float]]:
+  """Seconds of one call of each contender, by round, after one to warm up.
 
-  Args:
-    contenders: `{name: function}`; each is called once to warm up.
-    rounds: how many times each is timed.
-    repeats: calls within one timing, to average over.
-    clock: in seconds. `time.process_time` adds up what all cores spend, and
-      does not see what else the machine is doing.
+  `repeats` calls are averaged over within one timing. `clock` gives seconds:
+  `time.process_time` adds up what all cores spend, and does not see what else
+  the machine is doing.
   """
   for run in contenders.values():
     jax.block_until_ready(run())
@@ -58,32 +54,76 @@ def interleaved_medians(contenders: Mapping[str, Callable[[], object]], *,
         result = run()
       jax.block_until_ready(result)
       times[name].append((clock() - begin) / repeats)
-  return {name: statistics.median(ts) for name, ts in times.items()}
+  return times
 
 
-def trainer(loss: Callable[[Any], jax.Array], method: sparse_jax.SparseMethod,
-            optimizer: optax.GradientTransformation, params: Any
-            ) -> tuple[Callable[[], Any], list[Any]]:
-  """A function that does one step of training, and the state it keeps.
+def interleaved_medians(contenders, **options) -> dict[str, float]:
+  """Median seconds of one call of each; `options` are `interleaved`'s."""
+  return {name: statistics.median(times)
+          for name, times in interleaved(contenders, **options).items()}
 
-  Args:
-    loss: of the weights that the method reads.
-    method: what is trained with.
-    optimizer: likewise.
-    params: the model's, which are copied, since a step takes its own.
+
+def methods(every: Mapping[str, int], **options
+            ) -> dict[str, sparse_jax.SparseMethod]:
+  """What is timed at 90%, `every` saying how often masks move."""
+  return {
+      'dense': sparse_jax.dense(), 'static': sparse_jax.static(.9, **options),
+      'gmp': sparse_jax.gmp(.9, update_end=10**6, **every, **options),
+      'top_kast': sparse_jax.top_kast(.9, backward_sparsity=.8, **every,
+                                      **options),
+      'set': sparse_jax.set_(.9, **every, **options),
+      'rigl': sparse_jax.rigl(.9, **every, **options)}
+
+
+def chosen(rows: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+  """The named ones beside the dense one; all if no name is given."""
+  return {name: row for name, row in rows.items()
+          if name == 'dense' or not names or name in names}
+
+
+def forward_and_both(multiply):
+  """A product, and the product with both gradients: of x, a weight, dy."""
+  def both(x, weight, dy):
+    y, vjp = jax.vjp(multiply, x, weight)
+    grad_x, grad = vjp(dy)
+    return y, grad_x, getattr(grad, 'blocks', grad)
+
+  return lambda x, weight, dy: multiply(x, weight), both
+
+
+def training_step(loss: Callable[..., jax.Array],
+                  method: sparse_jax.SparseMethod,
+                  optimizer: optax.GradientTransformation):
+  """(params -> state, (state, *inputs) -> state), as a user would write them.
+
+  `loss` is of the weights that the method reads, and the inputs.
   """
   tx = sparse_jax.sparsify(optimizer, method)
-  state = list(sparse_jax.start(tx, method, jax.tree.map(jnp.copy, params)))
 
-  def step(params, opt_state):
-    grads = jax.grad(sparse_jax.with_method(loss, method, opt_state))(params)
+  def step(state, *inputs):
+    params, opt_state = state
+    grads = jax.grad(sparse_jax.with_method(loss, method, opt_state))(
+        params, *inputs)
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
-  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state).compile()
+  return functools.partial(sparse_jax.start, tx, method), step
+
+
+def trainer(loss, method, optimizer, params: Any, *inputs
+            ) -> tuple[Callable[[], Any], list[Any], Any]:
+  """A function that does one such step, the state in a list, the program."""
+  start, step = training_step(loss, method, optimizer)
+  state = [start(jax.tree.map(jnp.copy, params))]  # A step takes its own.
+  compiled = jax.jit(step, donate_argnums=0).lower(state[0], *inputs).compile()
 
   def run():
-    state[:] = compiled(*state)
-    return state
+    state[0] = compiled(state[0], *inputs)
+    return state[0]
 
-  return run, state
+  return run, state, compiled
+
+
+def temporaries(compiled) -> float:
+  """MiB that a program takes beside what it is given and returns."""
+  return compiled.memory_analysis().temp_size_in_bytes / 2**20

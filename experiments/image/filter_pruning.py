@@ -156,14 +156,12 @@ def study(values: Mapping[str, Any], settings: Settings
           ) -> list[dict[str, Any]]:
   """Trains the dense network if need be, then prunes it by each share.
 
-  Args:
-    values: flags of experiments.image.train; `workdir` is given.
-    settings: of what comes after.
+  `values` are flags of experiments.image.train, `workdir` among them.
 
   Returns:
     The rows of pruning.json, the dense network first: `filter_sparsity`,
-    `parameters`, `flops` (multiply-adds of a forward pass of one image), and
-    accuracies on the test split. A bad flag is named before anything trains.
+    `parameters`, `flops` (multiply-adds of one image) and accuracies. A bad
+    flag is named before anything trains.
   """
   check(values, settings)
   train.train(values)

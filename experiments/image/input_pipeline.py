@@ -86,21 +86,17 @@ class _Draws(NamedTuple):
 def load(
     name: str, split: str,
     data_dir: str | os.PathLike | None = None) -> Split:
-  """Opens one split of a prepared data set; never downloads.
+  """Opens one split of a prepared data set, as TFDS names it; never downloads.
 
   It is in memory unless it is of imagenet2012, in the order of the files.
-
-  Args:
-    name: a key of DATASETS.
-    split: a split as TFDS writes it, such as 'train' or 'train[:45000]'.
-    data_dir: the folder of all prepared sets. None is TFDS's default folder
-      or, for 'digits', a cache folder in which the set is made at first use.
-
-  A ValueError or FileNotFoundError names what does not fit or is not there.
+  Without `data_dir` it is in TFDS's default folder, digits in a cache folder. A
+  ValueError or FileNotFoundError names what does not fit or is not there.
   """
   import tensorflow_datasets as tfds
   from experiments import datasets
-  folder = _find(name, data_dir)
+  from experiments.image import builders
+  folder = datasets.locate(builders.BUILDERS, name, data_dir,
+                           'experiments.image.prepare')
   with datasets.reading(folder):
     builder = tfds.builder_from_directory(folder, file_format='array_record')
     if not DATASETS[name].augmentation.resized_crop:
@@ -114,18 +110,17 @@ def train_batches(
     split: Split, *, batch_size: int, seed: int, step: int = 0,
     augment: bool = True, process_index: int = 0,
     process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
-  """Iterates without end over shuffled, augmented batches.
+  """Iterates without end over shuffled, augmented batches, from that of `step`.
 
-  Every epoch is a new permutation of the split, from the seed and the epoch;
-  the examples that do not fill a last batch are left out of that epoch. The
-  augmentation of a batch comes from the seed and the step. Both are drawn for
-  the whole batch, of which each process then takes its part.
+  Every epoch is a permutation of the split, from the seed and the epoch,
+  without the examples that do not fill a last batch; the augmentation of a
+  batch comes from the seed and the step. Each process takes its part of what is
+  drawn for all.
 
   Laws: the stream from `step` k is the stream from step 0 without its first k
   batches; the batches of all processes, concatenated, are those of one process.
 
-  Yields {'image': uint8[b, H, W, C], 'label': int32[b]}, b = batch_size /
-  process_count; the first is that of `step`, counted from 0.
+  Yields {'image': uint8[b, H, W, C], 'label': int32[b]}.
   """
   rows = batching.process_rows(batch_size, process_index, process_count)
   batches_per_epoch = split.num_examples // batch_size
@@ -148,8 +143,7 @@ def eval_batches(
     process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
   """Iterates once over a split, in order, in batches of one shape.
 
-  The last batch is filled up with black images of label 0 and weight 0. Every
-  process gives the same number of batches.
+  The last is filled up with black images of label 0 and weight 0.
 
   Law: over all batches and processes the examples of weight 1 are the split,
   each once.
@@ -174,19 +168,6 @@ def normalise(images: jax.Array, name: str) -> jax.Array:
   mean = jnp.asarray(DATASETS[name].mean, jnp.float32).reshape(channel)
   std = jnp.asarray(DATASETS[name].std, jnp.float32).reshape(channel)
   return (images.astype(jnp.float32) / 255 - mean) / std
-
-
-def _find(name, data_dir):
-  from experiments import datasets
-  from experiments.image import builders
-  if name == 'digits' and data_dir is None:
-    return datasets.cached(lambda folder: builders.prepare(name, None, folder))
-  source = '' if name == 'digits' else ' --source=DIR'
-  advice = f'Run: python -m experiments.image.prepare --dataset={name}{source}'
-  if name == 'imagenet2012':
-    advice = ('Where tensorflow is installed, run: tfds build imagenet2012 '
-              '--file_format=array_record')
-  return datasets.require(name, data_dir, advice)
 
 
 def _in_memory(name, source):

@@ -1,9 +1,8 @@
 """The image classifiers that sparse training is measured on, in Flax linen.
 
     logits = model.apply(variables, images, train=False)
-    logits, updates = model.apply(
-        variables, images, train=True, mutable=['batch_stats'],
-        rngs={'dropout': key})
+    logits, updates = model.apply(variables, images, train=True, rngs=...,
+                                  mutable=['batch_stats'])
 
 Images are float[B, H, W, C] and logits are float32[B, num_classes]. Parameters
 and batch statistics are float32 whatever `dtype`, which only sets the type the
@@ -13,9 +12,8 @@ the last Dense 'head' in every network, so that a flag can keep either dense.
 with Python's round; it makes the small-dense baselines.
 
 Kernels are He normal over fan-out where nothing else is said, the head LeCun
-normal; convolutions that batch norm follows have no bias. Batch norm has
-momentum 0.9 and epsilon 1e-5; under one jit over a batch sharded across
-devices, its statistics are those of the global batch.
+normal. Under one jit over a sharded batch the statistics of batch norm are
+those of the global batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,30 +29,21 @@ _LECUN = nn.initializers.lecun_normal()
 _SMALL_NORMAL = nn.initializers.normal(0.01)
 
 
-def _conv(features: int, size: int, *, stride: int = 1, groups: int = 1,
-          kernel_init: Callable = _HE_FAN_OUT, dtype: jax.typing.DTypeLike,
-          name: str) -> nn.Conv:
+def _conv(features: int, size: int, *, stride: int = 1,
+          kernel_init: Callable = _HE_FAN_OUT, **options) -> nn.Conv:
   """A square convolution without bias, padded alike on both sides."""
   # 'SAME' would pad a strided convolution on one side only, unlike the
   # published networks.
   return nn.Conv(features, (size, size), strides=stride, padding=size // 2,
-                 feature_group_count=groups, use_bias=False,
-                 kernel_init=kernel_init, dtype=dtype, name=name)
+                 use_bias=False, kernel_init=kernel_init, **options)
 
 
-def _norm(train: bool, *, scale_init: Callable = nn.initializers.ones,
-          dtype: jax.typing.DTypeLike, name: str) -> nn.BatchNorm:
-  """Batch normalisation over the whole batch that the jit sees."""
+def _norm(train: bool, **options) -> nn.BatchNorm:
   return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5,
-                      scale_init=scale_init, dtype=dtype, name=name)
-
-
-def _flatten(x: jax.Array) -> jax.Array:
-  return x.reshape((x.shape[0], -1))
+                      **options)
 
 
 def _pool_by_two(pool: Callable, x: jax.Array) -> jax.Array:
-  """Halves height and width; a side of odd length is rounded up."""
   # Averaging over a padded edge returns float32.
   return pool(x, (2, 2), strides=(2, 2), padding='SAME').astype(x.dtype)
 
@@ -103,31 +92,23 @@ class Network(nn.Module):
 
 
 class MLP(Network):
-  """A fully connected ReLU network on the flattened image, no batch norm.
-
-  The default is LeNet-300-100. Hidden kernels are He normal over fan-in.
-
-  Reference:
-    LeCun et al., Gradient-based learning applied to document recognition,
-    1998, the fully connected network. ReLU takes the place of its sigmoids.
-  """
+  """LeNet-300-100 (LeCun et al., 1998) with ReLUs, kernels He over fan-in."""
 
   features: Sequence[int] = (300, 100)
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
     del train
-    x = _flatten(images.astype(self.dtype))
+    x = images.astype(self.dtype).reshape(len(images), -1)
     for i, features in enumerate(self.features):
       x = self.dense(x, features, f'dense_{i + 1}' if i else 'stem')
     return self.head(x)
 
 
 class SmallCNN(Network):
-  """Two 3x3 convolutions of 32 and 64 with max pooling and a Dense of 128.
+  """Two 3x3 convolutions with max pooling, and a Dense, for runs on a CPU.
 
-  Meant for tests and runs on a CPU. Hidden kernels are He normal over fan-in,
-  convolutions have a bias and there is no batch norm.
+  Kernels are He normal over fan-in; convolutions have a bias and no batch norm.
   """
 
   @nn.compact
@@ -138,19 +119,14 @@ class SmallCNN(Network):
       conv = nn.Conv(self.channels(features), (3, 3), kernel_init=_HE_FAN_IN,
                      dtype=self.dtype, name=name)
       x = _pool_by_two(nn.max_pool, nn.relu(conv(x)))
-    return self.head(self.dense(_flatten(x), 128, 'dense'))
+    return self.head(self.dense(x.reshape(len(x), -1), 128, 'dense'))
 
 
 class StridedCNN(Network):
-  """Three 3x3 convolutions of stride two, with 32, 64 and 128 channels.
+  """Three 3x3 convolutions of stride two; the head reads all positions.
 
-  Meant for comparisons on a CPU, where the gradient of max pooling costs as
-  much as that of the convolutions. The head reads all positions.
-
-  Reference:
-    Springenberg et al., Striving for simplicity, 2014,
-    https://arxiv.org/abs/1412.6806, for strides in the place of pooling; the
-    network is smaller than theirs.
+  On a CPU the gradient of max pooling would cost as much as theirs (strides in
+  its place: Springenberg et al., 2014, https://arxiv.org/abs/1412.6806).
   """
 
   @nn.compact
@@ -158,16 +134,15 @@ class StridedCNN(Network):
     x = images.astype(self.dtype)
     for layer, features in enumerate((32, 64, 128), 1):
       x = self.numbered(x, features, layer, train, stride=2)
-    return self.head(_flatten(x))
+    return self.head(x.reshape(len(x), -1))
 
 
 class ResidualBlock(nn.Module):
   """Convolutions with batch norm and a shortcut, the ReLU after the sum.
 
-  Two of 3x3, or a bottleneck: 1x1, 3x3 and 1x1, as in ResNet v1.5. The first
-  of 3x3 has the stride. A bottleneck's last batch norm starts with a scale of
-  zero, which makes a block without projection the identity on its input. The
-  projection is a 1x1 convolution with batch norm (option B of He et al.).
+  Two of 3x3, or a bottleneck: 1x1, 3x3 and 1x1. The first of 3x3 has the
+  stride. A bottleneck's last batch norm starts with a scale of zero, so that a
+  block without projection is the identity at first.
   """
 
   features: Sequence[int]  # Channels of each convolution.
@@ -194,11 +169,7 @@ class ResidualBlock(nn.Module):
 
 
 class WideBlock(nn.Module):
-  """Two 3x3 convolutions, each after batch norm and ReLU, and a shortcut.
-
-  The shortcut is the input, or a projection: a 1x1 convolution, without batch
-  norm, of the activated input. Dropout comes before the second convolution.
-  """
+  """Two 3x3 convolutions after norm and ReLU; a projection has no norm."""
 
   features: int
   stride: int
@@ -240,18 +211,16 @@ class DenseLayer(nn.Module):
 class ResNet(Network):
   """A residual network: a stem, stages of blocks, global average pooling.
 
-  The first block of each stage but the first halves the image. The paper's
-  CIFAR networks widen by padding with zeros (option A); here blocks that change
-  the shape have a 1x1 projection with batch norm (option B), as is common in
-  the sparse-training literature: 2,752 parameters more in ResNet-20.
+  The paper's CIFAR networks widen by padding with zeros (option A); here blocks
+  that change the shape have a 1x1 projection with batch norm (option B), as is
+  common in the literature: 2,752 parameters more in ResNet-20.
 
   Reference:
-    He et al., Deep residual learning for image recognition, 2015,
-    https://arxiv.org/abs/1512.03385, table 1 and section 4.2. In bottleneck
-    blocks the place of the stride is that of the later "v1.5" codes; the zeros
-    of their last norm and the head's deviation of 0.01 are from Goyal et al.,
-    Accurate, large minibatch SGD, 2017, https://arxiv.org/abs/1706.02677,
-    section 5.1. Convolutions have no bias, where SWAT's code gives them one.
+    He et al., 2015, https://arxiv.org/abs/1512.03385, table 1 and section 4.2.
+    Bottleneck blocks have their stride as in "v1.5" codes; the zeros of their
+    last norm and the head's deviation of 0.01 are from Goyal et al., 2017,
+    https://arxiv.org/abs/1706.02677, section 5.1. Convolutions have no bias,
+    where SWAT's code gives them one.
   """
 
   blocks: Sequence[int] = (2, 2, 2, 2)  # How many each stage has.
@@ -279,9 +248,8 @@ class ResNet(Network):
 class WideResNet(Network):
   """A wide residual network, pre-activation: three stages after a 3x3 stem.
 
-  Reference:
-    Zagoruyko and Komodakis, Wide residual networks, 2016,
-    https://arxiv.org/abs/1605.07146, table 1; dropout as in section 2.4.
+  Reference: Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1605.07146,
+  table 1; dropout as in section 2.4.
   """
 
   blocks: int = 4  # Of each stage; the depth is six times as many and 4.
@@ -308,15 +276,10 @@ class WideResNet(Network):
 class VGG16(Network):
   """VGG-16 with batch norm and the 4096-4096 classifier.
 
-  A 32x32 image leaves 512 features to the classifier, a 224x224 image 25,088.
-  Kernels of Dense are normal with standard deviation 0.01.
-
   Reference:
-    Simonyan and Zisserman, Very deep convolutional networks, 2014,
-    https://arxiv.org/abs/1409.1556, configuration D. Batch norm and the
-    512-4096-4096 classifier at 32x32 are from the code of Raihan and Aamodt,
-    Sparse weight activation training, 2020, https://arxiv.org/abs/2001.01969;
-    convolutions have no bias, since the batch norm after them has one.
+    Simonyan and Zisserman, 2014, https://arxiv.org/abs/1409.1556, configuration
+    D. Batch norm and the 512-4096-4096 classifier at 32x32 are from SWAT's
+    code; convolutions have no bias, since the batch norm after them has one.
   """
 
   classifier_dropout: float = 0.5
@@ -329,7 +292,7 @@ class VGG16(Network):
         layer += 1
         x = self.numbered(x, features, layer, train)
       x = _pool_by_two(nn.max_pool, x)
-    x = _flatten(x)
+    x = x.reshape(len(x), -1)
     for name in ('dense_1', 'dense_2'):
       dropout = nn.Dropout(self.classifier_dropout, deterministic=not train)
       x = dropout(self.dense(x, 4096, name, _SMALL_NORMAL))
@@ -340,13 +303,9 @@ class DenseNet121(Network):
   """DenseNet-121: growth 32, compression 0.5.
 
   `width` multiplies the 64 channels of the stem, the 32 that a layer appends
-  and the 128 of its bottleneck; other counts follow from these. Kernels of
-  convolutions are He normal over fan-in. The stem has batch norm of its own for
-  ImageNet alone.
+  and the 128 of its bottleneck; other counts follow. Kernels: He over fan-in.
 
-  Reference:
-    Huang et al., Densely connected convolutional networks, 2016,
-    https://arxiv.org/abs/1608.06993, table 1.
+  Reference: Huang et al., 2016, https://arxiv.org/abs/1608.06993, table 1.
   """
 
   imagenet: bool = False
@@ -377,14 +336,10 @@ class DenseNet121(Network):
 class MobileNetV1(Network):
   """MobileNet-v1: 13 pairs of a 3x3 depthwise and a 1x1 convolution.
 
-  Each convolution has batch norm and ReLU after it. Depthwise kernels, a
-  hundredth of all weights, are named 'depthwise_<n>'; sparse training leaves
-  them and the stem dense, with --dense_layers=stem,depthwise.
+  Depthwise kernels are a hundredth of all weights; sparse training leaves them
+  and the stem dense, with --dense_layers=stem,depthwise (RigL, section 4.1).
 
-  Reference:
-    Howard et al., MobileNets, 2017, https://arxiv.org/abs/1704.04861, table 1.
-    That the depthwise layers stay dense is from Evci et al., Rigging the
-    lottery, 2020, https://arxiv.org/abs/1911.11134, section 4.1.
+  Reference: Howard et al., 2017, https://arxiv.org/abs/1704.04861, table 1.
   """
 
   @nn.compact
@@ -396,7 +351,7 @@ class MobileNetV1(Network):
     for i, (features, stride) in enumerate(pairs, 1):
       inputs = x.shape[-1]
       x = self.conv_norm(x, inputs, 3, f'depthwise_{i}', f'depthwise_norm_{i}',
-                         train, stride=stride, groups=inputs)
+                         train, stride=stride, feature_group_count=inputs)
       x = self.conv_norm(x, self.channels(features), 1, f'pointwise_{i}',
                          f'pointwise_norm_{i}', train)
     return self.head(x.mean(axis=(1, 2)))
@@ -429,13 +384,8 @@ def create(name: str, *, num_classes: int, width: float = 1.0,
            ) -> nn.Module:
   """Builds the network of a name in MODELS; a ValueError names a bad argument.
 
-  `width` multiplies hidden channels, `dtype` is what the layers compute in.
   `dropout` is the rate inside the blocks of a wide ResNet; for any other
   network it must be 0: that of VGG-16's classifier is part of the network.
-
-  Example:
-    >>> create('wrn_22_2', num_classes=10, dropout=0.3).widening
-    2
   """
   if not width > 0:
     raise ValueError(f'width must be positive, got {width}')
@@ -447,11 +397,3 @@ def create(name: str, *, num_classes: int, width: float = 1.0,
   elif dropout:
     raise ValueError(f'dropout must be 0 for {name!r}, got {dropout}')
   return MODELS[name](**kwargs)
-
-
-def kernel_count(model: nn.Module, image_shape: Sequence[int]) -> int:
-  """Counts the entries of a network's kernels, without making any array."""
-  images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  params = jax.eval_shape(functools.partial(model.init, train=False),
-                          jax.random.key(0), images)['params']
-  return sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1)

@@ -12,17 +12,13 @@ into a folder, and name it:
   cifar10        cifar-10-batches-py/ or cifar-10-python.tar.gz
   cifar100       cifar-100-python/ or cifar-100-python.tar.gz
 
-The set is written, as array_record, to <data_dir>/<dataset>/<version>, which
-is also where TFDS would put it; it takes about as much disk as its pixels (180
-MB for CIFAR) and under a minute. A set that TFDS prepared as array_record is
-left as it is, and is used. Nothing half-written is left where a set is looked
-for; a killed run may leave a scratch folder <data_dir>/.<dataset>.*, which is
-to be deleted by hand.
+The set is written, as array_record, to where TFDS would put it, in under a
+minute and about as much disk as its pixels take (180 MB for CIFAR). One that
+TFDS prepared as array_record is left as it is, and is used.
 
 ImageNet (imagenet2012) is prepared by TFDS, with TensorFlow, once, and from
-then on read without it. Put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar
-(144 GB) into <data_dir>/downloads/manual and run, where tensorflow is
-installed:
+then on read without it: put its two tar files (144 GB) into
+<data_dir>/downloads/manual and run
 
   tfds build imagenet2012 --data_dir=DIR --file_format=array_record
 

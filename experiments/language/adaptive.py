@@ -30,13 +30,7 @@ _PROJECTION_INIT = nn.initializers.normal(0.01)
 
 
 class Cluster(nn.Module):
-  """The vectors of some tokens, their projections, and their logits.
-
-  Parameters: 'embedding' float32[rows, features], normal with deviation 0.02;
-  'bias' float32[rows], zeros; if projected, 'kernel' float32[features,
-  d_model], normal with deviation 0.01; if projected and not tied,
-  'out/kernel' float32[d_model, features], alike. Logits are float32.
-  """
+  """The vectors of some tokens, their projections, and their logits."""
 
   rows: int  # Number of vectors.
   features: int  # Length of a vector.
@@ -86,13 +80,10 @@ class Cluster(nn.Module):
 class AdaptiveEmbedding(nn.Module):
   """Embeds tokens, and gives the probabilities of the next ones.
 
-  Clusters are named 'head', 'tail_1', ... Besides its tokens the head has a row
-  for each tail, in the tails' order. The head is projected where its vectors
-  are not as wide as the model, and always if there are tails; tails always are.
-
-  Tokens have to be in [0, vocab_size), which is not checked. Shapes are
-  static, so every tail is computed for every token, whatever its cluster: of
-  a Transformer-XL for WikiText-103 that is 6% of all multiplications.
+  Besides its tokens the head has a row for each tail, in their order. It is
+  projected where its vectors are not as wide as the model, and always if there
+  are tails. Every tail is computed for every token, whatever its cluster: of a
+  Transformer-XL for WikiText-103 that is 6% of all multiplications.
 
   Laws: the probabilities sum to 1, and the loss of a target is minus its log
   probability.

@@ -55,18 +55,11 @@ def load(
   """Reads one split of a corpus into memory; never downloads.
 
   The words are those of the training split, whichever split is asked for.
-
-  Args:
-    dataset: a key of DATASETS.
-    split: 'train', 'valid' or 'test'.
-    level: 'byte' or 'word'; None is the corpus's own.
-    data_dir: the folder of all prepared sets. None is TFDS's default folder
-      or, for 'stdlib', a cache folder in which the set is made at first use.
-    text_file: for 'text' alone: a file, of which the first 90 % of the bytes
-      are for training and 5 % each for the others; or a folder with train.txt,
-      valid.txt and test.txt.
-
-  A ValueError or FileNotFoundError names what does not fit or is not there.
+  `level` None is the corpus's own. `text_file` is for 'text' alone: a file, of
+  which the first 90 % of the bytes are for training and 5 % each for the
+  others; or a folder with train.txt, valid.txt and test.txt. `data_dir` as for
+  images. A ValueError or FileNotFoundError names what does not fit or is not
+  there.
   """
   level = level or DATASETS[dataset].level
   read = _reader(dataset, data_dir, text_file)
@@ -81,19 +74,15 @@ def train_batches(
     process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
   """Iterates without end over contiguous segments, a row per stream.
 
-  The text is cut into `batch_size` rows of R = (n - 1) // batch_size tokens,
-  and a pass over it has R // length steps. Step t of a pass gives the columns
-  [t * length, (t + 1) * length) of every row, and as targets the tokens that
-  follow in the text. What is left of a row, fewer than `length` tokens, is not
-  trained on. After the last step of a pass comes the first of the next.
+  The text of n tokens is cut into rows of R = (n - 1) // batch_size tokens, and
+  a pass over it has R // length steps; what is left of a row is not trained on.
 
   Laws: the stream from `step` k is the stream from step 0 without its first k
   batches; the batches of all processes, concatenated, are those of one process.
 
   Yields {'inputs': int32[b, length], 'targets': int32[b, length], 'begins':
-  bool[b]}, b = batch_size / process_count, of tokens integer[n], more than a
-  batch has; the first is that of `step`. Where `begins` is true the segment
-  does not continue the one before: memory must be forgotten.
+  bool[b]}. Where `begins` is true the segment does not continue the one before:
+  memory must be forgotten.
   """
   rows = batching.process_rows(batch_size, process_index, process_count)
   row_length = (len(tokens) - 1) // batch_size
@@ -111,12 +100,9 @@ def eval_batches(
     process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
   """Iterates once over a text, in `batch_size` contiguous streams.
 
-  The text is cut into rows of R = ceil((n - 1) / batch_size) tokens, read side
-  by side. The first token of a row is the last target of the row above it, so
-  that only the first token of the text is never a target. Rows that end early
-  are filled up with token 0 and weight 0. Every process gives the same number
-  of batches. A row begins without context, so fewer rows are closer to reading
-  the text as a whole.
+  The first token of a row is the last target of the row above it. Rows that end
+  early are filled up with token 0 and weight 0. A row begins without context,
+  so fewer rows are closer to reading the text as a whole.
 
   Law: over all batches and processes the targets of weight 1 are tokens[1:],
   each once.
@@ -152,21 +138,11 @@ def _reader(dataset, data_dir, text_file) -> Callable[[str], bytes]:
     raise ValueError(
         f'`text_file` (={str(text_file)!r}) must be left out: '
         f'dataset={dataset!r} does not use it, only text does')
-  folder = _find(dataset, data_dir)
-  return lambda split: _read_records(folder, split)
-
-
-def _find(dataset, data_dir):
   from experiments import datasets
   from experiments.language import corpora
-  if dataset == 'stdlib' and data_dir is None:
-    return datasets.cached(
-        lambda folder: corpora.prepare(dataset, None, folder))
-  source = '' if dataset == 'stdlib' else ' --source=DIR'
-  return datasets.require(
-      corpora.BUILDERS[dataset].name, data_dir,
-      f'Run: python -m experiments.language.prepare --dataset={dataset}'
-      f'{source}')
+  folder = datasets.locate(corpora.BUILDERS, dataset, data_dir,
+                           'experiments.language.prepare')
+  return lambda split: _read_records(folder, split)
 
 
 def _read_records(folder, split):

@@ -44,12 +44,11 @@ class Memory(NamedTuple):
 class Preset(NamedTuple):
   """A network, and how long its segments and memories are.
 
-  Parameters in millions, tied ones once: 'tiny' 0.46, 'small' 3.5,
-  'enwik8_small' 69.5 and 'enwik8_large' 278.2 (256 tokens), 'wikitext103' 285.2
-  (267,735). Published are 69, 277 and 285; Top-KAST's table 4 prints 69 for the
-  large one, and its d_embed of 512 adds two projections to Dai et al.'s code.
-  It says that WikiText-103 ties the "head only"; 285 is the count with the
-  vectors of all clusters tied, and all projections but the head's, as there.
+  Parameters in millions, tied ones once: 0.46, 3.5, 69.5, 278.2 (256 tokens)
+  and 285.2 (267,735). Published are 69, 277 and 285; Top-KAST's table 4 prints
+  69 for the large one, and its d_embed of 512 adds two projections to Dai et
+  al.'s code. It says that WikiText-103 ties the "head only"; 285 is the count
+  with all vectors tied, and all projections but the head's, as there.
   """
 
   num_layers: int
@@ -104,9 +103,7 @@ def attention_mask(valid: jax.Array, memory_length: int, length: int
                    ) -> jax.Array:
   """Which keys each query may attend to: bool[b, 1, length, keys].
 
-  The keys are the memory and then the segment. A query sees the filled places
-  of the memory, of which there are `valid` int32[b], and the segment up to
-  itself.
+  The filled places of the memory (`valid` int32[b]), and the segment up to it.
   """
   query = jnp.arange(length)[:, None] + memory_length
   key = jnp.arange(memory_length + length)[None]
@@ -126,9 +123,8 @@ class RelativeAttention(nn.Module):
   The score of query i and key j is (q_i + u) k_j + (q_i + v) W r_{i - j}, over
   the square root of a head's width, with r the sinusoids. Each layer has a u
   ('content_bias') and a v ('position_bias') of its own; in the paper layers
-  share them, in its authors' large models they do not. Kernels 'query', 'key',
-  'value', 'position' and 'out' have shape (d_model, d_model) and no bias. The
-  softmax is in float32. Attributes: those of TransformerXL.
+  share them, in its authors' large models they do not. Attributes: those of
+  TransformerXL.
   """
 
   num_heads: int
@@ -177,9 +173,7 @@ class RelativeAttention(nn.Module):
 class Layer(nn.Module):
   """Attention, then two Dense with a ReLU between them, each with a shortcut.
 
-  Layer normalisation (epsilon 1e-5) follows each sum. Dropout is of what is
-  added to the shortcuts and between the Dense. Attributes: those of
-  TransformerXL.
+  Layer normalisation follows each sum. Attributes: those of TransformerXL.
   """
 
   d_ff: int
@@ -212,11 +206,8 @@ class Layer(nn.Module):
 class TransformerXL(nn.Module):
   """Transformer-XL: a language model that remembers earlier segments.
 
-  A segment attends to itself and to the memory that it is handed, whose length
-  is free: the same parameters serve any, as training and evaluation use. No
-  gradient flows into or out of a memory. Dropout is applied, with one rate, to
-  embeddings, sinusoids, the last states, and inside layers. A call raises a
-  ValueError if shapes do not fit or `cutoffs` are out of order.
+  A segment attends to itself and to the memory that it is handed, of any
+  length. No gradient flows into or out of a memory.
 
   Laws: without dropout two segments of length t, the second with the memory of
   the first, have the losses of one of length 2t, where the memory holds t
@@ -253,10 +244,8 @@ class TransformerXL(nn.Module):
 
   def __call__(self, tokens: jax.Array, targets: jax.Array, memory: Memory, *,
                train: bool) -> tuple[jax.Array, Memory]:
-    """Losses float32[b, t] in nats of `targets`, which follow `tokens`.
-
-    Both are int32[b, t] in [0, vocab_size); `train` asks for dropout, which
-    takes an rng named 'dropout'. Also the memory for the next segment.
+    """Losses float32[b, t] in nats of `targets`, which follow `tokens`, and
+    the memory for the next segment.
     """
     if targets.shape != tokens.shape:
       raise ValueError(f'`targets` (of shape {targets.shape}) must have the '
@@ -332,16 +321,11 @@ def reset_memory(memory: Memory, where: jax.Array) -> Memory:
 def create(name: str, *, vocab_size: int, dropout: float = 0.0,
            dtype: jax.typing.DTypeLike = jnp.float32, width: float = 1.0,
            activation_sparsity: float = 0.) -> TransformerXL:
-  """Builds the network of a name.
+  """Builds the network of a name in MODELS.
 
-  Args:
-    name: a key of MODELS.
-    vocab_size: number of tokens; of the preset's cutoffs those below it count.
-    dropout: rate of all dropout, of attention weights too, in [0, 1).
-    dtype: type of the computation; parameters are float32 in any case.
-    width: multiplier of d_model, d_ff and d_embed; the products are rounded to
-      multiples of twice the number of heads, at least one.
-    activation_sparsity: see TransformerXL.
+  Of the preset's cutoffs those below `vocab_size` count. `width` multiplies
+  d_model, d_ff and d_embed; the products are rounded to multiples of twice the
+  number of heads, at least one.
 
   Example:
     >>> create('wikitext103', vocab_size=33278, width=0.5).cutoffs
@@ -362,12 +346,3 @@ def create(name: str, *, vocab_size: int, dropout: float = 0.0,
       cutoffs=tuple(cut for cut in preset.cutoffs if cut < vocab_size),
       dropout=dropout, dtype=dtype,
       activation_sparsity=activation_sparsity)
-
-
-def kernel_count(model: TransformerXL) -> int:
-  """Counts the entries of kernels and embeddings, without making any array."""
-  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  memory = jax.eval_shape(lambda: init_memory(model, 1, 0))
-  params = jax.eval_shape(functools.partial(model.init, train=False),
-                          jax.random.key(0), tokens, tokens, memory)['params']
-  return sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1)

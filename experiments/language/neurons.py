@@ -51,11 +51,8 @@ def look(weights: Mapping[str, Any], names: Mapping[int, str], layer: int,
          number: int | None, count: int) -> Neuron:
   """Reads one unit off the weights that the forward pass sees.
 
-  Args:
-    weights: the model's parameters.
-    names: of the tokens that are looked at: those that the text has.
-    layer, number: which unit; None for the one that passes on most.
-    count: tokens of each kind.
+  `names` are those of the tokens that the text has, `number` the unit, or None
+  for the one that passes on most, `count` how many tokens of each kind.
   """
   if f'layer_{layer}' not in weights:
     raise ValueError(f'`layer` (={layer}) is none of the model\'s.')

@@ -17,12 +17,8 @@ into a folder, and name it:
 A text of your own needs no preparing: train with --dataset=text
 --text_file=FILE.
 
-The bytes of the text are written, as array_record, to
-<data_dir>/<dataset>/<version>, a few seconds per 100 MB; those of stdlib
-to <data_dir>/stdlib_<version of Python>/<version>. A corpus that is there is
-left as it is. Nothing half-written is left where a corpus is looked for; a
-killed run may leave a scratch folder <data_dir>/.<dataset>.*, which is to be
-deleted by hand.
+The bytes of the text are written, as array_record, to where TFDS would put
+them; those of stdlib under a name that has the version of Python in it.
 """
 
 from experiments import programs

@@ -17,8 +17,7 @@ _SMALL = 'small_dense'
 # columns, with the sparsity beside the accuracy.
 _OWN, _REACHED = 'own', 'sparsity'
 _WITHOUT_TARGET = ('dense', 'ste', 'sr_ste', 'str', 'dst', 'cs')
-# Widths at which experiments.widths.matching finds that share of the kernels'
-# entries.
+# Widths at which the kernels have that share of the entries, by bisection.
 NARROW = {
     ('mlp', 'fashion_mnist', 1.): {
         80: .21838, 90: .11163, 95: .055024, 98: .021668},
@@ -124,16 +123,10 @@ def field_next_cifar10(scale: str) -> Table:
 def compare(name: str, title: str, base: Mapping, rows: Mapping[str, Mapping],
             sparsities: Sequence[int] = _SPARSITIES, seeds=(0, 1),
             effective: bool = False) -> Table:
-  """Every row at every sparsity, or once where the method has no target.
+  """Every row at every sparsity (percent), or once where there is no target.
 
-  Args:
-    name, title: of the table.
-    base: flags of all runs of experiments.image.train.
-    rows: a row's own flags, its method among them; a function is one of the
-      sparsity.
-    sparsities: in percent.
-    seeds: of each cell.
-    effective: whether to show what is zero or on no path, too.
+  `base` are flags of all runs, `rows` has a row's own, its method among them; a
+  function is one of the sparsity. `effective` shows what is zero or on no path.
   """
   points = []
   for row, own in rows.items():

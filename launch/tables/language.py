@@ -8,8 +8,7 @@ from launch.table import Point, Table
 from launch.tables import recipes
 
 _BINARY = 'experiments.language.train'
-# Widths at which experiments.widths.matching finds 20% and 10% of the matrices'
-# entries, by scale and sparsity.
+# Widths at which the matrices have 20% and 10% of the entries, by bisection.
 _NARROW = {'paper': {80: .4529, 90: .3279}, 'small': {80: .40625, 90: .28125}}
 # Bits per character in Top-KAST's table 5, by row and sparsity.
 _PUBLISHED = {

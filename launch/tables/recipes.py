@@ -81,13 +81,8 @@ def as_rigl(scale: str, method: str, sparsity: float, multiple: int = 1,
             dense: Sequence[str] = ('stem',), **flags) -> Flags:
   """A method as RigL's paper runs it, whose first layer alone is dense.
 
-  Args:
-    scale: of the table.
-    method: as in --method.
-    sparsity: in percent.
-    multiple: a longer run, which stretches the windows of refreshes.
-    dense: layers that stay dense.
-    **flags: others.
+  `sparsity` is in percent; `multiple` makes a longer run, and stretches the
+  windows of refreshes.
   """
   every = lambda step: scaled(step, scale, TOP_KAST_STEPS)
   at = lambda step: multiple * every(step)
