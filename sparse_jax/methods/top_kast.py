@@ -28,7 +28,7 @@ def top_kast(sparsity: float, *, backward_sparsity: float,
   the backward sparsity, leaf by leaf. The forward pass and the gradient to
   activations use A; the gradient to weights goes to B; the rest, C, does not
   move at all. Weights of B outside A keep their value, hidden. Training costs
-  2 f(A) + f(B).
+  2 f(A) + f(B), and 3 f(A) from `stop_exploration_at` on.
 
   Laws: backward_sparsity = 0 is `dnw` with the exploration loss;
   backward_sparsity = sparsity gives A = B; C is bit-identical through any
