@@ -109,8 +109,9 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
   It reads the weights, puts the method's operators (SWAT) into its products,
   and multiplies by packed blocks; which product uses which weight is found in
   the jaxpr, so that the model may be anybody's and needs no edit. A packed
-  weight that something else than a product uses (an embedding's look-up) is
-  assembled for that use. For `dense()` the result is `fn` itself.
+  weight that something else than a product uses (an embedding's look-up), or a
+  product that blocks do not fit, is assembled for that use. For `dense()` the
+  result is `fn` itself.
 
   Args:
     fn: a function whose first argument is the parameter tree, or a mapping

@@ -213,6 +213,20 @@ class TrainingCostTest(parameterized.TestCase):
     got = cost.training_cost(flops, {'a': Work(.5, .5, .5)})
     self.assertEqual(got.sparse.forward, 540 - .5 * 135)
 
+  @parameterized.parameters(
+      (sparse_jax.granet(.9, initial_sparsity=.5, update_every=500,
+                         prune_end=1000), 1000, (.325, .325)),
+      (sparse_jax.mest(.8, variant='ems', mutation=(.1, 0.), update_every=8,
+                       mutation_ends=(10,)), 20, (.28, .28)),
+      (sparse_jax.top_kast(.8, backward_sparsity=.4, stop_exploration_at=25),
+       100, (.2, .25 * .6 + .75 * .2)),
+      (sparse_jax.top_kast(.8, backward_sparsity=.4, stop_exploration_at=25),
+       10, (.2, .6)))
+  def test_work_is_that_of_masks_as_they_refresh(self, method, steps, want):
+    work = method.work({'w': jnp.ones((20, 50))}, steps)['w']
+    dense = (1 + 500 * want[1]) / 501 if method.name == 'granet' else want[1]
+    np.testing.assert_allclose(work, (want[0], want[0], dense), rtol=1e-3)
+
   def test_a_method_states_its_work(self):
     def work(params, steps):
       return {path: Work(1 / steps, .5, 1.) for path in params}

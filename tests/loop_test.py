@@ -37,6 +37,10 @@ USES = {
               {'w': (8, 12), 'v': (12, 4)}, (3, 8)),
     'look_up': (lambda p, x: p['w'][jnp.array([0, 5, 2])] * x @ p['w'].T,
                 {'w': (8, 12)}, (3, 12)),
+    'side_by_side': (lambda p, x: jnp.einsum('bi,eio->beo', x, p['layers']),
+                     {'layers': (2, 8, 4)}, (3, 8)),
+    'of_two': (lambda p, x: x @ (p['w'] @ p['v']),
+               {'w': (8, 12), 'v': (12, 4)}, (3, 8)),
 }
 
 
@@ -55,7 +59,9 @@ class WithMethodTest(parameterized.TestCase):
               for i, (name, shape) in enumerate(shapes.items())}
     results = []
     # Said, not guessed: tied weights are summed over either axis.
-    masked = sparse_jax.static(.5, structure=BLOCK, contracting=(0,))
+    masked = sparse_jax.static(
+        .5, structure=BLOCK, contracting={'layers': (1,), '.*': (0,)},
+        batch_axes=lambda path, leaf: tuple(range(leaf.ndim - 2)))
     for method in (masked, sparse_jax.packed(masked)):
       own, state = begun(method, params)
 

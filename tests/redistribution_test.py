@@ -163,6 +163,9 @@ class BudgetTest(parameterized.TestCase):
     seen = budget.global_counts(own, scores, 4)
     self.assertEqual({k: int(v[0, 0]) for k, v in seen.items()},
                      {'a': 3, 'b': 1})
+    seen = budget.global_counts(own, scores, 1)  # Less than one for each.
+    self.assertEqual({k: int(v[0, 0]) for k, v in seen.items()},
+                     {'a': 1, 'b': 1})
 
   @parameterized.parameters(*range(8))
   def test_shares_are_whole_exact_and_near_their_proportion(self, seed):

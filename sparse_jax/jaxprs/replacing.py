@@ -169,8 +169,8 @@ def _by_blocks(eqn, args, held):
   if name == products.DOT:
     out = holding.multiply(eqn, args)
     if out is None:
-      _refuse_product(eqn, args, held[0])
-    return [out]
+      _check_summed(eqn, args, held[0])
+    return None if out is None else [out]
   if name == products.CONV:
     out = holding.multiply(eqn, args)
     return None if out is None else [out]
@@ -180,10 +180,13 @@ def _by_blocks(eqn, args, held):
   return None
 
 
-def _refuse_product(eqn, args, held):
+def _check_summed(eqn, args, held):
+  """Raises ValueError if a product sums over other axes than blocks follow."""
   sides = [i for i, arg in enumerate(args) if holding.is_held(arg)]
   contracted = eqn.params['dimension_numbers'][0][sides[0]]
   axes = tuple(sorted(axis for i in contracted for axis in held.axes[i]))
+  if axes in map(tuple, map(sorted, (held.layout.rows, held.layout.columns))):
+    return  # Layers side by side on one input, or of two packed operands.
   raise ValueError(
       f'the packed leaf {held.path!r} of shape {held.layout.shape} is '
       f'multiplied along its axes {axes}, but its blocks follow '

@@ -114,14 +114,16 @@ def granet(sparsity: float, *, prune_end: int, initial_sparsity: float = 0.5,
     return {path: _regrown(leaf, nows[path], counts[path], drop(step))
             for path, leaf in leaves.items()}, None
 
-  def progress(steps):
-    risen = np.asarray(schedule(np.asarray(steps)))
+  def progress(step):
+    """Of the final sparsity."""
+    risen = np.asarray(schedule(step))
     return risen / sparsity if sparsity else np.ones_like(risen)
 
   return make_method(rule.Rule(
       'granet', where, choose, first=first, refreshes=plain, gradient='all',
       only_at_refresh=True, zeros=True, skip_step=skip_step, together=True,
-      progress=progress, unpackable='its masks tighten'))
+      progress=updates.at_refreshes(plain, progress),
+      unpackable='its masks tighten'))
 
 
 def _regrown(leaf, now, count, fraction):

@@ -129,7 +129,8 @@ def mest(sparsity: float, *, variant: str = 'em',
 
   return make_method(rule.Rule(
       'mest', where, choose, first=first, refreshes=window, zeros=True,
-      skip_step=skip_step, progress=progress if soft else None,
+      skip_step=skip_step,
+      progress=updates.at_refreshes(window, progress) if soft else None,
       unpackable='its counts change' if soft else ''))
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sparse_jax import checks
 from sparse_jax.masks import schedules
@@ -125,13 +124,7 @@ def _progress(window, schedule, sparsity):
   """The share of the final sparsity that the masks have at each step."""
   if schedule is None:
     return None
-
-  def progress(steps):
-    refreshes = [0] + [int(t) for t in steps if t and window(t)]
-    risen = np.asarray(schedule(np.array(refreshes))) / sparsity
-    return risen[np.searchsorted(refreshes, steps, side='right') - 1]
-
-  return progress
+  return updates.at_refreshes(window, lambda step: schedule(step) / sparsity)
 
 
 def _pruning_schedule(sites, schedule, begin, end):

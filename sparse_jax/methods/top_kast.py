@@ -28,7 +28,7 @@ def top_kast(sparsity: float, *, backward_sparsity: float,
   the backward sparsity, leaf by leaf. The forward pass and the gradient to
   activations use A; the gradient to weights goes to B; the rest, C, does not
   move at all. Weights of B outside A keep their value, hidden. Training costs
-  2 f(A) + f(B).
+  2 f(A) + f(B), and 3 f(A) from `stop_exploration_at` on.
 
   Laws: backward_sparsity = 0 is `dnw` with the exploration loss;
   backward_sparsity = sparsity gives A = B; C is bit-identical through any
@@ -83,8 +83,19 @@ def top_kast(sparsity: float, *, backward_sparsity: float,
         params, forward_masks, backward_masks, penalty_weight=penalty_weight,
         forward_density=densities)
 
-  return make_method(rule.Rule(
+  made = make_method(rule.Rule(
       'top_kast', where, choose, gradient='B',
       refreshes=updates.refresh_window(update_every, update_begin, update_end,
                                        also_at=stop_exploration_at),
       penalty=penalty if penalty_weight else None))
+  if stop_exploration_at is None:
+    return made
+  explores = stop_exploration_at  # Packed, B is stored to the end.
+
+  def work(params, steps):
+    share = min(explores / max(steps, 1), 1.)
+    return {path: own._replace(weight_gradient=own.forward + share * (
+        own.weight_gradient - own.forward))
+            for path, own in made.work(params, steps).items()}
+
+  return made._replace(work=work)

@@ -20,19 +20,21 @@ def global_counts(leaves: dict[trees.Path, leaves_lib.Leaf],
                   ) -> Counts:
   """Groups that each leaf keeps if the groups of all leaves compete.
 
-  Law: the counts sum to the total, and no leaf (no slice of a stacked leaf)
-  is left without a group.
+  Law: no leaf (no slice of a stacked leaf) is left without a group, and the
+  counts sum to the total, if that is enough for one each.
 
   Args:
     leaves: the leaves that share the budget.
     scores: float of each leaf's groups' shape; only their order matters.
-    total: how many are kept of all, a number or a traced one, no less than
-      there are leaves (slices).
+    total: how many are kept of all, a number or a traced one.
 
   Returns:
     int32 of each leaf's groups' shape with its competing axes as 1.
   """
-  counts = _joint_counts([scores[path] for path in leaves], total,
+  least = sum(scores[path].size // max(leaf.layout.rivals, 1)
+              for path, leaf in leaves.items())
+  counts = _joint_counts([scores[path] for path in leaves],
+                         jnp.maximum(total, least),
                          tuple(leaf.layout for leaf in leaves.values()))
   return dict(zip(leaves, counts))
 

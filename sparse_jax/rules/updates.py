@@ -9,6 +9,7 @@ import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+import numpy as np
 
 from sparse_jax import checks
 from sparse_jax import trees
@@ -101,6 +102,30 @@ def refresh_window(every: int, begin: int, end: int | None, *,
 
   window.every = every  # type: ignore[attr-defined]
   return window
+
+
+def at_refreshes(window: Callable[[int], Any], value: Callable[..., Any]
+                 ) -> Callable[[np.ndarray], np.ndarray]:
+  """What masks follow of a function of the step: its value at the last refresh.
+
+  Args:
+    window: updates done -> whether masks refresh then.
+    value: int[...] -> float[...] of NumPy or JAX; the first masks are of 0.
+
+  Returns:
+    A function of rising steps from 0 on, as `Rule.progress`.
+
+  Example:
+    >>> held = at_refreshes(refresh_window(3, 0, None), lambda step: step / 10)
+    >>> held(np.arange(5)).tolist()
+    [0.0, 0.0, 0.0, 0.3, 0.3]
+  """
+  def held(steps):
+    refreshes = [0] + [int(t) for t in steps if t and window(int(t))]
+    values = np.asarray(value(np.array(refreshes)))
+    return values[np.searchsorted(refreshes, steps, side='right') - 1]
+
+  return held
 
 
 def check_window(every: int, begin: int, end: int | None) -> None:
