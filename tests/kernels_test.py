@@ -235,13 +235,6 @@ class ChoiceTest(parameterized.TestCase):
     text = lowered(platform, product_and_gradients, *args)
     self.assertNotIn(CALLS[platform], text)
 
-  @parameterized.parameters(((2, 4), 2), ((4, 2), 0))
-  def test_what_reads_a_wide_cotangent_comes_first(self, grid, barriers):
-    args = abstract(packed_problem(128, grid=grid))
-    text = lowered('tpu', product_and_gradients, *args)
-    # One for the growth scores, one for the gradient to the blocks.
-    self.assertEqual(text.count('stablehlo.optimization_barrier'), barriers)
-
   def test_input_that_does_not_fit_the_chip_goes_the_plain_way(self):
     x, wide = (jax.ShapeDtypeStruct((256, 2**n), jnp.float32)
                for n in (10, 16))

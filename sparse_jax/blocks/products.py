@@ -248,11 +248,9 @@ def _product_forward(plan, x, packed):
 
 def _product_backward(plan, saved, cotangent):
   x, packed = saved
-  growth = None
-  if packed.growth is not None:
-    growth = _growth(plan, x, packed, cotangent)
-    cotangent, growth = dispatch.after(plan, x, cotangent, growth)
   grad_x, grad_blocks = _gradients(plan, x, packed, cotangent)
+  growth = None if packed.growth is None else _growth(plan, x, packed,
+                                                      cotangent)
   grad = packed.replace(blocks=grad_blocks, rows=None, columns=None,
                         forward=None, growth=growth, due=None)
   return grad_x, grad
@@ -298,11 +296,10 @@ def _gradients(plan, x, packed, cotangent):
         plan, x.astype(dtype), cotangent, blocks, packed.rows, packed.columns)
   else:
     kept = packed.read()
-    grad = dispatch.weight_gradient(
-        plan, x.astype(dtype), cotangent, packed.rows, packed.columns)
-    cotangent, grad = dispatch.after(plan, x, cotangent, grad)
     grad_x = dispatch.input_gradient(
         plan, x, cotangent, kept.blocks.astype(dtype), kept.rows, kept.columns)
+    grad = dispatch.weight_gradient(
+        plan, x.astype(dtype), cotangent, packed.rows, packed.columns)
   return grad_x.astype(x.dtype), grad.astype(packed.dtype)
 
 
