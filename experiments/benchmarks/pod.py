@@ -105,7 +105,8 @@ def row(mesh, name, method) -> dict:
     params, opt_state = state
 
     def loss(params):
-      apply = sparse_jax.with_method(model.apply, method, opt_state)
+      apply = sparse_jax.with_method(model.apply, method, opt_state,
+                                     weights_first=_SPLIT.value == 'fsdp')
       y = apply({'params': params}, x)
       return jnp.mean(jnp.square(y.astype(jnp.float32)))
 
