@@ -36,6 +36,8 @@ _WIDTH = flags.DEFINE_integer('width', 1024, 'Of the model; 4 times in the '
 _LAYERS = flags.DEFINE_integer('layers', 8, 'Of the transformer.')
 _BLOCK = flags.DEFINE_integer('block', 256, 'Sides of a block.')
 _SPARSITY = flags.DEFINE_float('sparsity', .9, 'Of the blocks.')
+_WEIGHTS_FIRST = flags.DEFINE_bool('weights_first', False, 'As of '
+                                   'sparse_jax.with_method.')
 _METHODS = flags.DEFINE_multi_string('method', ['dense', 'static', 'rigl',
                                                 'top_kast'], 'Which rows.')
 
@@ -106,7 +108,7 @@ def row(mesh, name, method) -> dict:
 
     def loss(params):
       apply = sparse_jax.with_method(model.apply, method, opt_state,
-                                     weights_first=_SPLIT.value == 'fsdp')
+                                     weights_first=_WEIGHTS_FIRST.value)
       y = apply({'params': params}, x)
       return jnp.mean(jnp.square(y.astype(jnp.float32)))
 
