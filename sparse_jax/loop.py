@@ -103,6 +103,7 @@ def _together(params, opt_state, state):
 def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
                 opt_state: Any, *, implementation: str | None = None,
                 column_axes: tuple[str, ...] = (),
+                weights_first: bool = False,
                 **operators: Any) -> Callable[..., Any]:
   """The function as the method computes it, for training and evaluation.
 
@@ -123,6 +124,8 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
       several devices each does its own rows; nobody writes a `shard_map`.
     column_axes: axes of an automatic mesh over which balanced blocks are split
       by columns, as of `blocks.matmul`.
+    weights_first: whether gradients to packed weights come before the one to
+      their input, as of `blocks.matmul`: less memory under FSDP.
     **operators: `thresholds`, `due`, `activation_scope`, `gradient_scope` and
       `pack`, as of `operators.with_operators`.
 
@@ -172,7 +175,7 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
       return fn(rebuild(weights), *fill(arrays), **kwargs)
 
     held = _held(weights, plan, implementation=implementation,
-                 column_axes=column_axes)
+                 column_axes=column_axes, weights_first=weights_first)
     _check_axes(computed, held, arrays, plan)
     rule, paths = injection.rule_of(method, params, opt_state, computed, held,
                                     *arrays, **operators)

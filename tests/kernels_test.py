@@ -80,9 +80,8 @@ def check_kernels(kernels, block, *, reduce='sum', interpret=True, heads=None,
   assert {y.dtype, grad_x.dtype, own.dtype} == {x.dtype}
 
 
-def product_and_gradients(packed, x, dy, implementation=None):
-  fn = lambda x, packed: sparse_jax.blocks.matmul(
-      x, packed, implementation=implementation)
+def product_and_gradients(packed, x, dy, **options):
+  fn = lambda x, packed: sparse_jax.blocks.matmul(x, packed, **options)
   y, vjp = jax.vjp(fn, x, packed)
   grad_x, grad = vjp(dy)
   return y, grad_x, grad.blocks, grad.growth
@@ -172,9 +171,10 @@ class ChoiceTest(parameterized.TestCase):
   @parameterized.parameters(('gpu', 32), ('tpu', 128))
   def test_named_kernels_run_interpreted_on_a_cpu(self, name, side):
     """Under jit, vmap over inputs and over stacked layers, and scan."""
-    packed, x, dy = packed_problem(side, grid=(3, 3), batch=6)
+    packed, x, dy = packed_problem(side, grid=(3, 4), batch=6)
     ways = [jax.jit(functools.partial(product_and_gradients,
-                                      implementation=way))
+                                      implementation=way,
+                                      weights_first=way == name))
             for way in ('loop', name)]
     close = functools.partial(np.testing.assert_allclose, atol=1e-4)
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), packed)
@@ -235,6 +235,16 @@ class ChoiceTest(parameterized.TestCase):
     text = lowered(platform, product_and_gradients, *args)
     self.assertNotIn(CALLS[platform], text)
 
+  @parameterized.parameters(((2, 4), True, 2), ((2, 4), False, 0),
+                            ((4, 2), True, 0))
+  def test_what_reads_a_wide_cotangent_comes_first(self, grid, asked,
+                                                   barriers):
+    args = abstract(packed_problem(128, grid=grid))
+    text = lowered('tpu', functools.partial(
+        product_and_gradients, weights_first=asked), *args)
+    # One for the growth scores, one for the gradient to the blocks.
+    self.assertEqual(text.count('stablehlo.optimization_barrier'), barriers)
+
   def test_input_that_does_not_fit_the_chip_goes_the_plain_way(self):
     x, wide = (jax.ShapeDtypeStruct((256, 2**n), jnp.float32)
                for n in (10, 16))
@@ -265,7 +275,7 @@ class ChoiceTest(parameterized.TestCase):
     spec = jax.sharding.PartitionSpec
     rows = spec('data')
     args = packed_problem(128, grid=(3, 3), batch=16)
-    want = product_and_gradients(*args, 'loop')
+    want = product_and_gradients(*args, implementation='loop')
     place = lambda tree, spec: jax.device_put(
         tree, jax.sharding.NamedSharding(mesh, spec))
     args = (place(args[0], spec()), *place(args[1:], rows))

@@ -36,6 +36,8 @@ _WIDTH = flags.DEFINE_integer('width', 1024, 'Of the model; 4 times in the '
 _LAYERS = flags.DEFINE_integer('layers', 8, 'Of the transformer.')
 _BLOCK = flags.DEFINE_integer('block', 256, 'Sides of a block.')
 _SPARSITY = flags.DEFINE_float('sparsity', .9, 'Of the blocks.')
+_WEIGHTS_FIRST = flags.DEFINE_bool('weights_first', False, 'As of '
+                                   'sparse_jax.with_method.')
 _METHODS = flags.DEFINE_multi_string('method', ['dense', 'static', 'rigl',
                                                 'top_kast'], 'Which rows.')
 
@@ -96,7 +98,8 @@ def row(mesh, name, method) -> dict:
     y = model.apply({'params': params}, x)
     return jnp.mean(jnp.square(y.astype(jnp.float32)))
 
-  start, step = timing.training_step(loss, method, optax.adamw(1e-3))
+  start, step = timing.training_step(loss, method, optax.adamw(1e-3),
+                                     weights_first=_WEIGHTS_FIRST.value)
   state = jax.eval_shape(lambda: start(model.init(
       jax.random.key(0), jnp.zeros((1, *shape[1:]), x.dtype))['params']))
   places = jax.tree.map_with_path(functools.partial(place, mesh), state)

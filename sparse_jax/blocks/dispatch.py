@@ -79,6 +79,22 @@ def weight_gradient(plan: Plan, x: jax.Array, cotangent: jax.Array,
   return _run(_WEIGHT, plan, x, cotangent, rows, columns)
 
 
+def after(plan: Plan, x: jax.Array, cotangent: jax.Array, made: jax.Array
+          ) -> tuple[jax.Array, jax.Array]:
+  """The cotangent and what was made of it, first if the plan says so.
+
+  Nothing waits for gradients and scores of weights, so that XLA would make
+  them last, and keep a cotangent that is wider than the gradient to `x`. Where
+  `x` is the wider one it stays: what it is made from is mostly read again by
+  the pass that reads the gradient to it, and one pass can do both. An array in
+  heads would be copied.
+  """
+  wide = x.ndim == 2 and x.shape[1] < cotangent.shape[1]
+  if not plan.weights_first or not wide or plan.heads:
+    return cotangent, made
+  return lax.optimization_barrier((cotangent, made))
+
+
 def growth_scores(plan: Plan, x: jax.Array, packed: PackedBlocks,
                   cotangent: jax.Array) -> jax.Array:
   """float32[grid]: each tile of the dense gradient, reduced to a number.
@@ -183,9 +199,13 @@ def _both_kernel(module, plan, x, cotangent, blocks, rows, columns):
   to_weight = _weight_kernel(module, plan, x, cotangent, rows, columns)
   if to_input is None or to_weight is None:
     return None
-  return lambda x, cotangent, blocks, *at, **options: (
-      to_input(x, cotangent, blocks, *at, **options),
-      to_weight(x, cotangent, *at, **options))
+
+  def both(x, cotangent, blocks, *at, **options):
+    grad = to_weight(x, cotangent, *at, **options)
+    cotangent, grad = after(plan, x, cotangent, grad)
+    return to_input(x, cotangent, blocks, *at, **options), grad
+
+  return both
 
 
 def _scores_kernel(static, module, plan, x, cotangent):

@@ -23,7 +23,8 @@ _LANES = 128  # Columns of a tile of a TPU's memory.
 def matmul(x: jax.Array, packed: PackedBlocks, *,
            implementation: str | None = None,
            column_axes: tuple[str, ...] = (),
-           heads: tuple[int | None, int | None] = (None, None)) -> jax.Array:
+           heads: tuple[int | None, int | None] = (None, None),
+           weights_first: bool = False) -> jax.Array:
   """x @ weight, where only the kept blocks of the weight exist.
 
   The forward pass and the gradient to `x` multiply by the blocks of A, the
@@ -64,6 +65,11 @@ def matmul(x: jax.Array, packed: PackedBlocks, *,
       code around splits them so (`jnp.reshape`). Kernels of TPUs read and write
       such an array head by head, as attention does, if a block holds whole
       heads of a multiple of 128; else it is copied. The output is the same.
+    weights_first: whether the gradient to `x` waits for the blocks' gradient
+      and the growth scores, if the output is wider than `x` and not in heads:
+      its cotangent is free when the pass goes on. It takes less memory where
+      that is what a step of an accelerator has most of (FSDP), and may take
+      more time. The results are the same.
 
   Returns:
     float[..., out], of the operands' common dtype.
@@ -81,7 +87,8 @@ def matmul(x: jax.Array, packed: PackedBlocks, *,
   (tall, wide), (rows, columns) = packed.block, packed.grid
   plan = Plan(Columns(tall), Columns(wide), columns * wide, implementation,
               columns=column_axes if packed.balanced else (),
-              heads=_heads(x, packed.block, heads))
+              heads=_heads(x, packed.block, heads),
+              weights_first=weights_first)
 
   def product(plan, x, packed):
     flat = x.reshape(-1, x.shape[-1])
@@ -97,7 +104,8 @@ def conv(x: jax.Array, packed: PackedBlocks, *,
          padding: str | tuple[tuple[int, int], ...] = 'SAME',
          dilation: int | tuple[int, ...] = 1,
          implementation: str | None = None,
-         column_axes: tuple[str, ...] = ()) -> jax.Array:
+         column_axes: tuple[str, ...] = (),
+         weights_first: bool = False) -> jax.Array:
   """The convolution by a packed kernel: only its kept blocks exist.
 
   A block is a tile of the input and output channels at one position of the
@@ -115,6 +123,7 @@ def conv(x: jax.Array, packed: PackedBlocks, *,
     padding: 'SAME', 'VALID' or (before, after) for each spatial axis.
     implementation: as in `matmul`, but None, 'loop' or 'batched'.
     column_axes: as in `matmul`.
+    weights_first: as in `matmul`, if the kernel has one position.
 
   Returns:
     float[batch, spatial..., out].
@@ -139,7 +148,7 @@ def conv(x: jax.Array, packed: PackedBlocks, *,
     matrix = packed.replace(shape=packed.shape[-2:])
     return matmul(_padded(x, _pads(x, (1,) * count, strides, padding)),
                   matrix, implementation=implementation,
-                  column_axes=column_axes)
+                  column_axes=column_axes, weights_first=weights_first)
   reach = tuple((n - 1) * step + 1
                 for n, step in zip(packed.shape, dilation))
   x = _padded(x, _pads(x, reach, strides, padding))
@@ -248,9 +257,11 @@ def _product_forward(plan, x, packed):
 
 def _product_backward(plan, saved, cotangent):
   x, packed = saved
+  growth = None
+  if packed.growth is not None:
+    growth = _growth(plan, x, packed, cotangent)
+    cotangent, growth = dispatch.after(plan, x, cotangent, growth)
   grad_x, grad_blocks = _gradients(plan, x, packed, cotangent)
-  growth = None if packed.growth is None else _growth(plan, x, packed,
-                                                      cotangent)
   grad = packed.replace(blocks=grad_blocks, rows=None, columns=None,
                         forward=None, growth=growth, due=None)
   return grad_x, grad
@@ -296,10 +307,11 @@ def _gradients(plan, x, packed, cotangent):
         plan, x.astype(dtype), cotangent, blocks, packed.rows, packed.columns)
   else:
     kept = packed.read()
-    grad_x = dispatch.input_gradient(
-        plan, x, cotangent, kept.blocks.astype(dtype), kept.rows, kept.columns)
     grad = dispatch.weight_gradient(
         plan, x.astype(dtype), cotangent, packed.rows, packed.columns)
+    cotangent, grad = dispatch.after(plan, x, cotangent, grad)
+    grad_x = dispatch.input_gradient(
+        plan, x, cotangent, kept.blocks.astype(dtype), kept.rows, kept.columns)
   return grad_x.astype(x.dtype), grad.astype(packed.dtype)
 
 

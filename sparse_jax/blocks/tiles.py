@@ -98,6 +98,7 @@ class Plan(NamedTuple):
   rows: tuple[str, ...] | None = None  # Axes of a mesh that split the input's
   columns: tuple[str, ...] = ()  # rows (None: what divides them), the tiles'.
   heads: Heads | None = None
+  weights_first: bool = False  # What reads a wide cotangent; then grad x.
 
 
 def scores_loop(static, plan, x, cotangent):
