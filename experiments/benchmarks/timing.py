@@ -35,25 +35,21 @@ def keep_freed_memory() -> None:
 
 
 def interleaved(contenders: Mapping[str, Callable[[], object]], *,
-                rounds: int, repeats: int = 1,
-                clock: Callable[[], float] = time.perf_counter
-                ) -> dict[str, list[float]]:
+                rounds: int, repeats: int = 1) -> dict[str, list[float]]:
   """Seconds of one call of each contender, by round, after one to warm up.
 
-  `repeats` calls are averaged over within one timing. `clock` gives seconds:
-  `time.process_time` adds up what all cores spend, and does not see what else
-  the machine is doing.
+  `repeats` calls are averaged over within one timing.
   """
   for run in contenders.values():
     jax.block_until_ready(run())
   times = {name: [] for name in contenders}
   for _ in range(rounds):
     for name, run in contenders.items():
-      begin = clock()
+      begin = time.perf_counter()
       for _ in range(repeats):
         result = run()
       jax.block_until_ready(result)
-      times[name].append((clock() - begin) / repeats)
+      times[name].append((time.perf_counter() - begin) / repeats)
   return times
 
 
