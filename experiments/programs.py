@@ -27,7 +27,7 @@ _TITLES = {'experiments.run_flags': 'The run',
            'experiments.sparsity': 'The method and its masks',
            'experiments.optimization': 'The optimizer',
            'experiments.devices': 'Several processes',
-           'experiments.preparing': 'The data'}
+           'experiments.datasets': 'The data'}
 _INDENT = ' ' * 6
 _HELP = ('--help', '-help', '-h', '-?', '--helpshort')
 

@@ -14,7 +14,7 @@ from absl.testing import parameterized
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments import preparing
+from experiments import datasets
 from experiments.language import corpora
 from experiments.language import input_pipeline
 from experiments.language import vocabulary
@@ -266,7 +266,7 @@ class PrepareTest(absltest.TestCase):
         f'--source={source}', f'--data_dir={data_dir}')
     self.assertEqual(done.returncode, 0, done.stderr)
     self.assertIn('Prepared wikitext2', done.stdout)
-    self.assertIn('already prepared', preparing.run(
+    self.assertIn('already prepared', datasets.make(
         corpora, 'wikitext2', None, data_dir))
 
   def test_binary_fails_with_one_line(self):

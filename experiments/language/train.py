@@ -45,7 +45,6 @@ from experiments import tasks
 from experiments import training
 from experiments.language import input_pipeline
 from experiments.language import models
-from experiments.language import sampling
 
 flags.DEFINE_enum('dataset', 'stdlib', sorted(input_pipeline.DATASETS),
                   'What to train on. All but stdlib and text must be prepared '
@@ -279,7 +278,7 @@ def sample(values: Mapping[str, Any], count: int, prompt: str,
   state, problem = training.last_state(run), run.task.problem
   vocabulary = load(values, 'train').vocabulary
   first = jnp.asarray(vocabulary.encode(prompt), jnp.int32)
-  tokens = sampling.generate(
+  tokens = models.generate(
       problem.model, sparse_jax.dense_weights(run.task.method, state.params,
                                               state.opt_state),
       first, count=count, memory_length=problem.eval_memory_length,
