@@ -153,23 +153,12 @@ def line(name: str, way: str, kind: str, rows: list[dict]) -> dict:
           'furthest from the line': f'{100 * off.max():.0f}%'}
 
 
-class Block(nn.Module):
-  """A transformer layer of Flax's own parts, that knows of no packing."""
-
-  @nn.compact
-  def __call__(self, x):
-    y = nn.LayerNorm()(x)
-    x = x + nn.MultiHeadDotProductAttention(num_heads=8)(y, y)
-    y = nn.gelu(nn.Dense(2048)(nn.LayerNorm()(x)))
-    return x + nn.Dense(512)(y)
-
-
 class Transformer(nn.Module):
 
   @nn.compact
   def __call__(self, x):
     for _ in range(_LAYERS.value):
-      x = Block()(x)
+      x, _ = timing.TransformerLayer()(x)
     return x
 
 

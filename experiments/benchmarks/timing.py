@@ -12,6 +12,7 @@ import sys
 import time
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -57,6 +58,21 @@ def interleaved_medians(contenders, **options) -> dict[str, float]:
   """Median seconds of one call of each; `options` are `interleaved`'s."""
   return {name: statistics.median(times)
           for name, times in interleaved(contenders, **options).items()}
+
+
+class TransformerLayer(nn.Module):
+  """Attention and a network, of Flax's own parts, that know of no packing."""
+
+  dtype: jax.typing.DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, _=None):
+    width, norm, dense = x.shape[-1], *(functools.partial(
+        layer, dtype=self.dtype) for layer in (nn.LayerNorm, nn.Dense))
+    y = norm()(x)
+    x = x + nn.MultiHeadDotProductAttention(num_heads=8, dtype=self.dtype)(y, y)
+    y = nn.gelu(dense(4 * width)(norm()(x)))
+    return x + dense(width)(y), None
 
 
 def methods(every: Mapping[str, int], **options
