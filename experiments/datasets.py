@@ -7,13 +7,18 @@ that format is read the same way.
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import functools
 import os
 import pathlib
 import tempfile
+import types
+from typing import NoReturn
 
+from absl import flags
 import tensorflow_datasets as tfds
 
 from experiments import files
+from experiments import programs
 
 FILE_FORMAT = 'array_record'
 
@@ -209,3 +214,37 @@ def _move(made, place):
     if not (place / 'dataset_info.json').is_file():  # Not another's whole set.
       raise
   return place
+
+
+def make(module: types.ModuleType, dataset: str, source: str | None,
+         data_dir: str | None) -> str:
+  """Prepares one set and returns a sentence on what was done.
+
+  `module` has `BUILDERS` and `prepare`.
+  """
+  data_dir = data_dir or default_data_dir()
+  found = find(builder_class(module.BUILDERS, dataset).name, data_dir)
+  if found:
+    return f'{dataset} is already prepared in {found}.'
+  return f'Prepared {dataset} in {module.prepare(dataset, source, data_dir)}.'
+
+
+def start(module: types.ModuleType, embedded: str) -> NoReturn:
+  """Defines the flags, and runs; `embedded` is the set that needs no files."""
+  flags.DEFINE_string('dataset', None, 'Which one: one of '
+                      f'{", ".join(sorted(module.BUILDERS))}.', required=True)
+  flags.DEFINE_string('source', None, 'Folder with the published files; '
+                      f'{embedded} needs none.')
+  flags.DEFINE_string('data_dir', None, 'Folder of all prepared sets. Default: '
+                      '$TFDS_DATA_DIR or ~/tensorflow_datasets.')
+  programs.run(functools.partial(_main, module))
+
+
+def _main(module, argv):
+  programs.begin(argv)
+  given = (flags.FLAGS[name].value for name in ('dataset', 'source',
+                                                'data_dir'))
+  try:
+    print(make(module, *given))
+  except (ValueError, OSError) as error:
+    programs.stop(f'not prepared: {error}')

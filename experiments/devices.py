@@ -77,13 +77,9 @@ def leave_together(arguments: Sequence[str], reason: str) -> None:
   """
   own = flags.FlagValues()
   define_flags(own)
-  kept = []
-  for argument, following in zip(arguments, [*arguments[1:], '']):
-    name, equals, _ = argument.lstrip('-').partition('=')
-    if argument.startswith('-') and name in own:
-      kept += [argument] + [following] * (not equals and not own[name].boolean)
+  own.set_gnu_getopt()  # Others may lie between them.
   with contextlib.suppress(flags.Error, ValueError):
-    own(['', *kept])
+    own(['', *arguments], known_only=True)
     if own.distributed and not jax.distributed.is_initialized():
       join(own.flag_values_dict(), reason)
 

@@ -30,12 +30,14 @@ def define_flags(*, optimizer: str = 'nesterov', learning_rate: float = .1,
                     ['constant', 'cosine', 'step'], 'After the warm-up: '
                     'constant, a cosine to 0, or steps at --lr_drops.')
   flags.DEFINE_float('warmup_share', 0.05, 'Share of the run in which the '
-                     'learning rate rises linearly from 0.')
+                     'learning rate rises linearly from 0.', lower_bound=0,
+                     upper_bound=1)
   flags.DEFINE_list('lr_drops', ['0.3', '0.7', '0.9'], 'Shares of the run at '
                     'which --lr_schedule=step multiplies by --lr_factor.')
   flags.DEFINE_integer('lr_periods', None, 'Equal parts of the run, in each of '
                        'which the schedule begins anew. Default: 1; with '
-                       '--method=cs one for each round and for the ticket.')
+                       '--method=cs one for each round and for the ticket.',
+                       lower_bound=1)
   flags.DEFINE_float('lr_factor', 0.1, 'Factor of each step of the schedule.')
   flags.DEFINE_float('weight_decay', weight_decay, 'L2 coefficient of kernels '
                      '(not of biases and norms); decoupled for adamw and '
@@ -53,10 +55,8 @@ def schedule(values: Mapping[str, Any], train_steps: int) -> optax.Schedule:
     if values['lr_schedule'] != 'step' and values[flag] != default:
       raise ValueError(f'`{flag}` (={values[flag]!r}) is a setting of '
                        f'--lr_schedule=step, not of {values["lr_schedule"]}.')
-  periods = values.get('lr_periods')  # Not in the flags of older runs.
-  if periods is not None and periods < 1:
-    raise ValueError(f'`lr_periods` (={periods}) must be at least 1.')
-  periods = periods or sparsity.periods(values)
+  # Not in the flags of older runs.
+  periods = values.get('lr_periods') or sparsity.periods(values)
   length = -(-train_steps // periods)
   once = _period(values, length)
   return once if periods == 1 else lambda step: once(step % length)
@@ -65,15 +65,17 @@ def schedule(values: Mapping[str, Any], train_steps: int) -> optax.Schedule:
 def _period(values, train_steps) -> optax.Schedule:
   """The schedule of one part of the run, of so many steps."""
   peak = values['learning_rate']
-  warmup = round(_share('warmup_share', values['warmup_share']) * train_steps)
+  warmup = round(values['warmup_share'] * train_steps)
   rest = max(train_steps - warmup, 1)
   if values['lr_schedule'] == 'constant':
     after = optax.constant_schedule(peak)
   elif values['lr_schedule'] == 'cosine':
     after = optax.cosine_decay_schedule(peak, rest)
   else:
-    drops = [round(_share('lr_drops', share) * train_steps) - warmup
-             for share in sparsity.numbers('lr_drops', values['lr_drops'])]
+    shares = sparsity.numbers('lr_drops', values['lr_drops'])
+    if not all(0 <= share <= 1 for share in shares):
+      raise ValueError(f'`lr_drops` (={shares!r}) must be in [0, 1].')
+    drops = [round(share * train_steps) - warmup for share in shares]
     # In a short run two drops may fall on one step.
     after = optax.piecewise_constant_schedule(peak, {
         step: values['lr_factor']**drops.count(step) for step in drops})
@@ -117,9 +119,3 @@ def _check_number(flag: str, values, zero: bool = False) -> None:
   if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
     least = 'finite and at least 0' if zero else 'finite and above 0'
     raise ValueError(f'`{flag}` (={value!r}) must be {least}.')
-
-
-def _share(flag: str, value: float) -> float:
-  if not 0 <= value <= 1:
-    raise ValueError(f'`{flag}` (={value!r}) must be in [0, 1].')
-  return value

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import re
 import sys
-import textwrap
 import threading
 from typing import Any, NoReturn
 
@@ -27,8 +26,7 @@ _TITLES = {'experiments.run_flags': 'The run',
            'experiments.sparsity': 'The method and its masks',
            'experiments.optimization': 'The optimizer',
            'experiments.devices': 'Several processes',
-           'experiments.preparing': 'The data'}
-_INDENT = ' ' * 6
+           'experiments.datasets': 'The data'}
 _HELP = ('--help', '-help', '-h', '-?', '--helpshort')
 
 
@@ -111,11 +109,11 @@ def help_text() -> str:
   own = [name for name in by_module if _title(name)]
   own.sort(key=lambda name: list(_TITLES).index(name) if name in _TITLES else
            -2 if name == sys.argv[0] else -1)
-  groups = [f'{_title(name)}:\n' + ''.join(
-      map(_entry, sorted(by_module[name], key=lambda flag: flag.name)))
-            for name in own if by_module[name]]
-  return '\n'.join([document.strip() + '\n', *groups,
-                    '--helpfull also lists the flags of absl.'])
+  # Its first lines are the module's name.
+  groups = [f'{_title(name)}:\n' + flags.FLAGS.module_help(name).partition(
+      ':\n')[2] for name in own if by_module[name]]
+  return '\n\n'.join([document.strip(), *groups,
+                      '--helpfull also lists the flags of absl.'])
 
 
 def _title(module: str) -> str | None:
@@ -124,17 +122,6 @@ def _title(module: str) -> str | None:
     return 'This program'
   return _TITLES.get(module) or (
       module if module.partition('.')[0] in _OURS else None)
-
-
-def _entry(flag: flags.Flag) -> str:
-  """A flag, what it is for and its default in brackets."""
-  text = ' '.join(flag.help.split())
-  if default := str(flag.default_as_str or '').strip("'"):
-    text += f' [{default}]'
-  name = f'--[no]{flag.name}' if flag.boolean else f'--{flag.name}=...'
-  return '\n'.join([f'  {name}', *textwrap.wrap(
-      text, 78, initial_indent=_INDENT, subsequent_indent=_INDENT,
-      break_long_words=False)]) + '\n'
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

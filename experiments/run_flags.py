@@ -1,7 +1,6 @@
 """The flags that every run has, beside those of its method and optimizer."""
 
 from collections.abc import Mapping, Sequence
-import math
 import os
 import sys
 from typing import Any
@@ -15,11 +14,6 @@ from experiments import sparsity
 # Flags that may differ between a run and its continuation.
 FREE = ('workdir', 'data_dir', 'log_every', 'eval_every', 'checkpoint_every',
         'model_parallel', 'effective_sparsity')
-# The smallest and largest values of flags that no other file checks.
-LIMITS = {
-    'batch_size': (1, math.inf), 'log_every': (1, math.inf),
-    'eval_every': (1, math.inf), 'checkpoint_every': (1, math.inf),
-    'seed': (0, 2**32 - 1), 'compare_masks_every': (0, math.inf)}
 
 
 def define_flags(*, batch_size: int, examples: str, target: float = .9,
@@ -30,22 +24,27 @@ def define_flags(*, batch_size: int, examples: str, target: float = .9,
   others are those of `optimization.define_flags`.
   """
   flags.DEFINE_integer('batch_size', batch_size,
-                       f'{examples} per step, over all devices.')
+                       f'{examples} per step, over all devices.',
+                       lower_bound=1)
   flags.DEFINE_integer('train_steps', train_steps,
-                       'Length of the run in steps.')
-  flags.DEFINE_integer('seed', 0, 'Of initial weights, data order and masks.')
+                       'Length of the run in steps.', lower_bound=1)
+  flags.DEFINE_integer('seed', 0, 'Of initial weights, data order and masks.',
+                       lower_bound=0, upper_bound=2**32 - 1)
   flags.DEFINE_bool('bfloat16', False, 'Compute in bfloat16; parameters stay '
                     'float32.')
   flags.DEFINE_string('data_dir', None, 'Folder of the prepared data sets. '
                       'Default: TFDS\'s own.')
   flags.DEFINE_string('workdir', None, 'Where the run leaves everything. '
                       'Default: runs/<dataset>_<model>_<method>_<sparsity>.')
-  flags.DEFINE_integer('log_every', 50, 'Steps between two rows of metrics.')
-  flags.DEFINE_integer('eval_every', 250, 'Steps between two evaluations.')
+  flags.DEFINE_integer('log_every', 50, 'Steps between two rows of metrics.',
+                       lower_bound=1)
+  flags.DEFINE_integer('eval_every', 250, 'Steps between two evaluations.',
+                       lower_bound=1)
   flags.DEFINE_integer('checkpoint_every', None, 'Steps between checkpoints. '
-                       'Default: those of --eval_every, at most 1000.')
+                       'Default: those of --eval_every, at most 1000.',
+                       lower_bound=1)
   flags.DEFINE_integer('compare_masks_every', 0, 'Steps between two looks at '
-                       'how far the masks have moved. 0: none.')
+                       'how far the masks have moved. 0: none.', lower_bound=0)
   flags.DEFINE_bool('effective_sparsity', True, 'Evaluations also follow which '
                     'weights are on a path from an input to an output.')
   flags.DEFINE_integer('model_parallel', 1, 'Over how many devices parameters, '
@@ -55,13 +54,19 @@ def define_flags(*, batch_size: int, examples: str, target: float = .9,
   devices.define_flags()
 
 
-def check_values(values: Mapping[str, Any],
-                 limits: Mapping[str, tuple[float, float]]) -> None:
-  """Raises ValueError for a flag out of range that no other file checks."""
-  for flag, (least, most) in {**LIMITS, **limits}.items():
-    if values[flag] is not None and not least <= values[flag] <= most:
-      raise ValueError(f'`{flag}` (={values[flag]!r}) must be in '
-                       f'[{least}, {most}].')
+def check_values(values: Mapping[str, Any]) -> None:
+  """Raises ValueError for a value outside the bounds of its flag.
+
+  As the parser of a command line does; values may also come from elsewhere.
+  """
+  for name in values.keys() & set(flags.FLAGS):
+    parser, value = flags.FLAGS[name].parser, values[name]
+    least, most = (getattr(parser, f'{end}_bound', None)
+                   for end in ('lower', 'upper'))
+    if value is not None and not (
+        (least is None or value >= least) and (most is None or value <= most)):
+      raise ValueError(f'`{name}` (={value!r}) must be '
+                       f'{parser.syntactic_help}.')
   devices.check_batch_size(values['batch_size'], values['model_parallel'])
 
 

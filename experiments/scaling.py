@@ -34,9 +34,6 @@ _RUNS = flags.DEFINE_string('runs', None, 'A CSV file, or a folder of runs.',
                             required=True)
 _STARTS = flags.DEFINE_integer('starts', 25, 'Random starts of the fit.',
                                lower_bound=1)
-_DELTA = flags.DEFINE_float('delta', 1e-3, 'Where Huber\'s loss of the '
-                            'logarithms turns linear.', lower_bound=0.)
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the starts.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/scaling', 'Where the tables '
                                'and the picture go.')
 COLUMNS = ('sparsity', 'nonzeros', 'data', 'loss')
@@ -180,8 +177,7 @@ def main(argv):
   with programs.errors_in_a_line():
     rows = read(_RUNS.value)
     law, error = fit(*([row[name] for row in rows] for name in COLUMNS),
-                     starts=_STARTS.value, delta=_DELTA.value,
-                     seed=_SEED.value)
+                     starts=_STARTS.value)
   print(write(rows, law, error, _WORKDIR.value), end='')
 
 

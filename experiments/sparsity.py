@@ -147,7 +147,8 @@ def define_flags(sparsity: float = .9) -> None:
                     'memory, costs time.')
   flags.DEFINE_integer('operand_period', 1, 'swat, --operands: steps between '
                        'two searches for the thresholds of activations and '
-                       'output gradients. 1: exact counts every step.')
+                       'output gradients. 1: exact counts every step.',
+                       lower_bound=1)
   flags.DEFINE_float('powerprop_alpha', None, 'Trains the method on weights '
                      'theta * |theta|**(alpha - 1); at least 1.')
   flags.DEFINE_enum('allocation', None, sorted(ALLOCATIONS), 'How the '
@@ -271,8 +272,6 @@ def _operands(values) -> sparse_jax.operators.Operands:
 def _check_operator_flags(values, method) -> None:
   """Raises ValueError for a setting of operands where there are none."""
   period = values['operand_period']
-  if period < 1:
-    raise ValueError(f'`operand_period` (={period!r}) must be at least 1.')
   if period > 1 and 'example' in (values['activation_scope'],
                                   values['gradient_scope']):
     raise ValueError(f'`operand_period` (={period!r}) must be 1 with a scope '

@@ -28,20 +28,12 @@ from experiments import reporting
 from sparse_jax import scaling
 from sparse_jax import transforms
 
-_WIDTH = flags.DEFINE_integer('width', 256, 'Of the hidden layers.',
-                              lower_bound=4)
-_DEPTH = flags.DEFINE_integer('depth', 3, 'Sparse hidden layers.',
-                              lower_bound=1)
-_STEPS = flags.DEFINE_integer('steps', 100, 'Length of a run.', lower_bound=1)
-_SEEDS = flags.DEFINE_integer('seeds', 2, 'Runs of each cell.', lower_bound=1)
-_SPARSITIES = flags.DEFINE_list('sparsities', ['0', '50', '75', '90', '95'],
-                                'Of the hidden layers, in percent.')
-_RATES = flags.DEFINE_list('rates', ['-12', '-4'], 'First and last learning '
-                           'rate as powers of two; those between in steps of '
-                           'two.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/supar', 'Where the tables and '
                                'pictures go.')
-BATCH = 128
+BATCH, SEEDS = 128, 2
+SIZE = {'width': 256, 'depth': 3, 'steps': 100}  # Of the hidden layers, a run.
+SPARSITIES = (0., 50., 75., 90., 95.)
+RATES = [2.**power for power in range(-12, -3)]
 KINDS = ('standard', 'supar')
 
 
@@ -178,11 +170,7 @@ def write(rows: Sequence[Mapping[str, float]], workdir: str) -> str:
 
 def main(argv):
   programs.begin(argv)
-  first, last = map(int, _RATES.value)
-  rows = study([float(s) for s in _SPARSITIES.value],
-               [2.**power for power in range(first, last + 1)], _SEEDS.value,
-               width=_WIDTH.value, depth=_DEPTH.value, steps=_STEPS.value)
-  print(write(rows, _WORKDIR.value), end='')
+  print(write(study(SPARSITIES, RATES, SEEDS, **SIZE), _WORKDIR.value), end='')
 
 
 if __name__ == '__main__':

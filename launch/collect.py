@@ -13,7 +13,7 @@ Tables of which nothing is published have a line a row and a column a column.
 from collections.abc import Mapping, Sequence
 import os
 import statistics
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 
@@ -34,36 +34,13 @@ _MOST_COLUMNS = 4
 _OF_DENSE = ('training_flops', 'training_cost')
 
 
-class Measured(NamedTuple):
-  """A published number and ours."""
-
-  point: table_lib.Point
-  # Of its run, one a finished seed: what result.json holds, `path`, its own,
-  # and `metrics`, the rows of metrics.jsonl by step.
-  cells: Sequence[Mapping[str, Any]]
-  values: Sequence[float]  # In the metric's unit, of those that have it.
-
-  @property
-  def mean(self) -> float | None:
-    return statistics.mean(self.values) if self.values else None
-
-  @property
-  def deviation(self) -> float | None:
-    return statistics.stdev(self.values) if self.values[1:] else None
-
-  @property
-  def difference(self) -> float | None:
-    """Ours less the published number."""
-    if self.mean is None or self.point.published is None:
-      return None
-    return self.mean - self.point.published
-
-
 def measure(table: table_lib.Table, sweep_dir: str,
-            seeds: Sequence[int] | None = None) -> list[Measured]:
-  """What the finished cells of a folder say of each point.
+            seeds: Sequence[int] | None = None) -> list[dict[str, Any]]:
+  """A row a point: the published number, and what its finished cells say.
 
-  A ValueError names the file of a result that lacks what the table needs.
+  `point` is the point itself, `cells` what result.json of each seed holds, with
+  `path`, its own, and `metrics`, the rows of metrics.jsonl by step. A
+  ValueError names the file of a result that lacks what the table needs.
   """
   cells, measured = {}, []
   for point, name in table_lib.named(table.points):
@@ -72,9 +49,18 @@ def measure(table: table_lib.Table, sweep_dir: str,
                  for seed in (table.seeds if seeds is None else seeds)]
       cells[name] = list(filter(None, map(_read, folders)))
     found = cells[name] if point.flags is not None else []
-    values = [_checked(_value, point, cell) for cell in found]
-    measured.append(Measured(point, found, [
-        value for value in values if value is not None]))
+    values = [value for value in (_checked(_value, point, cell)
+                                  for cell in found) if value is not None]
+    ours = statistics.mean(values) if values else None
+    measured.append({
+        'point': point, 'cells': found, 'row': point.row,
+        'column': point.column, 'metric': point.metric,
+        'published': point.published, 'published_deviation': point.deviation,
+        'ours': ours,
+        'deviation': statistics.stdev(values) if values[1:] else None,
+        'difference': (None if None in (ours, point.published)
+                       else ours - point.published),
+        'seeds': len(values), 'published_x': point.x})
   return measured
 
 
@@ -106,16 +92,16 @@ def _value(point, cell) -> float | None:
   return None if share is None else 100 * share
 
 
-def places(figure: table_lib.Figure | None, measured: Sequence[Measured]
+def places(figure: table_lib.Figure | None, measured: Sequence[Mapping]
            ) -> list[float | None]:
   """Where each point stands on the axis: as measured, else where theirs does.
 
   FLOPs are those beside the largest network and the shortest run.
   """
   if not (figure and figure.x):
-    return [each.point.x for each in measured]
+    return [each['published_x'] for each in measured]
   largest = max((cell['cost']['flops'] for each in measured
-                 for cell in each.cells if 'cost' in cell), default=None)
+                 for cell in each['cells'] if 'cost' in cell), default=None)
 
   def place(point, cell):
     del point  # Of an error alone.
@@ -126,41 +112,33 @@ def places(figure: table_lib.Figure | None, measured: Sequence[Measured]
       found *= cell['steps'] / figure.dense_steps
     return found
 
-  return [statistics.mean(_checked(place, each.point, cell)
-                          for cell in each.cells)
-          if each.values else each.point.x for each in measured]
+  return [statistics.mean(_checked(place, each['point'], cell)
+                          for cell in each['cells'])
+          if each['seeds'] else each['published_x'] for each in measured]
 
 
-def other_flags(measured: Sequence[Measured]) -> list[str]:
+def other_flags(measured: Sequence[Mapping]) -> list[str]:
   """Flags in which a result differs from the table."""
   def text(name, value):
     return None if value is None else table_lib.argument(name, value)
 
   return sorted({
-      name for each in measured for cell in each.cells
-      for name, value in each.point.flags.items()
+      name for each in measured for cell in each['cells']
+      for name, value in each['point'].flags.items()
       if text(name, value) != text(name, cell['flags'].get(name))})
 
 
-def rows(figure: table_lib.Figure | None, measured: Sequence[Measured]
+def rows(figure: table_lib.Figure | None, measured: Sequence[Mapping]
          ) -> list[dict[str, Any]]:
   """A row a point, for the CSV and the figures."""
-  return [{
-      'row': each.point.row, 'column': each.point.column,
-      'metric': each.point.metric, 'published': each.point.published,
-      'published_deviation': each.point.deviation, 'ours': _short(each.mean),
-      'deviation': _short(each.deviation),
-      'difference': _short(each.difference), 'seeds': len(each.values),
-      'published_x': each.point.x, 'x': _short(x),
-  } for each, x in zip(measured, places(figure, measured), strict=True)]
+  # Without the digits that float32 makes up.
+  return [{name: float(f'{value:.6g}') if isinstance(value, float) else value
+           for name, value in {**each, 'x': x}.items()
+           if name not in ('point', 'cells')}
+          for each, x in zip(measured, places(figure, measured), strict=True)]
 
 
-def _short(value: float | None) -> float | None:
-  """Without the digits that float32 makes up."""
-  return None if value is None else float(f'{value:.6g}')
-
-
-def markdown(table: table_lib.Table, measured: Sequence[Measured],
+def markdown(table: table_lib.Table, measured: Sequence[Mapping],
              differ: Sequence[str] = ()) -> str:
   """The table: published, ours, difference.
 
@@ -168,22 +146,22 @@ def markdown(table: table_lib.Table, measured: Sequence[Measured],
   is published; else a line a point. `differ` names flags that were not the
   table's.
   """
-  columns = {each.point.column for each in measured}
-  ours_alone = all(each.point.published is None for each in measured)
+  columns = {each['column'] for each in measured}
+  ours_alone = all(each['published'] is None for each in measured)
   lines = {}
   for each in measured:
-    point, texts = each.point, _texts(each)
+    row, column, texts = each['row'], each['column'], _texts(each)
     if ours_alone:
-      line = {point.column: texts['ours']}
+      line = {column: texts['ours']}
     elif len(columns) <= _MOST_COLUMNS:
-      line = {f'{point.column}, {name}': text for name, text in texts.items()}
+      line = {f'{column}, {name}': text for name, text in texts.items()}
     else:
-      line = {'column': point.column, **texts}
-    key = point.row if 'column' not in line else (point.row, point.column)
-    lines.setdefault(key, {'row': point.row}).update(line)
+      line = {'column': column, **texts}
+    key = row if 'column' not in line else (row, column)
+    lines.setdefault(key, {'row': row}).update(line)
   names = dict.fromkeys(name for line in lines.values() for name in line)
-  done = sum(bool(each.values) for each in measured)
-  wanted = sum(each.point.flags is not None for each in measured)
+  done = sum(bool(each['seeds']) for each in measured)
+  wanted = sum(each['point'].flags is not None for each in measured)
   notes = [f'**{table.title}.** {done} of {wanted} numbers are there.']
   if differ:
     notes.append(f'Run with other flags than the table\'s: '
@@ -193,14 +171,14 @@ def markdown(table: table_lib.Table, measured: Sequence[Measured],
           + reporting.markdown_table(list(lines.values()), list(names)))
 
 
-def _texts(each: Measured) -> dict[str, str]:
+def _texts(each: Mapping[str, Any]) -> dict[str, str]:
   """The texts of a point, by what comes after the name of its column."""
-  metric = table_lib.METRICS.get(each.point.metric)
+  metric = table_lib.METRICS.get(each['metric'])
   digits = metric.digits if metric else 1
-  off = each.difference
-  return {'published': _number(each.point.published, each.point.deviation,
+  off = each['difference']
+  return {'published': _number(each['published'], each['published_deviation'],
                                digits),
-          'ours': _number(each.mean, each.deviation, digits),
+          'ours': _number(each['ours'], each['deviation'], digits),
           'difference': '' if off is None else f'{off:+.{digits}f}'}
 
 
@@ -219,7 +197,7 @@ def collect(values: Mapping[str, Any], table: table_lib.Table) -> str:
                      'launch.run has run this table.')
   measured = measure(table, sweep_dir, run_lib.seeds_of(values))
   kept = table_lib.chosen(table.points, values['rows'])
-  shown = [each.point in kept for each in measured]
+  shown = [each['point'] in kept for each in measured]
   text = markdown(table, [each for each, show in zip(measured, shown) if show],
                   other_flags(measured))
   path = lambda name: os.path.join(values['outdir'] or sweep_dir, name)

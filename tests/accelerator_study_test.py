@@ -93,7 +93,7 @@ class AcceleratorStudyTest(parameterized.TestCase):
     self.assertGreater(figures['optimizer_bytes'], figures['weight_bytes'])
 
   @parameterized.parameters(
-      ({'train_steps': -1}, r'`train_steps` \(=-1\) must be at least 1'),
+      ({'train_steps': -1}, r'`train_steps` \(=-1\) must be a positive'),
       ({'batch_size': 0, 'images': 0}, r'`images` \(=0\) must be'),
       ({'batch_size': 1438, 'images': 1438}, r'`batch_size` \(=1438\) must'),
       ({'images': 0}, r'`images` \(=0\) must be in \[1, 8\]'),

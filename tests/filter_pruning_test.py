@@ -105,12 +105,6 @@ class NetworkTest(parameterized.TestCase):
     self.assertEqual({leaf.size for leaf in jax.tree.leaves(norm)},
                      {2, 13} if name == 'resnet50' else {2})
 
-  def test_untouched_layers_keep_all_filters(self):
-    variables = _variables(_model('mlp', .1))
-    small = filter_pruning.prune('mlp', variables, .5, ['stem'])
-    self.assertEqual(small['params']['stem']['kernel'].shape, (64, 30))
-    self.assertEqual(small['params']['dense_2']['kernel'].shape, (30, 5))
-
 
 class StudyTest(parameterized.TestCase):
 
@@ -149,8 +143,6 @@ class StudyTest(parameterized.TestCase):
       ({'method': 'static'}, {}, "`method` .='static'"),
       ({'model': 'densenet121'}, {}, "`model` .='densenet121'"),
       ({}, {'shares': (1.,)}, '`filter_sparsities` .=1.0'),
-      ({}, {'untouched': ['(']}, r"`untouched` .='\('"),
-      ({}, {'untouched': ['kernel']}, "`untouched` .='kernel'"),
       ({}, {'epochs': 0.}, '`fine_tune_epochs` .=0.0'),
       ({}, {'learning_rate': -1.}, '`fine_tune_learning_rate` .=-1.0'))
   def test_bad_flag_is_named_before_anything_is_written(
@@ -161,11 +153,10 @@ class StudyTest(parameterized.TestCase):
     self.assertFalse(os.path.exists(self.values['workdir']))
 
   def test_flags_become_settings(self):
-    with flagsaver.flagsaver(filter_sparsities=['0.3'], untouched=['stem'],
-                             from_scratch=False, fine_tune_epochs=2.,
-                             fine_tune_learning_rate=.1):
+    with flagsaver.flagsaver(filter_sparsities=['0.3'], from_scratch=False,
+                             fine_tune_epochs=2., fine_tune_learning_rate=.1):
       self.assertEqual(filter_pruning.settings(), filter_pruning.Settings(
-          (.3,), ['stem'], 2., .1, False))
+          (.3,), 2., .1, False))
     with flagsaver.flagsaver(filter_sparsities=['few']):
       with self.assertRaisesRegex(ValueError, "`filter_sparsities` .='few'"):
         filter_pruning.settings()

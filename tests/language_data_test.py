@@ -14,7 +14,7 @@ from absl.testing import parameterized
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments import preparing
+from experiments import datasets
 from experiments.language import corpora
 from experiments.language import input_pipeline
 from experiments.language import vocabulary
@@ -208,7 +208,7 @@ class BuildersTest(parameterized.TestCase):
     path = self.source / 'text8.zip'
     _write_zip(path, {'text8': _random_bytes(1000)})
     path.write_bytes(path.read_bytes()[:-50])
-    self._assert_fails(ValueError, 'text8.zip: truncated', 'text8')
+    self._assert_fails(ValueError, 'text8.zip cannot be read', 'text8')
 
   @parameterized.parameters(35, 500)  # In the header of a block, in its data.
   def test_changed_byte_of_a_zip_is_found(self, place):
@@ -217,7 +217,7 @@ class BuildersTest(parameterized.TestCase):
     blob = bytearray(path.read_bytes())
     blob[place] ^= 0xff
     path.write_bytes(blob)
-    self._assert_fails(ValueError, 'text8.zip: truncated', 'text8')
+    self._assert_fails(ValueError, 'text8.zip cannot be read', 'text8')
 
   def test_zip_of_something_else_is_told(self):
     _write_zip(self.source / 'wikitext-2-v1.zip', {'readme': b'no'})
@@ -266,7 +266,7 @@ class PrepareTest(absltest.TestCase):
         f'--source={source}', f'--data_dir={data_dir}')
     self.assertEqual(done.returncode, 0, done.stderr)
     self.assertIn('Prepared wikitext2', done.stdout)
-    self.assertIn('already prepared', preparing.run(
+    self.assertIn('already prepared', datasets.make(
         corpora, 'wikitext2', None, data_dir))
 
   def test_binary_fails_with_one_line(self):

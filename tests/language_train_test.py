@@ -22,7 +22,6 @@ from experiments import report
 from experiments import reporting
 from experiments import training
 from experiments.language import models
-from experiments.language import sampling
 from tests import fast_compiler
 from tests import own_flags
 
@@ -254,7 +253,7 @@ class SamplingTest(parameterized.TestCase):
     prompt = jnp.array([3, 1, 4])
     weights = model.init(jax.random.key(0), prompt[None], prompt[None], memory,
                          train=False)['params']
-    tokens = sampling.generate(
+    tokens = models.generate(
         model, weights, prompt, count=6, memory_length=32, temperature=0,
         key=jax.random.key(1))
     whole = jnp.concatenate([prompt, tokens])

@@ -7,13 +7,10 @@
 
 One process, contenders in turn, medians; every figure is a ratio to the dense
 product or step of XLA unless it says milliseconds. PyTorch's BSR takes part
-where torch is installed. --clock=processor adds up the time of all cores: it
-says how much work there is, whatever else the machine is doing, and not how
-well the cores share it. Recorded results: README.md beside this file.
+where torch is installed. Recorded results: README.md beside this file.
 """
 
 import functools
-import time
 
 from absl import app
 from absl import flags
@@ -37,17 +34,6 @@ _BATCH = flags.DEFINE_integer('batch', 512, 'Rows of the input.')
 _BLOCK = flags.DEFINE_integer('block', 128, 'Rows and columns of a block.')
 _SPARSITY = flags.DEFINE_float('sparsity', 0.9, 'Of the blocks.')
 _LAYERS = flags.DEFINE_integer('layers', 8, 'Of the transformer.')
-_LARGEST = flags.DEFINE_integer('largest', 8192, 'Size at which --what=sizes '
-                                'stops; 8192 takes 3 GB.')
-_CLOCK = flags.DEFINE_enum('clock', 'wall', ['wall', 'processor'],
-                           'Whose seconds: of the clock on the wall, or of '
-                           'all cores together.')
-
-
-def medians(contenders, rounds: int) -> dict[str, float]:
-  """Seconds of each contender, by --clock."""
-  clock = (time.perf_counter if _CLOCK.value == 'wall' else time.process_time)
-  return timing.interleaved_medians(contenders, rounds=rounds, clock=clock)
 
 
 def problem(size: int, block: int, sparsity: float):
@@ -102,8 +88,9 @@ def other_libraries(x, packed):
 def ratios(contenders: dict[str, tuple]) -> list[dict]:
   """A row for each contender: milliseconds, and times faster than dense."""
   forward, both = (
-      medians({name: calls[which] for name, calls in contenders.items()},
-              _ROUNDS.value) for which in (0, 1))
+      timing.interleaved_medians(
+          {name: calls[which] for name, calls in contenders.items()},
+          rounds=_ROUNDS.value) for which in (0, 1))
   dense, dense_both = forward['dense (XLA)'], both['dense (XLA)']
   return [{'way': name, 'forward ms': f'{1e3 * forward[name]:.1f}',
            'forward': f'{dense / forward[name]:.2f}',
@@ -118,7 +105,7 @@ def products() -> list[dict]:
   rows = ratios(ways(x, dy, packed))
   dense = float(rows[0]['forward ms'])
   for name, run in other_libraries(x, packed).items():
-    spent = 1e3 * medians({name: run}, 3)[name]
+    spent = 1e3 * timing.interleaved_medians({name: run}, rounds=3)[name]
     rows.append({'way': name, 'forward ms': f'{spent:.1f}',
                  'forward': f'{dense / spent:.2f}'})
   return rows
@@ -143,8 +130,7 @@ def sizes() -> list[dict]:
   """By density at one size, by size at one density; and straight lines."""
   size, block, sparsity = _SIZE.value, _BLOCK.value, _SPARSITY.value
   by_density = grid([(size, block, s) for s in (.6, .8, .9, .95)])
-  by_size = grid([(n, block, sparsity) for n in (1024, 2048, 4096, 8192)
-                  if n <= _LARGEST.value])
+  by_size = grid([(n, block, sparsity) for n in (1024, 2048, 4096, 8192)])
   print(reporting.markdown_table(by_density + by_size))
   return [line(name, way, kind, rows)
           for name, rows in (('density', by_density), ('size', by_size))
@@ -167,23 +153,12 @@ def line(name: str, way: str, kind: str, rows: list[dict]) -> dict:
           'furthest from the line': f'{100 * off.max():.0f}%'}
 
 
-class Block(nn.Module):
-  """A transformer layer of Flax's own parts, that knows of no packing."""
-
-  @nn.compact
-  def __call__(self, x):
-    y = nn.LayerNorm()(x)
-    x = x + nn.MultiHeadDotProductAttention(num_heads=8)(y, y)
-    y = nn.gelu(nn.Dense(2048)(nn.LayerNorm()(x)))
-    return x + nn.Dense(512)(y)
-
-
 class Transformer(nn.Module):
 
   @nn.compact
   def __call__(self, x):
     for _ in range(_LAYERS.value):
-      x = Block()(x)
+      x, _ = timing.TransformerLayer()(x)
     return x
 
 
@@ -215,7 +190,7 @@ def transformer() -> list[dict]:
         lambda weights: jnp.mean(model.apply({'params': weights}, x)**2),
         method, tx, params)
     stored[name] = held(state)
-  times = medians(runs, _ROUNDS.value)
+  times = timing.interleaved_medians(runs, rounds=_ROUNDS.value)
   bytes_ = 'bytes of weights, gradients, slots'
   return [{'step': name, 'milliseconds': f'{1e3 * times[name]:.1f}',
            'times faster': f'{times["dense"] / times[name]:.2f}',

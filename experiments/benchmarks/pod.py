@@ -42,26 +42,14 @@ _METHODS = flags.DEFINE_multi_string('method', ['dense', 'static', 'rigl',
                                                 'top_kast'], 'Which rows.')
 
 
-class Layer(nn.Module):
-  """Attention and a network, of Flax's own parts."""
-
-  @nn.compact
-  def __call__(self, x, _):
-    width, dtype = x.shape[-1], jnp.bfloat16
-    y = nn.LayerNorm(dtype=dtype)(x)
-    x = x + nn.MultiHeadDotProductAttention(num_heads=8, dtype=dtype)(y, y)
-    y = nn.gelu(nn.Dense(4 * width, dtype=dtype)(nn.LayerNorm(dtype=dtype)(x)))
-    return x + nn.Dense(width, dtype=dtype)(y), None
-
-
 class Transformer(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    layers = nn.scan(nn.remat(Layer, prevent_cse=False),
+    layers = nn.scan(nn.remat(timing.TransformerLayer, prevent_cse=False),
                      variable_axes={'params': 0}, split_rngs={'params': True},
                      length=_LAYERS.value)
-    return layers(name='layers')(x, None)[0]
+    return layers(jnp.bfloat16, name='layers')(x, None)[0]
 
 
 def methods() -> dict[str, sparse_jax.SparseMethod]:

@@ -1,7 +1,7 @@
 """The training loss just after masks move, with Adam and what mends it.
 
 A 64-64-64-10 network on the digits of scikit-learn, at 90%, trained by
-minibatches; every --every steps half of the weights that are kept are dropped
+minibatches; every 100 steps half of the weights that are kept are dropped
 and others grown at 0. Adam's count is then old, and the slots of what has
 grown are new.
 
@@ -13,7 +13,6 @@ seeds. Recorded results: README.md beside this file.
 """
 
 from absl import app
-from absl import flags
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,18 +23,16 @@ from sklearn import datasets
 import sparse_jax
 from experiments import reporting
 
-_METHOD = flags.DEFINE_enum('grown_by', 'rigl', ['rigl', 'set_'],
-                            'The method.')
-_STEPS = flags.DEFINE_integer('steps', 2000, 'Steps of each run.',
-                              lower_bound=200)
-_EVERY = flags.DEFINE_integer('every', 100, 'Steps between refreshes.',
-                              lower_bound=40)
-_SEEDS = flags.DEFINE_integer('seeds', 3, 'Runs of each optimizer.',
-                              lower_bound=1)
-_RATE = flags.DEFINE_float('rate', 3e-3, 'Learning rate.', lower_bound=0.)
-
+_STEPS, _EVERY, _SEEDS, _RATE = 2000, 100, 3, 3e-3
 _AFTER = (1, 2, 3, 5, 10, 20)
 _BATCH = 64
+# By row: the optimizer, and whether `sparsify` bounds its steps.
+_OPTIMIZERS = {
+    'adam': (optax.adam(_RATE), False),
+    'adam, bound_grown': (optax.adam(_RATE), True),
+    'aged_adam': (sparse_jax.aged_adam(_RATE), True),
+    'aged_adam, warmup_steps=20': (
+        sparse_jax.aged_adam(_RATE, warmup_steps=20), True)}
 
 
 class Network(nn.Module):
@@ -47,24 +44,12 @@ class Network(nn.Module):
     return nn.Dense(10)(x)
 
 
-def optimizers(rate: float):
-  """{row: (optimizer, whether `sparsify` bounds its steps)}."""
-  return {
-      'adam': (optax.adam(rate), False),
-      'adam, bound_grown': (optax.adam(rate), True),
-      'aged_adam': (sparse_jax.aged_adam(rate), True),
-      'aged_adam, warmup_steps=20': (
-          sparse_jax.aged_adam(rate, warmup_steps=20), True),
-  }
-
-
 def losses(optimizer, bound_grown: bool) -> np.ndarray:
   """float[seeds, steps]: the training loss before each step."""
   images, labels = datasets.load_digits(return_X_y=True)
   images, labels = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
   network = Network()
-  method = getattr(sparse_jax, _METHOD.value)(
-      .9, update_every=_EVERY.value, drop_fraction=.5)
+  method = sparse_jax.rigl(.9, update_every=_EVERY, drop_fraction=.5)
 
   def loss_fn(params, state, x, y):
     apply = sparse_jax.with_method(network.apply, method, state)
@@ -87,16 +72,16 @@ def losses(optimizer, bound_grown: bool) -> np.ndarray:
       return (optax.apply_updates(params, updates), state), before
 
     return jax.lax.scan(step, sparse_jax.start(tx, method, params),
-                        jax.random.split(key, _STEPS.value))[1]
+                        jax.random.split(key, _STEPS))[1]
 
-  return np.stack([run(jax.random.key(seed)) for seed in range(_SEEDS.value)])
+  return np.stack([run(jax.random.key(seed)) for seed in range(_SEEDS)])
 
 
 def main(_):
   # Before update t stands loss t - 1; masks move in update t.
-  moved = np.arange(_EVERY.value, _STEPS.value - max(_AFTER), _EVERY.value)
-  moved, rows = moved[moved > _STEPS.value // 2], []
-  for name, (optimizer, bound) in optimizers(_RATE.value).items():
+  moved = np.arange(_EVERY, _STEPS - max(_AFTER), _EVERY)
+  moved, rows = moved[moved > _STEPS // 2], []
+  for name, (optimizer, bound) in _OPTIMIZERS.items():
     runs = losses(optimizer, bound)
     before = np.mean(runs[:, moved - 1])
     rows.append({'optimizer': name, 'loss before': before, **{

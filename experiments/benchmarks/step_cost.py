@@ -17,7 +17,6 @@ import statistics
 
 from absl import app
 from absl import flags
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,6 +24,7 @@ import optax
 import sparse_jax
 from experiments import reporting
 from experiments.benchmarks import timing
+from experiments.image import models as image_models
 from experiments.language import models
 
 PERIOD = 100
@@ -39,15 +39,6 @@ _BLOCK = flags.DEFINE_integer('block', 64, 'Rows and columns of a block, in '
                               'the rows that multiply by blocks.')
 
 
-class Network(nn.Module):
-
-  @nn.compact
-  def __call__(self, x):
-    for _ in range(3):
-      x = nn.relu(nn.Dense(1024)(x))
-    return nn.Dense(10)(x)
-
-
 def methods() -> dict[str, sparse_jax.SparseMethod]:
   every = {'update_every': PERIOD}
   blocks = {'structure': sparse_jax.Block((_BLOCK.value,) * 2)}
@@ -60,16 +51,17 @@ def methods() -> dict[str, sparse_jax.SparseMethod]:
 
 def mlp():
   """Parameters, the loss of weights, and the examples of a step."""
-  network = Network()
+  network = image_models.MLP(num_classes=10, features=(1024,) * 3)
   images = jax.random.normal(jax.random.key(0), (128, 784))
   labels = jnp.arange(128) % 10
 
   def loss(weights):
-    logits = network.apply({'params': weights}, images)
+    logits = network.apply({'params': weights}, images, train=True)
     return optax.softmax_cross_entropy_with_integer_labels(
         logits, labels).mean()
 
-  return network.init(jax.random.key(1), images)['params'], loss, 128
+  params = network.init(jax.random.key(1), images, train=True)['params']
+  return params, loss, 128
 
 
 def transformer_xl():

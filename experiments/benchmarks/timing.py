@@ -12,6 +12,7 @@ import sys
 import time
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -35,25 +36,21 @@ def keep_freed_memory() -> None:
 
 
 def interleaved(contenders: Mapping[str, Callable[[], object]], *,
-                rounds: int, repeats: int = 1,
-                clock: Callable[[], float] = time.perf_counter
-                ) -> dict[str, list[float]]:
+                rounds: int, repeats: int = 1) -> dict[str, list[float]]:
   """Seconds of one call of each contender, by round, after one to warm up.
 
-  `repeats` calls are averaged over within one timing. `clock` gives seconds:
-  `time.process_time` adds up what all cores spend, and does not see what else
-  the machine is doing.
+  `repeats` calls are averaged over within one timing.
   """
   for run in contenders.values():
     jax.block_until_ready(run())
   times = {name: [] for name in contenders}
   for _ in range(rounds):
     for name, run in contenders.items():
-      begin = clock()
+      begin = time.perf_counter()
       for _ in range(repeats):
         result = run()
       jax.block_until_ready(result)
-      times[name].append((clock() - begin) / repeats)
+      times[name].append((time.perf_counter() - begin) / repeats)
   return times
 
 
@@ -61,6 +58,21 @@ def interleaved_medians(contenders, **options) -> dict[str, float]:
   """Median seconds of one call of each; `options` are `interleaved`'s."""
   return {name: statistics.median(times)
           for name, times in interleaved(contenders, **options).items()}
+
+
+class TransformerLayer(nn.Module):
+  """Attention and a network, of Flax's own parts, that know of no packing."""
+
+  dtype: jax.typing.DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, _=None):
+    width, norm, dense = x.shape[-1], *(functools.partial(
+        layer, dtype=self.dtype) for layer in (nn.LayerNorm, nn.Dense))
+    y = norm()(x)
+    x = x + nn.MultiHeadDotProductAttention(num_heads=8, dtype=self.dtype)(y, y)
+    y = nn.gelu(dense(4 * width)(norm()(x)))
+    return x + dense(width)(y), None
 
 
 def methods(every: Mapping[str, int], **options

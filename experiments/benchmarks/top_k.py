@@ -7,7 +7,6 @@ this file.
 """
 
 from absl import app
-from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +15,7 @@ import sparse_jax
 from experiments import reporting
 from experiments.benchmarks import timing
 
-_SIZE = flags.DEFINE_integer('size', 10_000_000, 'Entries, float32.')
-_SPARSITY = flags.DEFINE_float('sparsity', 0.9, 'Sparsity of the mask.')
-_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Timings of each contender.')
+_SIZE, _SPARSITY, _ROUNDS = 10_000_000, .9, 5
 
 
 def contenders(scores: jax.Array, k: int):
@@ -57,10 +54,10 @@ def ties(scores: jax.Array) -> dict[str, jax.Array]:
 
 
 def main(_):
-  scores = jnp.abs(jax.random.normal(jax.random.key(0), (_SIZE.value,)))
-  k = sparse_jax.keep_count(_SIZE.value, _SPARSITY.value)
+  scores = jnp.abs(jax.random.normal(jax.random.key(0), (_SIZE,)))
+  k = sparse_jax.keep_count(_SIZE, _SPARSITY)
   times = timing.interleaved_medians(contenders(scores, k),
-                                     rounds=_ROUNDS.value)
+                                     rounds=_ROUNDS)
   ours = times['top_k_mask']
   print(reporting.markdown_table(
       [{'way': name, 'milliseconds': 1e3 * seconds,

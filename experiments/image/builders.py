@@ -14,7 +14,6 @@ import pathlib
 import pickle
 import tarfile
 from typing import NamedTuple
-import zlib
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -134,17 +133,12 @@ class _Cifar(_ImageBuilder, skip_registration=True):
             for split, files in self.FILES.items()}
 
   def _unpack(self, name, blob):
-    try:
+    with datasets.reading(name):
       content = _ArrayUnpickler(io.BytesIO(blob), encoding='bytes').load()
       labels = np.asarray(content[self.LABEL_KEY], np.int64)
       pixels = np.asarray(content[b'data'], np.uint8).reshape(-1, 3, 32, 32)
-    except (pickle.UnpicklingError, EOFError, LookupError, TypeError,
-            ValueError, AttributeError, OverflowError) as error:
-      raise ValueError(
-          f'{name}: truncated, or not a file of {self.name}: {error}'
-      ) from error
-    if len(pixels) != len(labels):
-      raise ValueError(f'{name}: {len(pixels)} images, {len(labels)} labels')
+      if len(pixels) != len(labels):
+        raise ValueError(f'{len(pixels)} images, {len(labels)} labels')
     return pixels.transpose(0, 2, 3, 1), labels
 
 
@@ -178,25 +172,15 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
   """Reads a gzipped idx file of bytes, in the rank and shape that it states.
 
   Its first four bytes are 0, 0, 8 and the rank; the dimensions follow, four
-  bytes each with the highest first; then the data. A file that is truncated or
-  of another format is a ValueError.
+  bytes each with the highest first; then the data.
   """
-  try:
+  with datasets.reading(path):
     content = gzip.decompress(path.read_bytes())
-  except (EOFError, OSError, zlib.error) as error:
-    raise ValueError(
-        f'{path}: truncated, or not a gzip file: {error}') from error
-  if len(content) < 4 or content[:3] != b'\x00\x00\x08':
-    raise ValueError(f'{path}: not an idx file of bytes: {content[:4]!r}')
-  start = 4 + 4 * content[3]
-  if len(content) < start:
-    raise ValueError(f'{path}: ends within its header: {content!r}')
-  shape = [int.from_bytes(content[i:i + 4], 'big') for i in range(4, start, 4)]
-  data = np.frombuffer(content[start:], np.uint8)
-  if data.size != np.prod(shape):
-    raise ValueError(
-        f'{path}: shape {shape} needs {np.prod(shape)} bytes; got {data.size}')
-  return data.reshape(shape)
+    if content[:3] != b'\x00\x00\x08':
+      raise ValueError(f'not an idx file of bytes: {content[:4]!r}')
+    start = 4 + 4 * content[3]
+    shape = np.frombuffer(content[4:start], '>u4')
+    return np.frombuffer(content[start:], np.uint8).reshape(shape)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -216,14 +200,10 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _read_archive(path, folder, names):
   members = {f'{folder}/{name}': name for name in names}
   blobs = {}
-  try:
-    with tarfile.open(path) as archive:
-      for member in archive:  # In order: a gzip stream cannot seek backwards.
-        if member.name in members:
-          blobs[members[member.name]] = archive.extractfile(member).read()
-  except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-    raise ValueError(
-        f'{path}: truncated, or not a tar.gz file: {error}') from error
+  with datasets.reading(path), tarfile.open(path) as archive:
+    for member in archive:  # In order: a gzip stream cannot seek backwards.
+      if member.name in members:
+        blobs[members[member.name]] = archive.extractfile(member).read()
   missing = sorted(set(names) - set(blobs))
   if missing:
     raise FileNotFoundError(f'{path}: no {folder}/ with {", ".join(missing)}')

@@ -53,9 +53,6 @@ from experiments.image import train
 _SHARES = flags.DEFINE_list(
     'filter_sparsities', ['0.25', '0.5', '0.75'], 'Shares of each layer\'s '
     'filters that go, in (0, 1); a row of the table each.')
-_UNTOUCHED = flags.DEFINE_list(
-    'untouched', [], 'Regular expressions; layers whose path has a match keep '
-    'all filters.')
 _EPOCHS = flags.DEFINE_float('fine_tune_epochs', 1., 'Length of the training '
                              'after the filters have gone, above 0.')
 _RATE = flags.DEFINE_float('fine_tune_learning_rate', .01, 'Its learning '
@@ -80,7 +77,6 @@ class Settings(NamedTuple):
   """What happens after the dense run."""
 
   shares: Sequence[float]
-  untouched: Sequence[str] = ()
   epochs: float = 1.
   learning_rate: float = .01
   from_scratch: bool = True
@@ -132,24 +128,11 @@ def followers(name: str, variables: Mapping[str, Any]
   return found
 
 
-def prune(name: str, variables: Mapping[str, Any], share: float,
-          untouched: Sequence[str] = ()) -> Any:
+def prune(name: str, variables: Mapping[str, Any], share: float) -> Any:
   """The variables without that share of the filters of each layer."""
-  shares = dict.fromkeys(touched(name, variables, untouched), share)
-  return filters.prune_filters(variables, shares,
-                               followers(name, variables))[0]
-
-
-def touched(name: str, variables: Mapping[str, Any],
-            untouched: Sequence[str]) -> list[str]:
-  """Paths of the kernels that lose filters; ValueError if there are none."""
-  known = followers(name, variables)
-  found = [path for path in known
-           if not any(re.search(rule, path) for rule in untouched)]
-  if not found:
-    raise ValueError(f'`untouched` (={",".join(untouched)!r}) must leave a '
-                     f'layer of {", ".join(known)}.')
-  return found
+  found = followers(name, variables)
+  return filters.prune_filters(variables, dict.fromkeys(found, share),
+                               found)[0]
 
 
 def study(values: Mapping[str, Any], settings: Settings
@@ -198,13 +181,11 @@ def check(values: Mapping[str, Any], settings: Settings) -> None:
   for share in settings.shares:
     if not 0 < share < 1:
       raise ValueError(f'`filter_sparsities` (={share!r}) must be in (0, 1).')
-  sparsity.check_patterns('untouched', settings.untouched)
   for flag, value in (('fine_tune_epochs', settings.epochs),
                       ('fine_tune_learning_rate', settings.learning_rate)):
     if not 0 < value < math.inf:
       raise ValueError(f'`{flag}` (={value!r}) must be finite and above 0.')
-  shapes = train.prepare(values, values['workdir']).init.out_info
-  touched(values['model'], variables_of(shapes), settings.untouched)
+  train.prepare(values, values['workdir'])
 
 
 def one_share(run: training.Run, state: tasks.TrainState, share: float,
@@ -213,8 +194,7 @@ def one_share(run: training.Run, state: tasks.TrainState, share: float,
   steps = train.run_length(
       run.values | {'train_steps': None, 'train_epochs': settings.epochs},
       train.load(run.values, 'train').num_examples)
-  smaller = functools.partial(prune, run.values['model'], share=share,
-                              untouched=settings.untouched)
+  smaller = functools.partial(prune, run.values['model'], share=share)
   variables = smaller(variables_of(state))
   constant = {flag: flags.FLAGS[flag].default for flag in (
       'lr_drops', 'lr_factor')} | {
@@ -315,8 +295,7 @@ def settings() -> Settings:
   shares = sparsity.numbers('filter_sparsities', _SHARES.value)
   if not shares:
     raise ValueError('`filter_sparsities` (=\'\') must not be empty.')
-  return Settings(shares, _UNTOUCHED.value, _EPOCHS.value, _RATE.value,
-                  _FROM_SCRATCH.value)
+  return Settings(shares, _EPOCHS.value, _RATE.value, _FROM_SCRATCH.value)
 
 
 def main(argv):

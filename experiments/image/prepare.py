@@ -28,8 +28,8 @@ The format matters: TFDS's default, tfrecord, cannot be read at random.
 from experiments import programs
 
 with programs.extra():
-  from experiments import preparing
+  from experiments import datasets
   from experiments.image import builders
 
 if __name__ == '__main__':
-  preparing.start(builders, 'digits')
+  datasets.start(builders, 'digits')

@@ -53,18 +53,17 @@ from experiments.image import models
 flags.DEFINE_enum('dataset', 'digits', sorted(input_pipeline.DATASETS),
                   'What to train on. All but digits must be prepared before.')
 flags.DEFINE_enum('model', 'mlp', sorted(models.MODELS), 'The network.')
-flags.DEFINE_float('width', 1., 'Multiplier of the network\'s channels.')
+flags.DEFINE_float('width', 1., 'Multiplier of the network\'s channels.',
+                   lower_bound=0, upper_bound=1e6)
 flags.DEFINE_float('dropout', 0., 'Dropout rate, where the network has any.')
 flags.DEFINE_float('train_epochs', None, 'Length of the run in epochs. '
                    'Default: 100.')
 flags.DEFINE_float('label_smoothing', 0., 'Share of the label spread over all '
-                   'classes.')
+                   'classes.', lower_bound=0, upper_bound=1)
 flags.DEFINE_bool('augment', True, 'Crop and flip as the papers do.')
 run_flags.define_flags(batch_size=128, examples='Images')
 
 FREE = run_flags.FREE  # Flags that a continued run may change.
-# The smallest and largest values of flags that no other file checks.
-LIMITS = {'label_smoothing': (0, 1), 'width': (0, 1e6)}
 
 
 class Classification(NamedTuple):
@@ -152,7 +151,7 @@ class Classification(NamedTuple):
 
 def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
   """Checks the flags, loads the data and traces; writes nothing yet."""
-  run_flags.check_values(values, LIMITS)
+  run_flags.check_values(values)
   eval_split = input_pipeline.DATASETS[values['dataset']].eval_split
   data, test = (load(values, split) for split in ('train', eval_split))
   train_steps = run_length(values, data.num_examples)
@@ -171,7 +170,7 @@ def prepare(values: Mapping[str, Any], workdir: str) -> training.Run:
 
 def without_data(values: Mapping[str, Any]) -> tuple[tasks.Task, int]:
   """The task and its length by the data set's published size."""
-  run_flags.check_values(values, LIMITS)
+  run_flags.check_values(values)
   steps = run_length(values, input_pipeline.DATASETS[
       values['dataset']].num_train)
   return make_task(values, steps), steps
@@ -193,8 +192,6 @@ def run_length(values: Mapping[str, Any], num_examples: int) -> int:
       raise ValueError(f'`train_epochs` (={epochs}) must be finite and above '
                        '0.')
     steps = math.ceil(epochs * (num_examples // batch_size))
-  if steps < 1:
-    raise ValueError(f'`train_steps` (={steps}) must be at least 1.')
   return steps
 
 

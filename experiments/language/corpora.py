@@ -14,7 +14,6 @@ import platform
 import re
 import sysconfig
 import zipfile
-import zlib
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -180,12 +179,8 @@ def stdlib_split(path: str) -> str:
 
 
 def _read_zip(path, members):
-  try:
-    with zipfile.ZipFile(path) as archive:
-      missing = sorted(set(members) - set(archive.namelist()))
-      if missing:
-        raise FileNotFoundError(f'{path}: no {", ".join(missing)}')
-      return [archive.read(member) for member in members]
-  except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-    raise ValueError(
-        f'{path}: truncated, or not a zip file: {error}') from error
+  with datasets.reading(path), zipfile.ZipFile(path) as archive:
+    missing = sorted(set(members) - set(archive.namelist()))
+    if missing:
+      raise FileNotFoundError(f'{path}: no {", ".join(missing)}')
+    return [archive.read(member) for member in members]

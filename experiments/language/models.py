@@ -22,7 +22,7 @@ Reference:
 from collections.abc import Sequence
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
@@ -346,3 +346,26 @@ def create(name: str, *, vocab_size: int, dropout: float = 0.0,
       cutoffs=tuple(cut for cut in preset.cutoffs if cut < vocab_size),
       dropout=dropout, dtype=dtype,
       activation_sparsity=activation_sparsity)
+
+
+def generate(model: TransformerXL, weights: Any, prompt: jax.Array, *,
+             count: int, memory_length: int, temperature: float,
+             key: jax.Array) -> jax.Array:
+  """Draws one token after another, int32[count], from prompt int32[t] on.
+
+  `temperature` divides the log-probabilities; 0 takes the likeliest token.
+  """
+
+  def read(tokens, memory):
+    log_probs, memory = model.apply({'params': weights}, tokens[None], memory,
+                                    method=model.logits)
+    return log_probs[0, -1], memory
+
+  def step(carry, key):
+    log_probs, memory = carry
+    token = (jax.random.categorical(key, log_probs / temperature)
+             if temperature else jnp.argmax(log_probs)).astype(jnp.int32)
+    return read(token[None], memory), token
+
+  first = read(prompt, init_memory(model, 1, memory_length))
+  return jax.lax.scan(step, first, jax.random.split(key, count))[1]

@@ -24,8 +24,8 @@ them; those of stdlib under a name that has the version of Python in it.
 from experiments import programs
 
 with programs.extra():
-  from experiments import preparing
+  from experiments import datasets
   from experiments.language import corpora
 
 if __name__ == '__main__':
-  preparing.start(corpora, 'stdlib')
+  datasets.start(corpora, 'stdlib')

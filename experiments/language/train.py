@@ -45,7 +45,6 @@ from experiments import tasks
 from experiments import training
 from experiments.language import input_pipeline
 from experiments.language import models
-from experiments.language import sampling
 
 flags.DEFINE_enum('dataset', 'stdlib', sorted(input_pipeline.DATASETS),
                   'What to train on. All but stdlib and text must be prepared '
@@ -55,17 +54,20 @@ flags.DEFINE_string('text_file', None, '--dataset=text: the file, or a folder '
 flags.DEFINE_enum('level', None, ['byte', 'word'], 'What a token is. Default: '
                   'the data set\'s own.')
 flags.DEFINE_enum('model', 'tiny', sorted(models.MODELS), 'The network.')
-flags.DEFINE_float('width', 1., 'Multiplier of the network\'s widths.')
-flags.DEFINE_float('dropout', 0., 'Dropout rate.')
+flags.DEFINE_float('width', 1., 'Multiplier of the network\'s widths.',
+                   lower_bound=0, upper_bound=1e6)
+flags.DEFINE_float('dropout', 0., 'Dropout rate.', lower_bound=0,
+                   upper_bound=1)
 flags.DEFINE_float('abs_top_k', 0., 'Fraction of each vector of activations '
                    'inside layers that is zeroed, the largest by magnitude '
-                   'staying, in [0, 1). Weight-sparse transformers have 0.75.')
+                   'staying, in [0, 1). Weight-sparse transformers have 0.75.',
+                   lower_bound=0, upper_bound=1)
 flags.DEFINE_integer('segment_length', None, 'Tokens of a stream per step. '
-                     'Default: the network\'s own.')
+                     'Default: the network\'s own.', lower_bound=1)
 flags.DEFINE_integer('memory_length', None, 'Tokens remembered in training. '
-                     'Default: the network\'s own.')
+                     'Default: the network\'s own.', lower_bound=0)
 flags.DEFINE_integer('eval_memory_length', None, 'Tokens remembered in '
-                     'evaluation. Default: the network\'s own.')
+                     'evaluation. Default: the network\'s own.', lower_bound=0)
 flags.DEFINE_integer('eval_batch_size', None, 'Streams of an evaluation. '
                      'Default: --batch_size.')
 flags.DEFINE_enum('eval_split', 'test', ['valid', 'test'], 'What evaluations '
@@ -81,11 +83,7 @@ flags.DEFINE_float('sample_temperature', 1., '0 for the likeliest token.')
 # What a sample is asked for has no part in the run.
 NOT_OF_THE_RUN = ('sample', 'prompt', 'sample_temperature')
 FREE = run_flags.FREE  # Flags that a continued run may change.
-# The smallest and largest values of flags that no other file checks.
 LENGTHS = ('segment_length', 'memory_length', 'eval_memory_length')
-LIMITS = {'width': (0, 1e6), 'dropout': (0, 1), 'abs_top_k': (0, 1),
-          'train_steps': (1, math.inf), **dict.fromkeys(LENGTHS, (0, math.inf)),
-          'segment_length': (1, math.inf)}
 
 
 class Prediction(NamedTuple):
@@ -222,7 +220,7 @@ def check_length(problem: Prediction, tokens, test_tokens) -> None:
 
 def check_values(values: Mapping[str, Any]) -> None:
   """Raises ValueError for a flag out of range that no other file checks."""
-  run_flags.check_values(values, LIMITS)
+  run_flags.check_values(values)
   if values['eval_batch_size'] is not None:
     devices.check_batch_size(values['eval_batch_size'],
                              values['model_parallel'], 'eval_batch_size')
@@ -280,7 +278,7 @@ def sample(values: Mapping[str, Any], count: int, prompt: str,
   state, problem = training.last_state(run), run.task.problem
   vocabulary = load(values, 'train').vocabulary
   first = jnp.asarray(vocabulary.encode(prompt), jnp.int32)
-  tokens = sampling.generate(
+  tokens = models.generate(
       problem.model, sparse_jax.dense_weights(run.task.method, state.params,
                                               state.opt_state),
       first, count=count, memory_length=problem.eval_memory_length,
