@@ -105,17 +105,18 @@ def forward_and_both(multiply):
 
 def training_step(loss: Callable[..., jax.Array],
                   method: sparse_jax.SparseMethod,
-                  optimizer: optax.GradientTransformation):
+                  optimizer: optax.GradientTransformation, **options):
   """(params -> state, (state, *inputs) -> state), as a user would write them.
 
-  `loss` is of the weights that the method reads, and the inputs.
+  `loss` is of the weights that the method reads, and the inputs; the options
+  are those of `with_method`.
   """
   tx = sparse_jax.sparsify(optimizer, method)
 
   def step(state, *inputs):
     params, opt_state = state
-    grads = jax.grad(sparse_jax.with_method(loss, method, opt_state))(
-        params, *inputs)
+    read = sparse_jax.with_method(loss, method, opt_state, **options)
+    grads = jax.grad(read)(params, *inputs)
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
