@@ -9,10 +9,11 @@ from absl import flags
 from absl.testing import absltest
 from absl.testing import parameterized
 
+from experiments.image import train  # noqa: F401 (flags of other tests, too)
 from tests import fast_compiler
 from tests import own_flags
 
-with own_flags.OwnFlags() as _FLAGS:  # Other binaries have the same names.
+with own_flags.OwnFlags(known=True) as _FLAGS:  # It changes their defaults.
   from experiments.benchmarks import accelerator
 
 

@@ -1,6 +1,7 @@
 """Binaries with flags of the same names, side by side in one process."""
 
 import contextlib
+import copy
 
 from absl import flags
 
@@ -8,13 +9,17 @@ from absl import flags
 class OwnFlags:
   """Flags apart from those that other tests see.
 
+  With `known` they begin as a copy of the flags that have been defined, for a
+  binary that changes another one's.
+
   Example:
     with OwnFlags() as own: import the binary here, then use `own` again
     wherever it reads its flags.
   """
 
-  def __init__(self):
-    self._inside = dict(vars(flags.FlagValues()))
+  def __init__(self, known=False):
+    self._inside = (copy.deepcopy(vars(flags.FLAGS)) if known
+                    else dict(vars(flags.FlagValues())))
     self._stack = contextlib.ExitStack()
 
   def __enter__(self):
