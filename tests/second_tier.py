@@ -34,6 +34,8 @@ SECOND = (
      'NaN and inf in topk_test'),
     ('precision_test.*(16_bit_gradients|64_bit_mode|FlagsTest)', METHOD,
      'three methods'),
+    ('package_test.*_misspelt_argument', NOTHING,
+     'py.typed is in the wheel; .ci/run reads the library by mypy'),
     ('accounting_test.*_budget_that_moves', '2$', 'SWAT-M'),
     ('bound_grown_test.*_outsteps', r"'adam'", 'one optimizer'),
     ('aged_adam_test.*_while_nothing', '[01]$', 'two rows'),
