@@ -341,6 +341,7 @@ class MatmulTest(parameterized.TestCase):
     packed = sparse_jax.blocks.pack(jnp.ones((4, 6)), block=(2, 2), sparsity=.5)
     for x, options, message in (
         (jnp.ones((1, 6)), {}, r'x.*\(1, 6\)'),
+        (jnp.ones((1, 4)), dict(weights_first=1), 'weights_first'),
         (jnp.ones((1, 4)), dict(implementation='fast'), 'implementation')):
       with self.assertRaisesRegex(ValueError, message):
         sparse_jax.blocks.matmul(x, packed, **options)

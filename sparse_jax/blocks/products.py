@@ -75,8 +75,8 @@ def matmul(x: jax.Array, packed: PackedBlocks, *,
     float[..., out], of the operands' common dtype.
 
   Raises:
-    ValueError: for shapes that do not fit, known indices out of range, or an
-      unknown `implementation`.
+    ValueError: for shapes that do not fit, known indices out of range, an
+      unknown `implementation`, or a `weights_first` that is no bool.
 
   Example:
     >>> packed = packing.pack(jnp.eye(4), block=(2, 2), sparsity=0.5)
@@ -84,6 +84,7 @@ def matmul(x: jax.Array, packed: PackedBlocks, *,
     Array([0., 1., 2., 3.], dtype=float32)
   """
   _check_product(x, packed, implementation)
+  checks.check_bool('weights_first', weights_first)
   (tall, wide), (rows, columns) = packed.block, packed.grid
   plan = Plan(Columns(tall), Columns(wide), columns * wide, implementation,
               columns=column_axes if packed.balanced else (),
