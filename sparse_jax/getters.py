@@ -92,7 +92,7 @@ def linen_getter(method: state_lib.SparseMethod, opt_state: Any
   return getter
 
 
-def nnx_getter(method: state_lib.SparseMethod, opt_state: Any
+def nnx_getter(method: state_lib.SparseMethod, opt_state: Any, **options: Any
                ) -> Callable[[nnx.Module], Callable[..., Any]]:
   """A function from an NNX module to one that computes by the method.
 
@@ -104,6 +104,8 @@ def nnx_getter(method: state_lib.SparseMethod, opt_state: Any
     method: a sparse method.
     opt_state: an Optax state that contains the method's, or the
       `nnx.Optimizer` that holds it.
+    **options: those of `with_method`: how packed blocks are multiplied, and
+      settings of sparse operators.
 
   Returns:
     `getter(model) -> callable`, to be used inside the loss and in evaluation.
@@ -123,14 +125,14 @@ def nnx_getter(method: state_lib.SparseMethod, opt_state: Any
     >>> int((model.kernel[...] != 0).sum())
     8
   """
-  return lambda model: _Computed(model, method, opt_state)
+  return lambda model: _Computed(model, method, opt_state, options)
 
 
 class _Computed:
   """A module's methods, computed with a sparse method's weights."""
 
-  def __init__(self, model, method, opt_state):
-    self._parts = model, method, opt_state
+  def __init__(self, model, method, opt_state, options):
+    self._parts, self._options = (model, method, opt_state), options
 
   def __call__(self, *args, **kwargs):
     return self._call('__call__', *args, **kwargs)
@@ -154,7 +156,7 @@ class _Computed:
       out = getattr(module, name)(*args, **kwargs)
       return out, nnx.state(module, nnx.Not(nnx.Param))
 
-    computed = loop.with_method(call, method, opt_state)
+    computed = loop.with_method(call, method, opt_state, **self._options)
     out, rest = computed(params, rest, *args)
     nnx.update(model, rest)
     return out

@@ -186,6 +186,17 @@ class NnxGetterTest(parameterized.TestCase):
     nnx.update(model, weights)
     np.testing.assert_array_equal(outputs, model(x))
 
+  def test_options_are_those_of_with_method(self):
+    method = sparse_jax.packed(sparse_jax.static(
+        .5, structure=sparse_jax.Block((2, 2))))
+    model, optimizer = sparse_jax.nnx_start(
+        nnx.Linear(4, 8, rngs=nnx.Rngs(0)),
+        sparse_jax.sparsify(optax.sgd(.1), method), method)
+    for options in ({'implementation': 'fast'}, {'weights_first': 1}):
+      with self.assertRaisesRegex(ValueError, *options):
+        sparse_jax.nnx_getter(method, optimizer, **options)(model)(
+            jnp.ones((2, 4)))
+
   def test_gradients_reach_the_model_of_the_caller(self):
     model, method = NnxModel(), sparse_jax.static(.5)
     state = method.init(nnx.state(model, nnx.Param))
