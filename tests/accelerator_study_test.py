@@ -82,6 +82,16 @@ class AcceleratorStudyTest(parameterized.TestCase):
       values = accelerator.run_config()
       self.assertEqual((values['train_steps'], values['method']), (100, 'dnw'))
 
+  def test_a_flag_that_does_nothing_here_is_an_error(self):
+    for name, value in (('eval_every', 5), ('distributed', True)):
+      flags.FLAGS.unparse_flags()
+      flags.FLAGS(['accelerator', f'--{name}={value}'])
+      with self.assertRaisesRegex(ValueError, rf'`{name}` \(={value}\)'):
+        accelerator.check_given()
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(['accelerator', '--rows=1'])
+    accelerator.check_given()
+
   def test_describe_counts_by_hand(self):
     """LeNet-300-100 on digits; the weights' gradient is dense."""
     figures = accelerator.describe(_values(sparsity=.9, rows=1))

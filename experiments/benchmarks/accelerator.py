@@ -48,6 +48,10 @@ for _name, _value in {
   flags.FLAGS.set_default(_name, _value)
 flags.DEFINE_alias('steps', 'train_steps')  # It takes the default with it.
 
+# It saves nothing, evaluates nothing, and takes one device.
+_UNUSED = ('log_every', 'eval_every', 'checkpoint_every', 'compare_masks_every',
+           'effective_sparsity', 'model_parallel', 'distributed')
+
 # Rows in all tiles: arrays of one size, of 16 lanes and 16 columns.
 ALL_ROWS = 256
 FREE = train.FREE
@@ -67,6 +71,14 @@ def machine_of(values: Mapping[str, Any]) -> sparse_jax.cost.Machine:
   return sparse_jax.cost.Machine(
       rows=rows, tiles=ALL_ROWS // rows, lookahead=values['lookahead'],
       lookaside=values['lookaside']).checked()
+
+
+def check_given() -> None:
+  """Raises ValueError for a flag of runs that this study has no use for."""
+  for name in _UNUSED:
+    if flags.FLAGS[name].present:
+      raise ValueError(f'`{name}` (={flags.FLAGS[name].value!r}) is a setting '
+                       'of runs, not of this study.')
 
 
 def without_data(values: Mapping[str, Any]) -> tuple[tasks.Task, int]:
@@ -149,6 +161,7 @@ def run(values: Mapping[str, Any]) -> dict[str, Any]:
 def main(argv):
   programs.begin(argv)
   with programs.errors_in_a_line():
+    check_given()
     run(run_config())
 
 
