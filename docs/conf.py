@@ -1,8 +1,11 @@
 """How the site is built: `sphinx-build -W docs build/docs`, with no network."""
 
+import ast
+import inspect
 import pathlib
 import re
 import sys
+import textwrap
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -13,7 +16,7 @@ project = 'sparse_jax'
 author = 'the authors of sparse_jax'
 version = release = sparse_jax.__version__
 extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon',
-              'sphinx_copybutton', 'sphinx_design',
+              'sphinx.ext.viewcode', 'sphinx_copybutton', 'sphinx_design',
               'sphinx_gallery.gen_gallery']
 exclude_patterns = ['tutorials/*.py', 'tutorials/GALLERY_HEADER.rst']
 
@@ -21,6 +24,7 @@ html_theme = 'furo'
 html_title = 'sparse_jax'
 html_static_path = ['_static']
 html_css_files = ['site.css']
+html_favicon = '_static/icon.svg'
 html_theme_options = {'top_of_page_buttons': []}
 html_show_copyright = False
 
@@ -32,7 +36,9 @@ copybutton_prompt_is_regexp = True
 autodoc_typehints = 'none'  # Docstrings say them, with shapes.
 autodoc_preserve_defaults = True
 autodoc_member_order = 'bysource'
+autodoc_default_options = {'members': True}  # Of classes: what has a docstring.
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # A list of a class's fields, not a heading for each.
 python_maximum_signature_line_length = 72
 
 # The tutorials run when the site is built; one that fails stops it.
@@ -58,7 +64,9 @@ def as_rst(app, what, name, obj, options, lines):
 
   A public name in backticks becomes a link.
   """
-  del app, what, name, obj, options
+  del app, name, options
+  if what == 'class' and 'Attributes:' not in lines:
+    lines += fields(obj)
   text = re.sub(r'(?m)^( +\w[\w, ]*,)\n +(\w[\w, ]*: )', r'\1 \2',
                 '\n'.join(lines))
   lines[:] = _PARTS.sub(_part, text).split('\n')
@@ -77,6 +85,31 @@ def _part(match):
   if code:
     return f'``{code}``{end}'
   return '\\' + match[0] if match[0] in ('*', '|', '_') else match[0]
+
+
+def fields(cls):
+  """An 'Attributes' section of what comments in a class say of its fields."""
+  source = textwrap.dedent(inspect.getsource(cls)).split('\n')
+  found = []
+  for node in ast.parse('\n'.join(source)).body[0].body:
+    if isinstance(node, ast.AnnAssign):
+      first = last = node.lineno - 1
+      while source[first - 1].strip().startswith('# '):
+        first -= 1
+      words = [line.strip()[2:] for line in source[first:last]]
+      words += re.findall(r'  # (?!type:)(.*)', source[node.end_lineno - 1])
+      if node.value is not None:
+        words.append(f'Default: `{ast.unparse(node.value)}`.')
+      kind = re.sub(r"'|\b(?!jax)\w+\.(?=[A-Z])", '',
+                    ast.unparse(node.annotation))
+      found.append(f'  {node.target.id} (`{kind}`): {" ".join(words)}')
+  return ['', 'Attributes:', *found, ''] if found else []
+
+
+def skip_field(app, what, name, obj, skip, options):
+  """Fields of named tuples stand in the class's own text."""
+  del app, what, name, options
+  return skip or type(obj).__name__ == '_tuplegetter'
 
 
 # Pages of the repository that the site shows, by the page that shows them.
@@ -113,4 +146,5 @@ def _link(text, target, folder):
 
 def setup(app):
   app.connect('autodoc-process-docstring', as_rst, priority=100)
+  app.connect('autodoc-skip-member', skip_field)
   app.connect('source-read', show_record)
