@@ -21,7 +21,7 @@ extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon',
 exclude_patterns = ['tutorials/*.py', 'tutorials/GALLERY_HEADER.rst']
 
 html_theme = 'furo'
-html_title = 'sparse_jax'
+html_title = 'sparse_jax: sparse training in JAX'
 html_static_path = ['_static']
 html_css_files = ['site.css']
 html_favicon = '_static/icon.svg'
