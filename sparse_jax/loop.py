@@ -36,7 +36,8 @@ def start(tx: Any, method: state_lib.SparseMethod, params: trees.PyTree
     `(params, opt_state)`.
 
   Raises:
-    ValueError: if `tx` holds no such method, or a leaf does not fit it.
+    ValueError: if a leaf does not fit the method, or a packed method is not in
+      `tx`. (Of a masked one that `tx` lacks, `with_method` says so.)
 
   Example:
     >>> import jax.numpy as jnp, optax, sparse_jax

@@ -108,8 +108,8 @@ figure.tight_layout()
 # --------------
 # ``summarize`` says of each array (a *leaf*) how much of it the forward pass
 # reads, how much is updated (*backward*), how much of the forward set is new
-# since the last refresh (*churn*), how much was ever in it, and how many outputs
-# and inputs have no weight left (*dead*).
+# since the last refresh (*churn*), how much was ever in it, and how many
+# outputs and inputs have no weight left (*dead*).
 
 params, opt_state, *_ = runs['RigL']
 print(sparse_jax.summarize(params, opt_state, methods['RigL']))

@@ -111,7 +111,7 @@ for name, (*_, seconds) in runs.items():
 # %%
 # Back to a dense array
 # ---------------------
-# ``dense_weights`` gives ordinary arrays, for code that knows nothing of blocks.
+# ``dense_weights`` gives ordinary arrays, for code that does not know blocks.
 
 params, opt_state, *_ = runs['packed']
 weights = sparse_jax.dense_weights(methods['packed'], params, opt_state)

@@ -191,6 +191,12 @@ def assemble(packed: PackedBlocks) -> jax.Array:
   For a use that is no product: the weight exists while it is used. Its
   gradient gives growth scores, too, where they are asked for.
 
+  Args:
+    packed: PackedBlocks with its places.
+
+  Returns:
+    The weight's own shape and dtype, 0 outside A.
+
   Example:
     >>> packed = packing.pack(jnp.eye(4), block=(2, 2), sparsity=0.5)
     >>> assemble(packed).sum()

@@ -58,7 +58,7 @@ def packed(method: state_lib.SparseMethod) -> state_lib.SparseMethod:
 
   Args:
     method: one whose counts stay the same, with `structure=Block(...)`:
-      `static`, `fixed`, `set_`, `rigl`, `itop`, `dnw`, `top_kast`.
+      `static`, `fixed`, `set_`, `rigl`, `itop`, `mest` (EM), `dnw`, `top_kast`.
 
   Returns:
     A SparseMethod. Its state is made by `start`.

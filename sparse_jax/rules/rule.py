@@ -78,12 +78,12 @@ class Rule(NamedTuple):
 
 
 def random_first(leaf: Leaf, now: Now) -> jax.Array:
-  """The first masks of methods that start at random."""
+  """The first masks of methods that start at random, as `Rule.first`."""
   return leaf.top(now.random)
 
 
 def full_first(leaf: Leaf, now: Now) -> jax.Array:
-  """The first masks of methods that start dense."""
+  """The first masks of methods that start dense, as `Rule.first`."""
   del now
   return leaf.full()
 
