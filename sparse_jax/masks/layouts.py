@@ -16,10 +16,10 @@ from sparse_jax.masks import topk
 class Layout(NamedTuple):
   """How the entries of one leaf form groups that compete."""
 
-  shape: tuple[int, ...]
+  shape: tuple[int, ...]  # Of the leaf.
   stacked: tuple[int, ...]  # Axes that stack layers; each slice on its own.
   rows: tuple[int, ...]  # Axes that the product sums over.
-  structure: structures.Structure
+  structure: structures.Structure  # What is a group.
 
   @property
   def columns(self) -> tuple[int, ...]:

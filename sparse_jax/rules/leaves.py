@@ -26,13 +26,13 @@ class Leaf(NamedTuple):
     (4, [0, 0, 0, 4])
   """
 
-  path: trees.Path
+  path: trees.Path  # The keys of the tree, joined by '/'.
   # Among the sparse leaves; makes its random numbers its own.
   index: int  # type: ignore[assignment]
-  layout: layouts.Layout
+  layout: layouts.Layout  # How its entries form groups.
   sparsity: float  # Of the forward set A.
   backward_sparsity: float  # Of the backward set B.
-  # Whether which axes contract is a guess by names on which it depends.
+  # Whether the axes that products sum over are a guess, and matter.
   guessed: bool = False
 
   @property

@@ -29,9 +29,9 @@ class Seen(NamedTuple):
   passes their sum: XLA then writes only one of them to memory.
   """
 
-  params: trees.PyTree
-  updates: trees.PyTree | None
-  grads: trees.PyTree
+  params: trees.PyTree  # As the optimizer holds them.
+  updates: trees.PyTree | None  # To be added to them before they are judged.
+  grads: trees.PyTree  # dL/dw, of what `Rule.gradient` asks for.
   extra_args: Mapping[str, Any] = {}  # Those of `tx.update`.
   before: trees.PyTree = None  # The parameters before the update.
   moves: trees.PyTree = None  # The optimizer's updates.
