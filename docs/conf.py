@@ -1,11 +1,14 @@
 """How the site is built: `sphinx-build -W docs build/docs`, with no network."""
 
 import ast
+import html
 import inspect
 import pathlib
 import re
 import sys
 import textwrap
+
+from docutils import nodes
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -112,6 +115,26 @@ def skip_field(app, what, name, obj, skip, options):
   return skip or type(obj).__name__ == '_tuplegetter'
 
 
+def complete_page(app, pagename, templatename, context, doctree):
+  """A page without a description of its own has its first paragraph.
+
+  A page of source keeps links to anchors that there are: viewcode guesses some.
+  """
+  del templatename
+  if pagename.startswith('_modules/') and 'body' in context:
+    known = app.env.get_domain('py').objects
+    context['body'] = re.sub(
+        r'(href="[^"#]*api/\w+\.html)#([^"]*)',
+        lambda match: match[0] if match[2] in known else match[1],
+        context['body'])
+  if doctree and 'name="description"' not in context['metatags']:
+    first = [each for each in doctree.findall(nodes.paragraph)
+             if isinstance(each.parent, nodes.section)][:1]
+    for paragraph in first:
+      text = html.escape(textwrap.shorten(paragraph.astext(), 160))
+      context['metatags'] += f'<meta name="description" content="{text}" />'
+
+
 # Pages of the repository that the site shows, by the page that shows them.
 SHOWN = {'experiments/README.md': 'records/experiments',
          'experiments/benchmarks/README.md': 'records/benchmarks',
@@ -147,4 +170,5 @@ def _link(text, target, folder):
 def setup(app):
   app.connect('autodoc-process-docstring', as_rst, priority=100)
   app.connect('autodoc-skip-member', skip_field)
+  app.connect('html-page-context', complete_page)
   app.connect('source-read', show_record)
