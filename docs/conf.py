@@ -42,6 +42,7 @@ autodoc_member_order = 'bysource'
 autodoc_default_options = {'members': True}  # Of classes: what has a docstring.
 napoleon_use_rtype = False
 napoleon_use_ivar = True  # A list of a class's fields, not a heading for each.
+napoleon_use_param = False  # Arguments that are explained together stay so.
 python_maximum_signature_line_length = 72
 
 # The tutorials run when the site is built; one that fails stops it.

@@ -17,6 +17,7 @@ import time
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from sklearn import datasets
@@ -107,6 +108,14 @@ for name, (params, opt_state, *_) in runs.items():
 
 for name, (*_, seconds) in runs.items():
   print(f'{name:7} {1e3 * seconds:6.1f} ms a step')
+
+figure, panels = plt.subplots(1, 2, figsize=(7, 2.4))
+panels[0].barh(list(runs), [megabytes(*run[:2]) for run in runs.values()])
+panels[1].barh(list(runs), [1e3 * run[3] for run in runs.values()])
+for axes, label in zip(panels, ('MiB of parameters and state', 'ms a step')):
+  axes.invert_yaxis()
+  axes.set(xlabel=label)
+figure.tight_layout()
 
 # %%
 # Back to a dense array
