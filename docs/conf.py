@@ -9,6 +9,7 @@ import sys
 import textwrap
 
 from docutils import nodes
+from sphinx import addnodes
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -59,8 +60,12 @@ sphinx_gallery_conf = {
     'within_subsection_order': 'FileNameSortKey',
 }
 
-LINKED = {name for name in sparse_jax.__all__
-          if callable(getattr(sparse_jax, name))}
+# What a name in backticks links to: `rigl`, `cost.plan`.
+SPACES = {name: getattr(sparse_jax, name) for name in sparse_jax.__all__
+          if inspect.ismodule(getattr(sparse_jax, name))}
+LINKED = {name for name in sparse_jax.__all__ if name not in SPACES} | {
+    f'{space}.{name}' for space, value in SPACES.items() for name in vars(value)
+    if not name.startswith('_') and callable(getattr(value, name))}
 
 
 def as_rst(app, what, name, obj, options, lines):
@@ -114,6 +119,18 @@ def skip_field(app, what, name, obj, skip, options):
   """Fields of named tuples stand in the class's own text."""
   del app, what, name, options
   return skip or type(obj).__name__ == '_tuplegetter'
+
+
+def link_names(app, doctree):
+  """Code that is a public name, or a call of it, links to its API page."""
+  del app
+  for code in list(doctree.findall(nodes.literal)):
+    name = re.fullmatch(r'(?:sparse_jax\.)?([\w.]+)(\(.*\))?', code.astext())
+    inside = (nodes.reference, nodes.title, addnodes.pending_xref)
+    if name and name[1] in LINKED and not isinstance(code.parent, inside):
+      code.replace_self(addnodes.pending_xref(
+          '', code.deepcopy(), refdomain='py', reftype='obj', refexplicit=True,
+          reftarget=f'sparse_jax.{name[1]}'))
 
 
 def complete_page(app, pagename, templatename, context, doctree):
@@ -171,5 +188,6 @@ def _link(text, target, folder):
 def setup(app):
   app.connect('autodoc-process-docstring', as_rst, priority=100)
   app.connect('autodoc-skip-member', skip_field)
+  app.connect('doctree-read', link_names)
   app.connect('html-page-context', complete_page)
   app.connect('source-read', show_record)
