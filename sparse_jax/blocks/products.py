@@ -36,7 +36,7 @@ def matmul(x: jax.Array, packed: PackedBlocks, *,
   `packed.blocks` is that of the dense weight, block by block, on B.
 
   On several devices each multiplies its rows of `x`, in a `jax.shard_map` that
-  nobody has to write: the mesh is that of the context or of the arrays. Blocks
+  is made here: the mesh is that of the context or of the arrays. Blocks
   that are split (FSDP) are gathered; what is summed over devices is the
   gradient of the blocks alone, once. On automatic axes rows are split over all
   that divide them and are not `column_axes`, on explicit ones as their types

@@ -121,8 +121,8 @@ def contracting_axes(fn: Callable[..., Any], params: trees.PyTree,
                      *inputs: Any) -> dict[trees.Path, tuple[int, ...]]:
   """Which axes of each parameter the products of a function sum over.
 
-  Read off the function itself, whoever wrote it: what `contracting=` of the
-  methods takes.
+  They are read from the function's jaxpr, whatever its layers are called:
+  what `contracting=` of the methods takes.
 
   Args:
     fn: `fn(params, *inputs)`, a function of arrays.
