@@ -1,8 +1,15 @@
 """How the site is built: `sphinx-build -W docs build/docs`, with no network."""
 
+import ast
+import html
+import inspect
 import pathlib
 import re
 import sys
+import textwrap
+
+from docutils import nodes
+from sphinx import addnodes
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -13,14 +20,15 @@ project = 'sparse_jax'
 author = 'the authors of sparse_jax'
 version = release = sparse_jax.__version__
 extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon',
-              'sphinx_copybutton', 'sphinx_design',
+              'sphinx.ext.viewcode', 'sphinx_copybutton', 'sphinx_design',
               'sphinx_gallery.gen_gallery']
 exclude_patterns = ['tutorials/*.py', 'tutorials/GALLERY_HEADER.rst']
 
 html_theme = 'furo'
-html_title = 'sparse_jax'
+html_title = 'sparse_jax: sparse training in JAX'
 html_static_path = ['_static']
 html_css_files = ['site.css']
+html_favicon = '_static/icon.svg'
 html_theme_options = {'top_of_page_buttons': []}
 html_show_copyright = False
 
@@ -32,7 +40,10 @@ copybutton_prompt_is_regexp = True
 autodoc_typehints = 'none'  # Docstrings say them, with shapes.
 autodoc_preserve_defaults = True
 autodoc_member_order = 'bysource'
+autodoc_default_options = {'members': True}  # Of classes: what has a docstring.
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # A list of a class's fields, not a heading for each.
+napoleon_use_param = False  # Arguments that are explained together stay so.
 python_maximum_signature_line_length = 72
 
 # The tutorials run when the site is built; one that fails stops it.
@@ -49,8 +60,12 @@ sphinx_gallery_conf = {
     'within_subsection_order': 'FileNameSortKey',
 }
 
-LINKED = {name for name in sparse_jax.__all__
-          if callable(getattr(sparse_jax, name))}
+# What a name in backticks links to: `rigl`, `cost.plan`.
+SPACES = {name: getattr(sparse_jax, name) for name in sparse_jax.__all__
+          if inspect.ismodule(getattr(sparse_jax, name))}
+LINKED = {name for name in sparse_jax.__all__ if name not in SPACES} | {
+    f'{space}.{name}' for space, value in SPACES.items() for name in vars(value)
+    if not name.startswith('_') and callable(getattr(value, name))}
 
 
 def as_rst(app, what, name, obj, options, lines):
@@ -58,7 +73,9 @@ def as_rst(app, what, name, obj, options, lines):
 
   A public name in backticks becomes a link.
   """
-  del app, what, name, obj, options
+  del app, name, options
+  if what == 'class' and 'Attributes:' not in lines:
+    lines += fields(obj)
   text = re.sub(r'(?m)^( +\w[\w, ]*,)\n +(\w[\w, ]*: )', r'\1 \2',
                 '\n'.join(lines))
   lines[:] = _PARTS.sub(_part, text).split('\n')
@@ -77,6 +94,63 @@ def _part(match):
   if code:
     return f'``{code}``{end}'
   return '\\' + match[0] if match[0] in ('*', '|', '_') else match[0]
+
+
+def fields(cls):
+  """An 'Attributes' section of what comments in a class say of its fields."""
+  source = textwrap.dedent(inspect.getsource(cls)).split('\n')
+  found = []
+  for node in ast.parse('\n'.join(source)).body[0].body:
+    if isinstance(node, ast.AnnAssign):
+      first = last = node.lineno - 1
+      while source[first - 1].strip().startswith('# '):
+        first -= 1
+      words = [line.strip()[2:] for line in source[first:last]]
+      words += re.findall(r'  # (?!type:)(.*)', source[node.end_lineno - 1])
+      if node.value is not None:
+        words.append(f'Default: `{ast.unparse(node.value)}`.')
+      kind = re.sub(r"'|\b(?!jax)\w+\.(?=[A-Z])", '',
+                    ast.unparse(node.annotation))
+      found.append(f'  {node.target.id} (`{kind}`): {" ".join(words)}')
+  return ['', 'Attributes:', *found, ''] if found else []
+
+
+def skip_field(app, what, name, obj, skip, options):
+  """Fields of named tuples stand in the class's own text."""
+  del app, what, name, options
+  return skip or type(obj).__name__ == '_tuplegetter'
+
+
+def link_names(app, doctree):
+  """Code that is a public name, or a call of it, links to its API page."""
+  del app
+  for code in list(doctree.findall(nodes.literal)):
+    name = re.fullmatch(r'(?:sparse_jax\.)?([\w.]+)(\(.*\))?', code.astext())
+    inside = (nodes.reference, nodes.title, addnodes.pending_xref)
+    if name and name[1] in LINKED and not isinstance(code.parent, inside):
+      code.replace_self(addnodes.pending_xref(
+          '', code.deepcopy(), refdomain='py', reftype='obj', refexplicit=True,
+          reftarget=f'sparse_jax.{name[1]}'))
+
+
+def complete_page(app, pagename, templatename, context, doctree):
+  """A page without a description of its own has its first paragraph.
+
+  A page of source keeps links to anchors that there are: viewcode guesses some.
+  """
+  del templatename
+  if pagename.startswith('_modules/') and 'body' in context:
+    known = app.env.get_domain('py').objects
+    context['body'] = re.sub(
+        r'(href="[^"#]*api/\w+\.html)#([^"]*)',
+        lambda match: match[0] if match[2] in known else match[1],
+        context['body'])
+  if doctree and 'name="description"' not in context['metatags']:
+    first = [each for each in doctree.findall(nodes.paragraph)
+             if isinstance(each.parent, nodes.section)][:1]
+    for paragraph in first:
+      text = html.escape(textwrap.shorten(paragraph.astext(), 160))
+      context['metatags'] += f'<meta name="description" content="{text}" />'
 
 
 # Pages of the repository that the site shows, by the page that shows them.
@@ -113,4 +187,7 @@ def _link(text, target, folder):
 
 def setup(app):
   app.connect('autodoc-process-docstring', as_rst, priority=100)
+  app.connect('autodoc-skip-member', skip_field)
+  app.connect('doctree-read', link_names)
+  app.connect('html-page-context', complete_page)
   app.connect('source-read', show_record)

@@ -120,13 +120,33 @@ def aged_adam(
     warmup_steps: int = 0) -> optax.GradientTransformationExtraArgs:
   """`optax.adam` for weights that grow: the bias is corrected by entry.
 
-  See `scale_by_aged_adam` for the law, `warmup_steps` and the reference; the
-  other arguments are those of `optax.adam`, whose updates these are while no
-  entry has grown.
+  `optax.adam` has one count of updates for all entries. When a weight grows,
+  `sparsify` makes its moments anew, and by the old count its first update would
+  be 3.2 times what it should be, were it not bounded. Here the age of each
+  entry is made anew with its moments; that takes two bytes an entry.
+
+  Law: as long as no entry has grown it is `optax.adam`, up to rounding; an
+  entry that has just grown gets, with `warmup_steps=0`, what a new optimizer
+  would give it.
+
+  Args:
+    learning_rate, b1, b2, eps, eps_root, mu_dtype: as of `optax.adam`.
+    warmup_steps: updates over which an entry that has grown gains its full
+      step: it is scaled by min(age / warmup_steps, 1), with an age of 1 at the
+      first. 0 is at once.
+
+  Returns:
+    An Optax transformation.
+
+  Raises:
+    ValueError: if `warmup_steps` is below 0.
 
   Example:
     >>> import sparse_jax
     >>> tx = sparse_jax.sparsify(aged_adam(1e-3), sparse_jax.rigl(0.9))
+
+  Reference:
+    SMET, 2026, https://arxiv.org/abs/2606.00888.
   """
   return optax.chain(
       scale_by_aged_adam(b1, b2, eps, eps_root, mu_dtype,

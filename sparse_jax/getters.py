@@ -57,7 +57,7 @@ def linen_getter(method: state_lib.SparseMethod, opt_state: Any
   """A function from a linen module's variables to sparse ones.
 
   Only the collection 'params' is read through the method; the others (batch
-  statistics, ...) pass. The module needs no edit and may be anybody's.
+  statistics, ...) pass as they are. The module needs no edit.
 
   Args:
     method: a sparse method.

@@ -36,7 +36,8 @@ def start(tx: Any, method: state_lib.SparseMethod, params: trees.PyTree
     `(params, opt_state)`.
 
   Raises:
-    ValueError: if `tx` holds no such method, or a leaf does not fit it.
+    ValueError: if a leaf does not fit the method, or a packed method is not in
+      `tx`. (Of a masked one that `tx` lacks, `with_method` says so.)
 
   Example:
     >>> import jax.numpy as jnp, optax, sparse_jax
@@ -109,7 +110,7 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
 
   It reads the weights, puts the method's operators (SWAT) into its products,
   and multiplies by packed blocks; which product uses which weight is found in
-  the jaxpr, so that the model may be anybody's and needs no edit. A packed
+  the function's jaxpr, so that the model needs no edit. A packed
   weight that something else than a product uses (an embedding's look-up), or a
   product that blocks do not fit, is assembled for that use. For `dense()` the
   result is `fn` itself.
@@ -121,7 +122,7 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
     method: the method.
     opt_state: an Optax state that contains the method's.
     implementation: of the products by blocks, as of `blocks.matmul`. On
-      several devices each does its own rows; nobody writes a `shard_map`.
+      several devices each does its own rows, in a `shard_map` made for it.
     column_axes: axes of an automatic mesh over which balanced blocks are split
       by columns, as of `blocks.matmul`.
     weights_first: whether gradients to packed weights come before the one to

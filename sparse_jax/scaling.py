@@ -17,7 +17,10 @@ from sparse_jax.rules import state as state_lib
 
 
 class Scales(NamedTuple):
-  """Factors of what was tuned on a dense network of the base's width."""
+  """Factors of what was tuned on a dense network of the base's width.
+
+  `supar` makes them and says where each goes.
+  """
 
   init: trees.PyTree  # float, of the standard deviation of the first weights.
   learning_rate: trees.PyTree  # float, of Adam's.

@@ -38,8 +38,8 @@ class Row(NamedTuple):
 class Summary(NamedTuple):
   """The rows of a model's leaves, and their total over the sparse leaves."""
 
-  rows: tuple[Row, ...]
-  total: Row
+  rows: tuple[Row, ...]  # A leaf each, in the order of their paths.
+  total: Row  # Over the sparse leaves.
 
   @property
   def sparsity(self) -> float:

@@ -22,10 +22,10 @@ from sparse_jax.rules import updates as updates_lib
 
 
 class SparsifyState(NamedTuple):
-  """State of `sparsify`."""
+  """State of `sparsify`; `get_state` finds its first part in any nesting."""
 
-  sparse: state_lib.SparseState
-  inner: Any
+  sparse: state_lib.SparseState  # The method's: masks, step, key.
+  inner: Any  # The state of the optimizer inside.
 
   # What `optax.contrib.schedule_free_eval_params` asks a state for.
   @property

@@ -7,6 +7,7 @@ import types
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import jax.numpy as jnp
 
 import sparse_jax
 
@@ -14,6 +15,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / 'docs'
 SPACES = tuple(name for name in sparse_jax.__all__ if isinstance(
     getattr(sparse_jax, name), types.ModuleType))
+WEIGHTS = {'kernel': jnp.ones((4, 4))}
+STATE = sparse_jax.rigl(.5).init(WEIGHTS)
 PAGES = sorted(path.relative_to(DOCS).as_posix()
                for path in DOCS.rglob('*.md'))
 
@@ -37,6 +40,13 @@ def public(space):
   return {name: value for name, value in vars(space).items()
           if not name.startswith('_') and callable(value)
           and getattr(value, '__module__', '').startswith('sparse_jax')}
+
+
+def text_of(path):
+  """What a page shows: a record's stub has a page of the repository in it."""
+  page = path.relative_to(DOCS).with_suffix('').as_posix()
+  shown = re.search(rf"'(\S+)': '{page}'", (DOCS / 'conf.py').read_text())
+  return (ROOT / shown[1] if shown else path).read_text()
 
 
 def anchors(text):
@@ -79,7 +89,7 @@ class SiteTest(parameterized.TestCase):
       found = ((DOCS / page).parent / path).resolve() if path else DOCS / page
       self.assertTrue(found.exists(), target)
       if anchor:
-        self.assertIn(anchor, anchors(found.read_text()), target)
+        self.assertIn(anchor, anchors(text_of(found)), target)
 
   def test_every_page_is_in_the_contents(self):
     listed = '\n'.join((DOCS / name).read_text() for name in (
@@ -89,6 +99,46 @@ class SiteTest(parameterized.TestCase):
         name = page.removesuffix('.md').removeprefix('api/').removeprefix(
             'records/')
         self.assertRegex(listed, rf'(?m)^({name}|{page.removesuffix(".md")})$')
+
+  def test_guides_have_descriptions_for_search_engines(self):
+    found = []
+    for path in DOCS.glob('*.md'):
+      said = re.match(
+          r'---\nmyst:\n  html_meta:\n    description: "(.*)"\n---',
+          path.read_text())
+      self.assertTrue(said, path.name)
+      self.assertBetween(len(said[1]), 50, 200, path.name)
+      found.append(said[1])
+    self.assertLen(set(found), len(found))
+
+  @parameterized.named_parameters(
+      ('percent', '`sparsity` (=90) must be in [0, 1)',
+       lambda: sparse_jax.rigl(90)),
+      ('structure', '`sparsity` (=0.9) must be 1 - n/m = 0.5 with `structure`',
+       lambda: sparse_jax.rigl(.9, structure=sparse_jax.NM(2, 4))),
+      ('blocks', '`method` (=rigl) cannot be packed: it needs structure=Block(',
+       lambda: sparse_jax.packed(sparse_jax.rigl(.9))),
+      ('tightens', '`method` (=gmp) cannot be packed: its masks tighten',
+       lambda: sparse_jax.packed(sparse_jax.gmp(
+           .9, update_end=9, structure=sparse_jax.Block((2, 2))))),
+      ('pattern', "`is_sparse` has a rule 'head' that is found in none of [",
+       lambda: sparse_jax.rigl(.5, is_sparse={'head': False}).init(WEIGHTS)),
+      ('no_state', '`opt_state` (a tuple) contains no SparseState',
+       lambda: sparse_jax.get_state(())),
+      ('two_states', 'contains 2 SparseStates',
+       lambda: sparse_jax.get_state((STATE, STATE))),
+      ('another_method',
+       "`opt_state` holds the state of 'rigl', and this method is 'set_'",
+       lambda: sparse_jax.set_(.5).read(WEIGHTS, STATE)),
+      ('another_tree',
+       '`params` must be the tree that the state was made for',
+       lambda: sparse_jax.rigl(.5).read({'kernel': jnp.ones((2, 2))}, STATE)),
+      ('no_thresholds', "`params` (a dict) must have the key 'thresholds'",
+       lambda: sparse_jax.str_().init(WEIGHTS)))
+  def test_errors_of_the_faq_are_raised_as_they_stand_there(self, said, call):
+    self.assertIn(said, (DOCS / 'faq.md').read_text())
+    with self.assertRaisesRegex(ValueError, re.escape(said)):
+      call()
 
   def test_linked_tutorials_are_there(self):
     for page in PAGES:

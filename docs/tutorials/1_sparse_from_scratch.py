@@ -9,7 +9,8 @@ last, by four methods, and look at what they did.
 # %%
 # Data and model
 # --------------
-# Nothing here knows of sparsity.
+# Images of 8 x 8 pixels and a network of three layers; nothing here is about
+# sparsity yet.
 
 import flax.linen as nn
 import jax
@@ -40,8 +41,11 @@ def loss_of(logits, labels):
 # One loop for every method
 # -------------------------
 # ``sparsify`` wraps the optimizer; ``start`` makes the parameters and the
-# state; ``with_method`` wraps the model wherever it computes. The last layer
-# stays dense: at 90% its ten outputs would share 100 weights.
+# state, with the first masks in it; ``with_method`` wraps the model, in
+# training and in evaluation. The last layer stays dense: at 90% its ten outputs
+# would share 100 weights. ``static`` never changes its random mask; SET drops
+# small weights and grows others at random, RigL where the gradient is large;
+# Top-KAST reads the largest tenth and updates the largest fifth.
 
 
 def train(method, steps=300, batch=64):
@@ -102,9 +106,10 @@ figure.tight_layout()
 # %%
 # What is sparse
 # --------------
-# ``summarize`` tells of each leaf how much of it the forward pass reads, how
-# much may move, how much of the forward set is new since the last refresh, and
-# how much was ever in it.
+# ``summarize`` says of each array (a *leaf*) how much of it the forward pass
+# reads, how much is updated (*backward*), how much of the forward set is new
+# since the last refresh (*churn*), how much was ever in it, and how many
+# outputs and inputs have no weight left (*dead*).
 
 params, opt_state, *_ = runs['RigL']
 print(sparse_jax.summarize(params, opt_state, methods['RigL']))
@@ -124,4 +129,5 @@ for axes, name in zip(panels, ('static', 'RigL', 'Top-KAST')):
 figure.tight_layout()
 
 # %%
-# Next: the same with blocks that are not stored at all.
+# Next: :doc:`blocks whose zeros are not stored at all <2_packed>`, or
+# :doc:`which method to choose </choosing>` for a run of your own.

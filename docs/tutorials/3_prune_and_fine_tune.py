@@ -71,7 +71,9 @@ print(f'dense: {float(accuracy(trained)):.1%}')
 # -----------------
 # Any function of parameters and arrays will do; no layer is named, and labels
 # are not needed. SparseGPT corrects the weights that stay for those that go;
-# Wanda weighs them by the size of their inputs; magnitude looks at nothing.
+# Wanda weighs them by the size of their inputs, an equal number for each
+# output; magnitude looks at the weights alone. On large language models Wanda
+# is published ahead of magnitude; in this small network it is behind from 70%.
 
 batches = [(train_images[i:i + 128],) for i in range(0, 512, 128)]
 sparsities = (0.5, 0.7, 0.8, 0.9)
@@ -120,4 +122,5 @@ figure.tight_layout()
 
 # %%
 # Whole runs of the experiments are pruned in the same way:
-# ``python -m experiments.prune --run=FOLDER --sparsity=0.5,0.7``.
+# ``python -m experiments.prune --run=FOLDER --sparsity=0.5,0.7``. More, with
+# figures of a language model: :doc:`/pruning`.

@@ -32,6 +32,9 @@ def from_dense(weight: jax.Array | np.ndarray,
       tile: A, and B that contains it.
     block, pad: as in `pack`.
 
+  Returns:
+    PackedBlocks of B, its tiles row by row.
+
   Raises:
     ValueError: for a mask that is not made of blocks, or A outside B.
 
@@ -55,6 +58,13 @@ def to_dense(packed: PackedBlocks
              ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The weight on B (0 elsewhere), and the masks of A and of B.
 
+  Args:
+    packed: PackedBlocks with its places: as `method.read` gives it, or `pack`.
+
+  Returns:
+    `(weight, forward_mask, backward_mask)`, of the weight's own shape: of its
+    dtype, bool, bool.
+
   Example:
     >>> packed = packing.pack(jnp.array([[1., 3., 2.]]), block=(1, 1),
     ...                          sparsity=0.6, backward_sparsity=0.3)
@@ -70,6 +80,12 @@ def to_dense(packed: PackedBlocks
 
 def to_bcoo(packed: PackedBlocks) -> 'sparse.BCOO':
   """The weight of A as a BCOO matrix, for inference.
+
+  Args:
+    packed: PackedBlocks of a matrix [in, out].
+
+  Returns:
+    jax.experimental.sparse.BCOO of [in, out]; every entry of a block is stored.
 
   Raises:
     ValueError: if the weight is no matrix, or its tiles hang over the edge.
@@ -104,6 +120,9 @@ def to_bcsr(packed: PackedBlocks, *, transpose: bool = False
   Args:
     packed: PackedBlocks of a matrix.
     transpose: whether to make the transposed weight, [out, in].
+
+  Returns:
+    jax.experimental.sparse.BCSR; every entry of a block is stored.
 
   Raises:
     ValueError: as `to_bcoo`.

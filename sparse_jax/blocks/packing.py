@@ -103,7 +103,12 @@ class PackedBlocks:
 
 
 def is_packed(node: Any) -> bool:
-  """Whether this is a PackedBlocks; for `is_leaf=` of the tree functions."""
+  """Whether this is a PackedBlocks; for `is_leaf=` of the tree functions.
+
+  Example:
+    >>> is_packed(pack(jnp.eye(2), block=(1, 1), sparsity=.5))
+    True
+  """
   return isinstance(node, PackedBlocks)
 
 

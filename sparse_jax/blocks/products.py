@@ -36,7 +36,7 @@ def matmul(x: jax.Array, packed: PackedBlocks, *,
   `packed.blocks` is that of the dense weight, block by block, on B.
 
   On several devices each multiplies its rows of `x`, in a `jax.shard_map` that
-  nobody has to write: the mesh is that of the context or of the arrays. Blocks
+  is made here: the mesh is that of the context or of the arrays. Blocks
   that are split (FSDP) are gathered; what is summed over devices is the
   gradient of the blocks alone, once. On automatic axes rows are split over all
   that divide them and are not `column_axes`, on explicit ones as their types
@@ -190,6 +190,12 @@ def assemble(packed: PackedBlocks) -> jax.Array:
 
   For a use that is no product: the weight exists while it is used. Its
   gradient gives growth scores, too, where they are asked for.
+
+  Args:
+    packed: PackedBlocks with its places.
+
+  Returns:
+    The weight's own shape and dtype, 0 outside A.
 
   Example:
     >>> packed = packing.pack(jnp.eye(4), block=(2, 2), sparsity=0.5)

@@ -34,15 +34,15 @@ class Machine(NamedTuple):
   as without skipping.
   """
 
-  lanes: int = 16
-  rows: int = 16
-  columns: int = 16
+  lanes: int = 16  # Multipliers of a unit, which work in one cycle.
+  rows: int = 16  # Of units in a tile; a row has one vector of zeros to skip.
+  columns: int = 16  # Of units in a tile.
   tiles: int = 16
-  lookahead: int = 2
-  lookaside: int = 5
+  lookahead: int = 2  # Steps; 0: nothing is skipped.
+  lookaside: int = 5  # Entries of other lanes, below `lanes`.
   # Steps that the on-chip buffer delivers in a cycle; None: all that is asked.
   buffer_steps: int | None = None
-  value_bytes: int = 2
+  value_bytes: int = 2  # Of an entry in memory.
   sparse_buffer: int = 2 ** 30  # Bytes on the chip for the skipped operand.
   dense_buffer: int = 2 ** 30  # And for the other.
   dram_bytes: float = 25.6  # In a cycle: DDR4-3200 at 1 GHz.

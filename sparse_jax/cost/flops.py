@@ -39,8 +39,8 @@ _OTHER = 'other products'
 class FlopCount(NamedTuple):
   """FLOPs of a function's products, by the parameter that each uses."""
 
-  convention: str
-  products: tuple[Product, ...]
+  convention: str  # 'multiply_adds' or 'rigl'.
+  products: tuple[Product, ...]  # As `find_products` lists them.
   params: trees.PyTree  # The shapes of the parameters.
 
   @property
@@ -96,8 +96,8 @@ class LayerCost(NamedTuple):
 class TrainingCost(NamedTuple):
   """FLOPs of a training step, layer by layer, and against dense training."""
 
-  convention: str
-  layers: tuple[LayerCost, ...]
+  convention: str  # That of the FlopCount.
+  layers: tuple[LayerCost, ...]  # FLOPs of the three passes, leaf by leaf.
 
   @property
   def dense(self) -> Passes:

@@ -17,7 +17,7 @@ from sparse_jax.jaxprs import products
 class MemoryCost(NamedTuple):
   """Bytes that training holds on the device between its passes."""
 
-  weights: int
+  weights: int  # Bytes, as all three.
   slots: int  # The optimizer's state, a sparse method's included.
   saved_activations: int  # What the backward pass needs of the forward pass.
 

@@ -86,7 +86,7 @@ class Use(NamedTuple):
   path: trees.Path
   primitive: str
   contracting: tuple[int, ...]  # Axes of the leaf, sorted; of a conv its input.
-  batch: tuple[int, ...]
+  batch: tuple[int, ...]  # Axes of the leaf along which matrices are stacked.
 
 
 def find_uses(fn: Callable[..., Any], *args: Any, params_argnum: int = 0
@@ -97,6 +97,16 @@ def find_uses(fn: Callable[..., Any], *args: Any, params_argnum: int = 0
     fn: a function of arrays.
     *args: its arguments: trees of arrays, or of jax.ShapeDtypeStruct.
     params_argnum: which argument is the tree of parameters.
+
+  Returns:
+    A `Use` for each product of a leaf, in the order of execution: its path, the
+    primitive, and the leaf's axes that it sums over and stacks.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> find_uses(lambda params, x: x @ params['a'].T, {'a': jnp.ones((2, 3))},
+    ...           jnp.ones((1, 3)))[0].contracting
+    (1,)
   """
   closed, _, _ = products.trace(fn, args, params_argnum)
   given = [view_of(trees.path_name(path), leaf.shape)
@@ -111,8 +121,8 @@ def contracting_axes(fn: Callable[..., Any], params: trees.PyTree,
                      *inputs: Any) -> dict[trees.Path, tuple[int, ...]]:
   """Which axes of each parameter the products of a function sum over.
 
-  Read off the function itself, whoever wrote it: what `contracting=` of the
-  methods takes.
+  They are read from the function's jaxpr, whatever its layers are called:
+  what `contracting=` of the methods takes.
 
   Args:
     fn: `fn(params, *inputs)`, a function of arrays.

@@ -46,6 +46,12 @@ def erdos_renyi(shapes: Shapes, sparsity: float) -> dict[trees.Path, float]:
   Layers that would be denser than 1 are made dense and the others pay for it,
   so that the entries kept sum to those of `uniform`, up to rounding.
 
+  Args:
+    shapes, sparsity: as in `uniform`.
+
+  Returns:
+    `{path: sparsity}` with the keys of `shapes`.
+
   Example:
     >>> shapes = {'a': (2, 4), 'b': (3, 6), 'c': (2, 4, 6)}
     >>> {k: round(v, 2) for k, v in erdos_renyi(shapes, 0.5).items()}
@@ -70,6 +76,9 @@ def erk(shapes: Shapes, sparsity: float, *, power_scale: float = 1.
     power_scale: the power of that ratio, at least 0: 1 is the paper's rule, 0
       is `uniform`. To a method pass
       `functools.partial(erk, power_scale=...)`.
+
+  Returns:
+    `{path: sparsity}` with the keys of `shapes`.
 
   Example:
     >>> shapes = {'a': (2, 4), 'b': (3, 6), 'c': (2, 4, 6)}

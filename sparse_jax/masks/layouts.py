@@ -16,10 +16,10 @@ from sparse_jax.masks import topk
 class Layout(NamedTuple):
   """How the entries of one leaf form groups that compete."""
 
-  shape: tuple[int, ...]
+  shape: tuple[int, ...]  # Of the leaf.
   stacked: tuple[int, ...]  # Axes that stack layers; each slice on its own.
   rows: tuple[int, ...]  # Axes that the product sums over.
-  structure: structures.Structure
+  structure: structures.Structure  # What is a group.
 
   @property
   def columns(self) -> tuple[int, ...]:
@@ -126,6 +126,22 @@ def layout(shape: tuple[int, ...], *, path: trees.Path = '',
            batch_axes: tuple[int, ...] = (),
            contracting: tuple[int, ...] | None = None) -> Layout:
   """Makes the layout of a leaf and checks that its parts fit together.
+
+  Args:
+    shape: of the leaf.
+    path: of the leaf, for a guess of its inputs by Flax's names, and errors.
+    structure: what is kept or dropped together.
+    batch_axes: axes that stack layers.
+    contracting: axes that the product sums over; None: known by the path, or
+      the second last.
+
+  Returns:
+    A Layout.
+
+  Example:
+    >>> own = layout((4, 6), structure=structures.Block((2, 3)))
+    >>> own.group_shape, own.keep_count(.75)
+    ((2, 2), 1)
 
   Raises:
     ValueError: if the structure needs a matrix and the leaf is none, or an

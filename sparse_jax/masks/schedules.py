@@ -69,6 +69,9 @@ def cosine_drop(fraction: float, *, end: int) -> Schedule:
     fraction: share of the active weights dropped at step 0, in [0, 1].
     end: the step at which nothing is dropped any more, at least 1.
 
+  Returns:
+    A function from a step (int or int32[]) to a fraction (float32[]).
+
   Example:
     >>> drop = cosine_drop(0.3, end=100)
     >>> [round(float(drop(t)), 4) for t in (0, 25, 50, 75, 100)]
@@ -98,6 +101,9 @@ def drop_with(fraction: float, learning_rate: Schedule | float, *,
     learning_rate: an Optax schedule.
     peak: the learning rate at which it is the fraction; None is that of step
       0, as in the official code, and must then be above 0.
+
+  Returns:
+    A function from a step (int or int32[]) to a fraction (float32[]).
 
   Raises:
     ValueError: naming the argument that is out of range.

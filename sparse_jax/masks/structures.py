@@ -42,7 +42,14 @@ class Structure(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured:
-  """Every entry is on its own."""
+  """Every entry is on its own.
+
+  Example:
+    >>> import sparse_jax
+    >>> sparse_jax.make_mask(jnp.array([[3., 1.], [4., 2.]]), .5).astype(int)
+    Array([[1, 0],
+           [1, 0]], dtype=int32)
+  """
 
   pads = False
 
@@ -131,6 +138,12 @@ class NM:
     axis: an axis of the matrix view; -2 are the rows, the axis that the
       product sums over and that sparse hardware needs.
 
+  Example:
+    >>> import sparse_jax
+    >>> scores = jnp.array([[4.], [1.], [3.], [2.]])
+    >>> sparse_jax.make_mask(scores, .5, structure=NM(2, 4))[:, 0].astype(int)
+    Array([1, 0, 1, 0], dtype=int32)
+
   Reference:
     Zhou et al., Learning N:M, 2021, https://arxiv.org/abs/2102.04010.
   """
@@ -173,6 +186,13 @@ class Channel:
   The score of a pair is the sum over its spatial positions (L1, if the scores
   are magnitudes). On a dense layer or a 1 x 1 convolution it is unstructured.
 
+  Example:
+    >>> import sparse_jax
+    >>> kernel = jnp.ones((3, 3, 2, 2)).at[:, :, 0, 0].set(2.)
+    >>> mask = sparse_jax.make_mask(kernel, .75, structure=Channel())
+    >>> mask.sum((0, 1)).tolist()
+    [[9, 0], [0, 0]]
+
   Reference:
     Raihan and Aamodt, SWAT, 2020, https://arxiv.org/abs/2001.01969,
     structured SWAT.
@@ -194,6 +214,13 @@ class Channel:
 @dataclasses.dataclass(frozen=True)
 class Filter:
   """One decision for each output: a filter of a convolution, a column.
+
+  Example:
+    >>> import sparse_jax
+    >>> scores = jnp.array([[1., 2.], [1., 2.]])
+    >>> sparse_jax.make_mask(scores, .5, structure=Filter()).astype(int)
+    Array([[0, 1],
+           [0, 1]], dtype=int32)
 
   Reference:
     Li et al., Pruning filters, 2017, https://arxiv.org/abs/1608.08710.

@@ -29,7 +29,7 @@ def one_shot(fn: Callable[..., Any], params: trees.PyTree,
              batch_axes: selection.Axes = (),
              report: Callable[[trees.Path, int, int], None] | None = None
              ) -> trees.PyTree:
-  """Prunes a trained function, whoever wrote it, without training it.
+  """Prunes a trained function of parameters, without training it.
 
   The leaves are pruned in the order in which the function multiplies by them,
   each from the inputs that it has when those before it are pruned. Which axes

@@ -138,7 +138,7 @@ def hoyer(x: jax.Array) -> jax.Array:
 
 
 def l1(x: jax.Array) -> jax.Array:
-  """float32[]: the sum of magnitudes, with gradient 0 at 0.
+  """The sum of magnitudes of float[...], a float32[], with gradient 0 at 0.
 
   Example:
     >>> l1(jnp.array([.2, 0., .5, .1])).round(3)

@@ -37,7 +37,7 @@ def with_operators(fn: Callable[..., Any], method: SparseMethod,
   Each product of a parameter for which the method states operands becomes a
   `sparse_dot_general` or `sparse_conv_general_dilated` with those operands.
   They are found in the jaxpr, by the parameter that they multiply by, so that
-  the model may be anybody's: linen, NNX or plain functions, with `jit`,
+  the model needs no edit: linen, NNX or plain functions, with `jit`,
   `scan`, `remat` and `vmap` in it. Of a method without operators the result
   is `fn` itself; call it always, and any method fits the loop.
 

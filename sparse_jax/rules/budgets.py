@@ -30,6 +30,15 @@ def global_counts(leaves: dict[trees.Path, leaves_lib.Leaf],
 
   Returns:
     int32 of each leaf's groups' shape with its competing axes as 1.
+
+  Example:
+    >>> leaves = leaves_lib.Sites(.5).leaves(
+    ...     {name: jnp.ones((2, 2)) for name in 'ab'})
+    >>> scores = {'a': jnp.array([[9., 8.], [7., 1.]]),
+    ...           'b': jnp.array([[6., 2.], [3., 4.]])}
+    >>> {name: int(count.sum())
+    ...  for name, count in global_counts(leaves, scores, 4).items()}
+    {'a': 3, 'b': 1}
   """
   least = sum(scores[path].size // max(leaf.layout.rivals, 1)
               for path, leaf in leaves.items())

@@ -18,15 +18,21 @@ from sparse_jax.masks import topk
 
 
 class Leaf(NamedTuple):
-  """One sparse leaf: its place, its groups, its sparsity."""
+  """One sparse leaf: its path, its groups, its sparsity.
 
-  path: trees.Path
+  Example:
+    >>> leaf = Sites(.75).leaves({'kernel': jnp.ones((4, 4))})['kernel']
+    >>> leaf.count, leaf.top(jnp.arange(16.).reshape(4, 4)).sum(1).tolist()
+    (4, [0, 0, 0, 4])
+  """
+
+  path: trees.Path  # The keys of the tree, joined by '/'.
   # Among the sparse leaves; makes its random numbers its own.
   index: int  # type: ignore[assignment]
-  layout: layouts.Layout
+  layout: layouts.Layout  # How its entries form groups.
   sparsity: float  # Of the forward set A.
   backward_sparsity: float  # Of the backward set B.
-  # Whether which axes contract is a guess by names on which it depends.
+  # Whether the axes that products sum over are a guess, and matter.
   guessed: bool = False
 
   @property
@@ -70,7 +76,10 @@ class Leaf(NamedTuple):
 
 
 class Sites(NamedTuple):
-  """The common keywords of every method, checked."""
+  """The common keywords of every method: which leaves, groups and sparsities.
+
+  They are explained at `static`. `leaves(params)` gives the `Leaf` of each.
+  """
 
   sparsity: float
   allocation: allocations.Allocation | Mapping[trees.Path, float] = (
@@ -177,7 +186,9 @@ def drop_and_grow(leaf: Leaf, active: jax.Array, scores: jax.Array,
 
   Of n active groups the keep_count(n, fraction) of largest score stay; the
   n - kept groups of largest `growth` among all others, the just dropped
-  included, become active. The count never changes, whatever the scores.
+  included, become active.
+
+  Law: the count never changes, whatever the scores.
 
   Args:
     leaf: the leaf whose groups these are.

@@ -50,7 +50,7 @@ def packed(method: state_lib.SparseMethod) -> state_lib.SparseMethod:
   """The same method, storing only the blocks that it keeps.
 
   Same loop, same optimizer, same checkpoint: `start` packs the parameters, and
-  `with_method` multiplies by blocks in a model that nobody edits. Weights,
+  `with_method` multiplies by blocks in a model that needs no edit. Weights,
   gradients and slots take the memory of the backward density.
 
   Law: the packed run is the masked run with the same `Block` structure; the
@@ -58,7 +58,7 @@ def packed(method: state_lib.SparseMethod) -> state_lib.SparseMethod:
 
   Args:
     method: one whose counts stay the same, with `structure=Block(...)`:
-      `static`, `fixed`, `set_`, `rigl`, `itop`, `dnw`, `top_kast`.
+      `static`, `fixed`, `set_`, `rigl`, `itop`, `mest` (EM), `dnw`, `top_kast`.
 
   Returns:
     A SparseMethod. Its state is made by `start`.

@@ -35,8 +35,8 @@ class Rule(NamedTuple):
            [0., 0., 6., 7.]], dtype=float32)
   """
 
-  name: str
-  sites: leaves_lib.Sites
+  name: str  # Of the method; its arguments need not be in it.
+  sites: leaves_lib.Sites  # Which leaves, how sparse, in what groups.
   # (leaf, now) -> Sets: the sets after a refresh, and the first ones too.
   # With `together`: ({path: leaf}, {path: now}, Seen) -> ({path: Sets}, extra).
   choose: Callable[..., Any]
@@ -78,12 +78,12 @@ class Rule(NamedTuple):
 
 
 def random_first(leaf: Leaf, now: Now) -> jax.Array:
-  """The first masks of methods that start at random."""
+  """The first masks of methods that start at random, as `Rule.first`."""
   return leaf.top(now.random)
 
 
 def full_first(leaf: Leaf, now: Now) -> jax.Array:
-  """The first masks of methods that start dense."""
+  """The first masks of methods that start dense, as `Rule.first`."""
   del now
   return leaf.full()
 

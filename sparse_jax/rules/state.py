@@ -64,7 +64,14 @@ def make_plan(method: str, params: trees.PyTree,
 
 
 class SparseState(NamedTuple):
-  """What a method remembers between steps."""
+  """What a method remembers between steps: masks above all.
+
+  Example:
+    >>> import sparse_jax
+    >>> state = sparse_jax.static(.75).init({'kernel': jnp.ones((4, 4))})
+    >>> int(state.step), int(state.forward_masks['kernel'].sum())
+    (0, 4)
+  """
 
   step: jax.Array  # int32[], updates done.
   key: jax.Array  # uint32[...], raw data of a PRNG key.
@@ -72,7 +79,7 @@ class SparseState(NamedTuple):
   # bool[], whether the last update chose masks anew; for each path if leaves
   # refresh apart.
   refreshed: jax.Array | dict[trees.Path, jax.Array]
-  plan: Plan
+  plan: Plan  # What is no array: the method's name, the tree, its leaves.
   extra: Any = ()  # A method's own arrays.
   # {path: where the stored groups of a packed leaf belong}.
   packed: Any = ()
@@ -106,7 +113,7 @@ class Work(NamedTuple):
   """The share of a dense leaf's products that training does, on average.
 
   Each is a fraction in [0, 1] of the multiply-adds of that pass with a dense
-  weight.
+  weight: (1, 1, 1) is dense training.
   """
 
   forward: float
@@ -117,11 +124,18 @@ class Work(NamedTuple):
 class SparseMethod(NamedTuple):
   """A sparse-training method: pure functions of trees.
 
-  In all of them `params` is the tree that the optimizer holds, and `state`
-  either the method's SparseState or any Optax state that contains one.
+  A loop needs none of them by name: `sparsify`, `start` and `with_method` call
+  them. In all of them `params` is the tree that the optimizer holds, and
+  `state` either the method's SparseState or any Optax state that contains one.
+
+  Example:
+    >>> import sparse_jax
+    >>> method, params = sparse_jax.static(.75), {'kernel': jnp.ones((4, 4))}
+    >>> float(method.read(params, method.init(params))['kernel'].sum())
+    4.0
   """
 
-  name: str
+  name: str  # By which a state knows its method.
   # params -> params, with thresholds or gates added if the method learns any.
   parametrize: Callable[[trees.PyTree], trees.PyTree]
   # (params, key) -> SparseState. Makes the first masks.

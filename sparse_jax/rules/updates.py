@@ -29,9 +29,9 @@ class Seen(NamedTuple):
   passes their sum: XLA then writes only one of them to memory.
   """
 
-  params: trees.PyTree
-  updates: trees.PyTree | None
-  grads: trees.PyTree
+  params: trees.PyTree  # As the optimizer holds them.
+  updates: trees.PyTree | None  # To be added to them before they are judged.
+  grads: trees.PyTree  # dL/dw, of what `Rule.gradient` asks for.
   extra_args: Mapping[str, Any] = {}  # Those of `tx.update`.
   before: trees.PyTree = None  # The parameters before the update.
   moves: trees.PyTree = None  # The optimizer's updates.
@@ -85,7 +85,26 @@ def zero_outside(updates: trees.PyTree, params: trees.PyTree,
 
 def refresh_window(every: int, begin: int, end: int | None, *,
                    also_at_end: bool = False, also_at: int | None = None):
-  """A function of the step: whether the masks refresh after that update."""
+  """A function of the step: whether the masks refresh after that update.
+
+  Args:
+    every: steps between refreshes, at least 1.
+    begin, end: first and last step that may refresh; None is no end.
+    also_at_end: whether `end` refreshes even where `every` does not divide it.
+    also_at: one more step that refreshes.
+
+  Returns:
+    A function from the updates done (int or int32[]) to a bool, for
+    `Rule.refreshes`.
+
+  Raises:
+    ValueError: naming the argument that is out of range.
+
+  Example:
+    >>> window = refresh_window(10, 5, 20)
+    >>> [step for step in range(40) if window(step)]
+    [10, 20]
+  """
   check_window(every, begin, end)
 
   def window(step):
@@ -141,7 +160,23 @@ def check_window(every: int, begin: int, end: int | None) -> None:
 
 def drop_schedule(fraction: float | schedules.Schedule, end: int | None
                   ) -> Callable[[jax.Array], Any]:
-  """The drop fraction: constant, annealed to `end` by a cosine, or as given."""
+  """The drop fraction: constant, annealed to `end` by a cosine, or as given.
+
+  Args:
+    fraction: in [0, 1], or a function of the step, which is clipped to that.
+    end: the step at which it has fallen to 0; None: it is constant.
+
+  Returns:
+    A function from the updates done to the share of active groups to drop.
+
+  Raises:
+    ValueError: naming the argument that is out of range.
+
+  Example:
+    >>> drop = drop_schedule(.3, 100)
+    >>> [round(float(drop(step)), 4) for step in (0, 50, 100)]
+    [0.3, 0.15, 0.0]
+  """
   if callable(fraction):
     return lambda step: jnp.clip(jnp.float32(fraction(step)), 0, 1)
   checks.check_fraction('drop_fraction', fraction)

@@ -11,15 +11,22 @@ from tests.clients import laws
 
 FOLDER = pathlib.Path(__file__).parent
 PAGE = FOLDER.parents[1] / 'docs' / 'loops.md'
-_HEAD = """# Other people's loops
+_HEAD = """---
+myst:
+  html_meta:
+    description: "Sparse training in many kinds of JAX loops: LoRA, EMA, \
+schedule-free, FSDP, pmap, shard_map, NNX, scan, Orbax, Flax TrainState."
+---
+
+# Other people's loops
 
 Each row is a small loop in the manner of a well-known one, each cell a run of
-it, made by the tests (`tests/clients/`). A tick says: every count of every
-slice is exact, the step is compiled once, the loss falls, masks move, the
-network that `with_method` (or `nnx_getter`) evaluates is the one that
-`dense_weights` exports, and SWAT's operators are in every product. The column
-`dense` says besides that the losses and the parameters are, bit for bit, those
-of the loop without the library.
+it, made by the tests (`tests/clients/`). A tick means that every layer keeps
+exactly as many weights as it should, the step is compiled once, the loss falls,
+the masks move, `with_method` (or `nnx_getter`) evaluates what `dense_weights`
+exports, and SWAT's sparse products are in place. A tick under `dense` means
+besides that losses and parameters are, bit for bit, those of the loop without
+the library.
 
 `top_kast`, `rigl`, `swat` and `str_` are masked; `packed` is
 `packed(rigl(..., structure=Block((4, 4))))`.

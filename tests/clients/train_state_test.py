@@ -35,7 +35,7 @@ class TrainStateTest(laws.LoopTest):
   title = 'Flax TrainState: BatchNorm, dropout, MultiSteps'
   recipe = """
   `MultiSteps` goes outside of `sparsify`, clipping inside; collections that are
-  no parameters pass through the door as they are.
+  no parameters pass through `with_method` as they are.
 
   ```python
   tx = optax.MultiSteps(sparse_jax.sparsify(
