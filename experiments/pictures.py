@@ -6,7 +6,6 @@ in the rows and percent in the pictures.
 """
 
 from collections.abc import Mapping, Sequence
-import math
 import os
 from typing import Any
 
@@ -38,7 +37,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]],
     figure.suptitle(title, x=0.01, ha='left')
     found[-1].set_xlabel('step')
     found[-1].xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    found[-1].xaxis.set_major_formatter(_format_step)
+    found[-1].xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
     found[-1].set_xlim(0, 1.02 * max(row['step'] for row in rows))
   plots.save(path, (6.4, 1.6 + 1.75 * len(panels)), draw)
 
@@ -52,10 +51,9 @@ def layer_density(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
   """
   plots.check(rows)
   fontsize, height = (9, .26) if len(rows) <= 30 else (7, .17)
-  forward, backward, effective = (np.array([
-      100 * _number(row.get(f'{name}_density')) for row in rows])
-                                  for name in ('forward', 'backward',
-                                               'effective'))
+  forward, backward, effective = (
+      100 * np.array([row.get(f'{name}_density') for row in rows], float)
+      for name in ('forward', 'backward', 'effective'))
 
   def draw(figure):
     axes = figure.subplots()
@@ -104,13 +102,15 @@ def masks(layers: Mapping[str, tuple[np.ndarray, np.ndarray]],
   columns = min(3, len(layers))
 
   def draw(figure):
+    from matplotlib import colors
+    blue, orange = map(np.array, map(colors.to_rgb, (plots.BLUE, plots.ORANGE)))
     grid = figure.subplots(-(-len(layers) // columns), columns, squeeze=False)
     for axes in grid.flat[len(layers):]:
       axes.axis('off')
     for axes, (name, (kept, on_path)) in zip(grid.flat, layers.items()):
       most = max(kept.max(), 1e-9)
-      pixels = (1 - (1 - _rgb(plots.BLUE)) * on_path[..., None] / most
-                - (1 - _rgb(plots.ORANGE)) * (kept - on_path)[..., None] / most)
+      pixels = (1 - (1 - blue) * on_path[..., None] / most
+                - (1 - orange) * (kept - on_path)[..., None] / most)
       axes.imshow(np.clip(pixels, 0, 1), aspect='auto', interpolation='nearest')
       axes.set_title(name, fontsize=8.5, fontweight='normal', pad=4)
       _bare(axes)
@@ -176,9 +176,10 @@ def _draw_metric(axes, rows, metric):
   step, value = _series(rows, f'train_{metric}')
   if step.size:
     axes.plot(step, scale * value, color=plots.BLUE, alpha=0.22, linewidth=0.8)
+    # A line of one point is none, and needs a marker.
     axes.plot(step, scale * _running_mean(value), color=plots.BLUE,
-              linewidth=1.8, label='train, running mean',
-              **_marked_if_single(step))
+              linewidth=1.8, marker='o' if step.size == 1 else '', markersize=4,
+              label='train, running mean')
   step, value = _series(rows, f'test_{metric}')
   if step.size:
     label = f'test, {scale * value[-1]:.4g}{unit} at the end'
@@ -204,7 +205,7 @@ def _draw_density(axes, rows, _):
   """Nominal density, and what of it is on a path; logarithmic if both fall."""
   step, sparsity = _series(rows, 'sparsity')
   axes.plot(step, 100 * (1 - sparsity), color=plots.BLUE, linewidth=1.6,
-            label='kept', **_marked_if_single(step))
+            marker='o' if step.size == 1 else '', markersize=4, label='kept')
   lowest = 1 - sparsity.max()
   step, effective = _series(rows, 'effective_sparsity')
   if step.size:
@@ -214,7 +215,7 @@ def _draw_density(axes, rows, _):
     lowest = min(lowest, 1 - effective.max())
   if lowest > 0 and (1 - sparsity).max() > 5 * lowest:
     axes.set_yscale('log')
-    axes.yaxis.set_major_formatter(plots.format_percent)
+    axes.yaxis.set_major_formatter('{x:g}')
   else:
     axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
   axes.set_ylabel('density (%)')
@@ -222,13 +223,9 @@ def _draw_density(axes, rows, _):
 
 def _series(rows, name):
   """Steps and values where there is a value, in order of step."""
-  pairs = sorted((row['step'], _number(row.get(name))) for row in rows
-                 if not math.isnan(_number(row.get(name))))
-  return np.array(pairs, float).reshape(-1, 2).T
-
-
-def _number(value):
-  return math.nan if value is None else float(value)
+  pairs = np.array([(row['step'], row.get(name)) for row in rows], float)
+  pairs = pairs[~np.isnan(pairs[:, 1])]
+  return pairs[pairs[:, 0].argsort()].T
 
 
 def _running_mean(values):
@@ -238,25 +235,9 @@ def _running_mean(values):
           / np.convolve(np.ones(values.size), window, 'same'))
 
 
-def _marked_if_single(step):
-  """A line of one point is none, and needs a marker."""
-  return {'marker': 'o', 'markersize': 4} if step.size == 1 else {}
-
-
-def _rgb(colour):
-  return np.array([int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)])
-
-
 def _bare(axes):
   """An image without ticks in a thin frame."""
   axes.set(xticks=[], yticks=[])
   axes.grid(False)
   for side in axes.spines.values():
     side.set(visible=True, linewidth=.5)
-
-
-def _format_step(step, _):
-  for size, unit in ((1e6, 'M'), (1e3, 'k')):
-    if abs(step) >= size:
-      return f'{step / size:.4g}{unit}'
-  return f'{step:.4g}'

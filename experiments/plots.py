@@ -100,7 +100,7 @@ def _scale_axis(axes, scale):
   if scale == 'log':
     axes.set_xscale('log')
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(format_percent)
+    axes.xaxis.set_major_formatter('{x:g}')
   elif scale == 'sparsity':
     axes.set_xscale('function', functions=(
         lambda x: -np.log(np.maximum(100.5 - x, .1)),
@@ -176,10 +176,6 @@ def _points(rows, x, y):
 def check(rows):
   if not rows:
     raise ValueError(f'rows (={rows}) must not be empty')
-
-
-def format_percent(value, _):
-  return f'{value:g}'
 
 
 def save(path, size, draw):

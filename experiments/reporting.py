@@ -10,6 +10,7 @@ import contextlib
 import csv
 import io
 import json
+import logging as std_logging
 import math
 import os
 import pathlib
@@ -22,6 +23,10 @@ import jax
 import numpy as np
 
 from experiments import files
+
+# It speaks at INFO, where others (Orbax) say too much to be heard.
+_PROGRESS = std_logging.getLogger(__name__)
+_PROGRESS.setLevel(std_logging.INFO)
 
 
 class JsonlWriter:
@@ -116,12 +121,26 @@ def open_writers(workdir: str | os.PathLike, start_step: int = 0
     yield write
 
 
+class _Log:
+  """A file for tqdm: what it would draw anew becomes a line of the log."""
+
+  def write(self, text: str):
+    if text.strip():
+      _PROGRESS.info(text.strip())
+
+  def flush(self):
+    pass
+
+
 def progress(total: int | None, done: int = 0):
-  """tqdm's bar of steps on a terminal; in a log it is renewed once a minute."""
+  """tqdm's bar of steps; where there is no terminal, a line a minute."""
   import tqdm
-  return tqdm.tqdm(total=total, initial=done, unit='step', dynamic_ncols=True,
-                   mininterval=.2 if sys.stderr.isatty() else 60.,
-                   disable=jax.process_index() > 0)
+  how = {'dynamic_ncols': True, 'mininterval': .2} if sys.stderr.isatty() else {
+      'file': _Log(), 'mininterval': 60., 'maxinterval': 60., 'miniters': 1,
+      'bar_format': 'step {n} of {total} ({percentage:.0f}%), {rate_fmt}, '
+                    '{remaining} left{postfix}'}
+  return tqdm.tqdm(total=total, initial=done, unit=' steps',
+                   disable=jax.process_index() > 0, **how)
 
 
 def write_json(path: str | os.PathLike, value: Any):

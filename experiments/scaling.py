@@ -38,7 +38,7 @@ _WORKDIR = flags.DEFINE_string('workdir', 'runs/scaling', 'Where the tables '
                                'and the picture go.')
 COLUMNS = ('sparsity', 'nonzeros', 'data', 'loss')
 # Of the logarithms of a, c, e, g about the mean run, and of the powers b, d, f.
-_BOUNDS = [(-30., 10.)] * 4 + [(1e-3, 3.)] * 3
+_BOUNDS = [-30.] * 4 + [1e-3] * 3, [10.] * 4 + [3.] * 3
 
 
 class Law(NamedTuple):
@@ -80,45 +80,27 @@ def fit(sparsity: Sequence[float], nonzeros: Sequence[float],
                      '0.')
   logs = np.log(np.stack([1 - runs[0], *runs[1:]]))
   centre = np.array([0., *logs[1:].mean(1)])
-  centred = logs - centre[:, None]
+  density, size, amount, target = logs - centre[:, None]
+
+  def residuals(values):
+    a, c, e, g, b, d, f = values
+    return np.logaddexp.reduce(np.broadcast_arrays(
+        a + b * density - d * size, c - d * size, e - f * amount, g)) - target
+
   rng, best = np.random.default_rng(seed), None
   for _ in range(starts):
     end = np.concatenate([rng.normal(-1., 1.5, 4), rng.uniform(.05, 1., 3)])
     for wide in (1., delta):  # The first sees far.
-      found = optimize.minimize(
-          _error, end, (centred, wide), jac=True, method='L-BFGS-B',
-          bounds=_BOUNDS, options={'maxiter': 5000})
+      found = optimize.least_squares(residuals, end, bounds=_BOUNDS,
+                                     loss='huber', f_scale=wide)
       end = found.x
-    if best is None or found.fun < best.fun:
+    if best is None or found.cost < best.cost:
       best = found
   (a, c, e, g), (b, d, f) = best.x[:4], best.x[4:]
-  _, size, amount, level = centre
-  a, c, e, g = np.exp([a + level + d * size, c + level + d * size,
-                       e + level + f * amount, g + level])
-  return Law(*map(float, (a, b, c, d, e, f, g))), float(best.fun * delta**2)
-
-
-def _error(values, logs, delta):
-  """Huber's loss over delta**2, and its gradient.
-
-  `values` are log a, log c, log e, log g, b, d, f; `logs` those of density,
-  nonzeros, data and loss; `delta` is where it turns linear.
-  """
-  density, size, amount, target = logs
-  a, c, e, g, b, d, f = values
-  parts = np.stack([a + b * density - d * size, c - d * size, e - f * amount,
-                    np.full_like(target, g)])
-  total = np.logaddexp.reduce(parts)
-  residual = total - target
-  wide = np.abs(residual) > delta
-  value = np.where(wide, delta * np.abs(residual) - delta**2 / 2,
-                   residual**2 / 2)
-  slope = np.clip(residual, -delta, delta) / residual.size
-  shares = np.exp(parts - total) * slope
-  gradient = np.array([
-      *shares.sum(1), (shares[0] * density).sum(),
-      -((shares[0] + shares[1]) * size).sum(), -(shares[2] * amount).sum()])
-  return value.mean() / delta**2, gradient / delta**2
+  _, nonzero, seen, level = centre
+  a, c, e, g = np.exp([a + level + d * nonzero, c + level + d * nonzero,
+                       e + level + f * seen, g + level])
+  return Law(*map(float, (a, b, c, d, e, f, g))), float(best.cost / target.size)
 
 
 def read(path: str) -> list[dict[str, float]]:

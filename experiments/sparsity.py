@@ -57,69 +57,83 @@ OPERATOR_FLAGS = ('activation_scope', 'gradient_scope', 'pack_activations',
 NEEDED = {'block_shape': ('structure', 'block'),
           'block_reduce': ('structure', 'block'), 'nm': ('structure', 'nm'),
           'erk_power_scale': ('allocation', 'erk')}
-# Arguments of single methods, the words that they may be, and what they are
-# for. Their types, methods and defaults are read from the methods.
-SETTINGS = re.findall(r'(\w+)(?: \((.+)\))?: (.+(?:\n  .+)*)', '''\
-backward_sparsity: fraction of the weights without a gradient, in [0,
-  sparsity]. Default: sparsity - 0.1, at least 0.
-penalty_weight: coefficient of the exploration loss (top_kast), of
-  exp(-threshold) (dst), of the gates (cs).
-backward_selection (magnitude|random): how the set B outside A is chosen.
-stop_exploration_at: the step from which on only the forward set gets a
-  gradient.
-drop_fraction: share of the active weights replaced at a refresh, in [0, 1].
-grow_init (zeros|random_normal|random_uniform|initial_value|initial_dist): the
-  value at which a weight is grown.
-redistribution (momentum|magnitude|nonzeros|none): by what dropped weights are
-  shared out among layers.
-gamma: an output with fewer salient inputs than this share of the fan-in
-  leaves, in [0, 1]; 0: none leaves.
-never_ablate: a regular expression; layers whose path has a match keep all
-  outputs. Default: the usual names of last layers.
-initial_sparsity: sparsity at the start, in [0, sparsity].
-prune_end: the step from which on the sparsity is final. Default: 30%, 20%,
-  50% of the run.
-prune_begin: the step at which the sparsity begins to rise.
-variant (em|ems): prune, then grow to the sparsity; or the soft memory bound,
-  which has more weights until the next refresh.
-mutation: shares of all weights that are replaced, in turn over the run.
-  Default: 0.02,0.01,0.
-gradient_weight: weight of the gradient in what is kept.
-soft_beta: hardness of the soft mask at the start and at the end. Default:
-  1,20.
-drop_by (magnitude|sign): one ranking, or positive and negative weights apart,
-  as originally.
-growth (gradient|random): how weights are grown.
-growth_momentum: coefficient of the average gradient, in [0, 1).
-drop_threshold: first threshold on |w|.
-scope (layer|global): whether weights compete in their layer or in all.
-score (magnitude|random|saliency): what is pruned last. Default: magnitude.
-hidden (frozen|moving): whether pruned weights stand still, or coast and
-  decay.
-skip_step: a refresh replaces the optimizer's step, as in RigL's paper.
-final_dense: steps of the last dense phase. Default: 10% of the run.
-reset_slots: whether each dense phase makes all of the optimizer's slots anew.
-hidden_decay: decay of unread weights.
-initial_gate: the first value of what is learnt.
-least_kept: a layer that keeps no more of its weights starts over.
-temperature: the last of a round.
-rounds: how many rounds.
-round_steps: steps of a round. Default: the run divided by the rounds and one
-  more, for the ticket.
-rewind: whether the ticket is trained from early weights, or on.
-rewind_to: the step of these weights. Default: two of 85 parts of a round.
-activation_sparsity: fraction of the activations that the weights' gradient
-  does not see, in [0, 1). Default: that of the layer's weights.
-masked_update: whether weights that are not read stand still.
-freeze_at: the step after which the masks change no more.
-update_every: steps between two refreshes of the masks. Default: 100, or a
-  300th of the run if that is less.
-update_begin: first step that may refresh. Default: 0; gmp 30%, ac_dc 10% of
-  the run.
-update_end: last step that may refresh. Default: the end; set, rigl, snfs,
-  dsr, srigl, mest 75%, gmp 78%, spartan 80%, ac_dc 85% of the run. Negative:
-  never ends.
-''')
+# Flags that are arguments of some methods, and what they are for; their types
+# and defaults are read from the methods.
+SETTINGS = {
+    'backward_sparsity': 'fraction of the weights without a gradient, in [0, '
+        'sparsity]. Default: sparsity - 0.1, at least 0.',
+    'penalty_weight': 'coefficient of the exploration loss (top_kast), of '
+        'exp(-threshold) (dst), of the gates (cs).',
+    'backward_selection': 'how the set B outside A is chosen.',
+    'stop_exploration_at': 'the step from which on only the forward set gets '
+        'a gradient.',
+    'drop_fraction': 'share of the active weights replaced at a refresh, in '
+        '[0, 1].',
+    'grow_init': 'the value at which a weight is grown.',
+    'redistribution': 'by what dropped weights are shared out among layers.',
+    'gamma': 'an output with fewer salient inputs than this share of the '
+        'fan-in leaves, in [0, 1]; 0: none leaves.',
+    'never_ablate': 'a regular expression; layers whose path has a match keep '
+        'all outputs. Default: the usual names of last layers.',
+    'initial_sparsity': 'sparsity at the start, in [0, sparsity].',
+    'prune_end': 'the step from which on the sparsity is final. Default: 30%, '
+        '20%, 50% of the run.',
+    'prune_begin': 'the step at which the sparsity begins to rise.',
+    'variant': 'prune, then grow to the sparsity; or the soft memory bound, '
+        'which has more weights until the next refresh.',
+    'mutation': 'shares of all weights that are replaced, in turn over the '
+        'run. Default: 0.02,0.01,0.',
+    'gradient_weight': 'weight of the gradient in what is kept.',
+    'soft_beta': 'hardness of the soft mask at the start and at the end. '
+        'Default: 1,20.',
+    'drop_by': 'one ranking, or positive and negative weights apart, as '
+        'originally.',
+    'growth': 'how weights are grown.',
+    'growth_momentum': 'coefficient of the average gradient, in [0, 1).',
+    'drop_threshold': 'first threshold on |w|.',
+    'scope': 'whether weights compete in their layer or in all.',
+    'score': 'what is pruned last. Default: magnitude.',
+    'hidden': 'whether pruned weights stand still, or coast and decay.',
+    'skip_step': "a refresh replaces the optimizer's step, as in RigL's paper.",
+    'final_dense': 'steps of the last dense phase. Default: 10% of the run.',
+    'reset_slots': "whether each dense phase makes all of the optimizer's "
+        'slots anew.',
+    'hidden_decay': 'decay of unread weights.',
+    'initial_gate': 'the first value of what is learnt.',
+    'least_kept': 'a layer that keeps no more of its weights starts over.',
+    'temperature': 'the last of a round.',
+    'rounds': 'how many rounds.',
+    'round_steps': 'steps of a round. Default: the run divided by the rounds '
+        'and one more, for the ticket.',
+    'rewind': 'whether the ticket is trained from early weights, or on.',
+    'rewind_to': 'the step of these weights. Default: two of 85 parts of a '
+        'round.',
+    'activation_sparsity': "fraction of the activations that the weights' "
+        "gradient does not see, in [0, 1). Default: that of the layer's "
+        'weights.',
+    'masked_update': 'whether weights that are not read stand still.',
+    'freeze_at': 'the step after which the masks change no more.',
+    'update_every': 'steps between two refreshes of the masks. Default: 100, '
+        'or a 300th of the run if that is less.',
+    'update_begin': 'first step that may refresh. Default: 0; gmp 30%, ac_dc '
+        '10% of the run.',
+    'update_end': 'last step that may refresh. Default: the end; set, rigl, '
+        'snfs, dsr, srigl, mest 75%, gmp 78%, spartan 80%, ac_dc 85% of the '
+        'run. Negative: never ends.',
+}
+# The words that they may be.
+CHOICES = {
+    'backward_selection': ['magnitude', 'random'],
+    'grow_init': ['zeros', 'random_normal', 'random_uniform', 'initial_value',
+                  'initial_dist'],
+    'redistribution': ['momentum', 'magnitude', 'nonzeros', 'none'],
+    'variant': ['em', 'ems'],
+    'drop_by': ['magnitude', 'sign'],
+    'growth': ['gradient', 'random'],
+    'scope': ['layer', 'global'],
+    'score': list(SCORES),
+    'hidden': ['frozen', 'moving'],
+}
 
 
 def define_flags(sparsity: float = .9) -> None:
@@ -128,8 +142,8 @@ def define_flags(sparsity: float = .9) -> None:
                     'sparse.')
   flags.DEFINE_float('sparsity', sparsity, 'Fraction of the weights that are '
                      'zero in the forward pass, in [0, 1).')
-  for setting in SETTINGS:
-    _define_setting(*setting)
+  for setting, text in SETTINGS.items():
+    _define_setting(setting, text)
   flags.DEFINE_enum('drop_schedule', None, ['cosine', 'learning_rate'],
                     'How --drop_fraction falls: along a cosine to the last '
                     'refresh, or with the learning rate. Default: cosine.')
@@ -173,7 +187,7 @@ def define_flags(sparsity: float = .9) -> None:
                     'path has a match stay dense. For example: stem,head.')
 
 
-def _define_setting(flag: str, words: str, text: str) -> None:
+def _define_setting(flag: str, text: str) -> None:
   """Defines the flag of an argument that some methods have."""
   having = {name: inspect.signature(method).parameters[ARGUMENTS[flag]]
             for name, method in METHODS.items() if has(name, flag)}
@@ -184,8 +198,8 @@ def _define_setting(flag: str, words: str, text: str) -> None:
       defaults.setdefault(parameter.default, []).append(name)
     text += ' [' + '; '.join(f'{default}: {", ".join(names)}' for default, names
                              in defaults.items()) + ']'
-  if words:
-    flags.DEFINE_enum(flag, None, words.split('|'), text)
+  if flag in CHOICES:
+    flags.DEFINE_enum(flag, None, CHOICES[flag], text)
   elif flag in NUMBERS:
     flags.DEFINE_list(flag, None, text)
   else:

@@ -5,7 +5,7 @@ optimizer: both together are a `Task`.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,14 @@ import sparse_jax
 from experiments import mask_comparison
 
 
-class Problem(Protocol):
-  """What is learned: a value, so that two of equal settings are equal.
+class Problem:
+  """What is learned; a frozen dataclass, so that equal settings are equal.
 
   `carry` is what an evaluation hands from one batch to the next (the memory of
   a recurrent network), `model_state` what training hands from step to step.
   """
 
-  metrics: tuple[str, ...]  # What `loss` reports besides itself.
+  metrics: ClassVar[tuple[str, ...]] = ()  # What `loss` reports besides itself.
 
   def init(self, key: jax.Array) -> tuple[Any, Any]:
     """The model's parameters and its state."""
@@ -34,13 +34,15 @@ class Problem(Protocol):
     """float[..., classes] of what is predicted: a teacher's word."""
 
   def first_carry(self) -> Any:
-    """What the first batch of an evaluation is given."""
+    """What the first batch of an evaluation is given; by default nothing."""
+    return {}
 
   def score(self, weights, model_state, carry, batch):
     """The next carry, and a dict of sums over a batch: as `loss`, `weight`."""
 
   def batch_axes(self, carried: Any) -> Any:
     """For each leaf of a model state or carry, its axis of examples, or -1."""
+    return jax.tree.map(lambda _: -1, carried)
 
   def examples(self, size: int) -> tuple[Any, Any]:
     """A model state and a batch of so many examples, as shapes."""
@@ -50,6 +52,7 @@ class Problem(Protocol):
 
   def results(self, means: Mapping[str, float]) -> dict[str, float]:
     """What is reported of the means of the loss and the metrics."""
+    return dict(means)
 
 
 class TrainState(NamedTuple):

@@ -230,7 +230,7 @@ class FilesTest(FaultTestCase):
     text = process.communicate(timeout=120)[0]
     self.assertEqual(process.returncode, 2, text)
     lines = [line for line in text.splitlines()
-             if line and 'step/s]' not in line]  # What shows progress.
+             if line and ' steps/s, ' not in line]  # What shows progress.
     self.assertLen(lines, 1, text)
     self.assertRegex(lines[0], 'checkpoint of step 5 failed.*too large')
 

@@ -19,6 +19,7 @@ from experiments import reporting
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm.std
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -160,11 +161,29 @@ class WritersTest(ReportingTestCase):
 class ProgressTest(ReportingTestCase):
 
   def test_a_bar_goes_on_where_the_run_was(self):
-    with contextlib.redirect_stderr(io.StringIO()) as stream:
+    with (contextlib.redirect_stderr(io.StringIO()) as stream,
+          mock.patch.object(stream, 'isatty', return_value=True)):
       with reporting.progress(10, 4) as bar:
         bar.set_postfix({'loss': .5}, refresh=False)
         bar.update(6)
     self.assertRegex(stream.getvalue(), r'100%.*10/10.*loss=0\.5')
+
+  def test_a_log_has_a_line_a_minute(self):
+    with (contextlib.redirect_stderr(io.StringIO()) as stream,
+          mock.patch.object(tqdm.std, 'time') as now,
+          self.assertLogs(reporting.__name__, 'INFO') as log):
+      now.return_value = 0.
+      with reporting.progress(400, 40) as bar:
+        for second in range(1, 131):
+          now.return_value = float(second)
+          bar.set_postfix({'loss': second}, refresh=False)
+          bar.update()
+    self.assertEmpty(stream.getvalue())
+    self.assertEqual([record.getMessage() for record in log.records], [
+        'step 40 of 400 (10%), ? steps/s, ? left',
+        'step 100 of 400 (25%),  1.00 steps/s, 05:00 left, loss=60',
+        'step 160 of 400 (40%),  1.00 steps/s, 04:00 left, loss=120',
+        'step 170 of 400 (42%),  1.00 steps/s, 03:50 left, loss=130'])
 
   def test_other_processes_show_nothing(self):
     with (contextlib.redirect_stderr(io.StringIO()) as stream,

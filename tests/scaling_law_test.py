@@ -57,16 +57,6 @@ class FitTest(parameterized.TestCase):
     np.testing.assert_allclose(found(*(c[rest] for c in columns)), loss[rest],
                                rtol=.01)
 
-  def test_the_gradient_is_that_of_the_error(self):
-    rng = np.random.default_rng(1)
-    logs, values = rng.normal(size=(4, 20)), rng.normal(size=7)
-    _, gradient = scaling._error(values, logs, .5)
-    for i in range(7):
-      step = 1e-6 * np.eye(7)[i]
-      ends = [scaling._error(values + side * step, logs, .5)[0]
-              for side in (1, -1)]
-      self.assertAlmostEqual(gradient[i], (ends[0] - ends[1]) / 2e-6, places=6)
-
   @parameterized.parameters(
       (0, 1., r'in \[0, 1\)'), (1, 0., 'above 0'), (3, np.nan, 'above 0'))
   def test_impossible_runs_are_named(self, column, value, message):

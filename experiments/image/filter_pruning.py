@@ -24,6 +24,7 @@ Reference:
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
 import functools
 import math
 import os
@@ -219,8 +220,8 @@ def smaller_run(run: training.Run, steps: int, changes: Mapping[str, Any]
   """The run for a smaller network of the same model."""
   values = {**run.values, **changes}
   problem = run.task.problem
-  task = training.make_task(problem._replace(model=Fitted(problem.model)),
-                            values, steps)
+  task = training.make_task(
+      dataclasses.replace(problem, model=Fitted(problem.model)), values, steps)
   whole, rows = devices.replicated(run.mesh), devices.split(run.mesh)
   return run._replace(
       values=values, train_steps=steps, task=task,

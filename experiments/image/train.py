@@ -32,9 +32,10 @@ only prints its report.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 import jax
@@ -66,8 +67,9 @@ run_flags.define_flags(batch_size=128, examples='Images')
 FREE = run_flags.FREE  # Flags that a continued run may change.
 
 
-class Classification(NamedTuple):
-  """What is learned: a `tasks.Problem`."""
+@dataclasses.dataclass(frozen=True)
+class Classification(tasks.Problem):
+  """What is learned."""
 
   model: Any
   dataset: str
@@ -83,9 +85,7 @@ class Classification(NamedTuple):
 
   def loss(self, weights, batch_stats, batch, key):
     """Mean cross-entropy, with the new batch statistics and the accuracy."""
-    logits, updates = self.apply(
-        weights, batch_stats, batch['image'], train=True,
-        mutable=['batch_stats'], rngs={'dropout': key})
+    logits, updates = self._apply_in_training(weights, batch_stats, batch, key)
     labels = optax.smooth_labels(
         jax.nn.one_hot(batch['label'], logits.shape[-1]), self.label_smoothing)
     loss = optax.softmax_cross_entropy(logits, labels).mean()
@@ -94,9 +94,7 @@ class Classification(NamedTuple):
 
   def log_probabilities(self, weights, batch_stats, batch, key):
     """Of every class, as `loss` sees them: what a student learns from."""
-    logits, _ = self.apply(
-        weights, batch_stats, batch['image'], train=True,
-        mutable=['batch_stats'], rngs={'dropout': key})
+    logits, _ = self._apply_in_training(weights, batch_stats, batch, key)
     return jax.nn.log_softmax(logits)
 
   def score(self, weights, batch_stats, carry, batch):
@@ -109,18 +107,6 @@ class Classification(NamedTuple):
     return carry, {'loss': jnp.sum(losses * weight),
                    'accuracy': jnp.sum(hits * weight),
                    'weight': jnp.sum(weight)}
-
-  def results(self, means):
-    """The means themselves."""
-    return dict(means)
-
-  def first_carry(self):
-    """Nothing: images are scored one by one."""
-    return {}
-
-  def batch_axes(self, carried):
-    """Batch statistics belong to no example."""
-    return jax.tree.map(lambda _: -1, carried)
 
   def examples(self, size):
     """Shapes of the batch statistics, and of a batch."""
@@ -135,6 +121,10 @@ class Classification(NamedTuple):
     return self.model.apply(
         {'params': weights, 'batch_stats': batch_stats},
         input_pipeline.normalise(images, self.dataset), **options)
+
+  def _apply_in_training(self, weights, batch_stats, batch, key):
+    return self.apply(weights, batch_stats, batch['image'], train=True,
+                      mutable=['batch_stats'], rngs={'dropout': key})
 
   def inference(self, batch_stats):
     """What accounting counts: one image through the model."""

@@ -28,9 +28,10 @@ character, as is the custom with enwik8), words in perplexity, never mixed.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -86,8 +87,9 @@ FREE = run_flags.FREE  # Flags that a continued run may change.
 LENGTHS = ('segment_length', 'memory_length', 'eval_memory_length')
 
 
-class Prediction(NamedTuple):
-  """What is learned, each token from those before: a `tasks.Problem`."""
+@dataclasses.dataclass(frozen=True)
+class Prediction(tasks.Problem):
+  """What is learned: each token from those before."""
 
   model: models.TransformerXL
   level: str
@@ -96,8 +98,6 @@ class Prediction(NamedTuple):
   segment_length: int
   memory_length: int
   eval_memory_length: int
-
-  metrics = ()
 
   def init(self, key):
     """Parameters, and an empty memory of every stream."""
