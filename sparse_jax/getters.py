@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 import dataclasses
 import functools
+import operator
 import types
 from typing import Any
 
@@ -96,9 +97,12 @@ def nnx_getter(method: state_lib.SparseMethod, opt_state: Any, **options: Any
                ) -> Callable[[nnx.Module], Callable[..., Any]]:
   """A function from an NNX module to one that computes by the method.
 
-  What it gives is called like the model, and its methods too. It shares
-  everything that is no parameter: batch statistics move and dropout draws
-  anew. Sparse operators and packed blocks work through it.
+  What it gives is called like the model, and so are its methods, its modules
+  (`.encoder(x)`, `.layers[0](x)`) and theirs. It shares everything that is no
+  parameter, with the model and with arguments such as `rngs`: batch statistics
+  move and dropout draws anew. Sparse operators and packed blocks work through
+  it. An attribute that is no module is the model's own, as the optimizer holds
+  it.
 
   Args:
     method: a sparse method.
@@ -131,8 +135,9 @@ def nnx_getter(method: state_lib.SparseMethod, opt_state: Any, **options: Any
 class _Computed:
   """A module's methods, computed with a sparse method's weights."""
 
-  def __init__(self, model, method, opt_state, options):
+  def __init__(self, model, method, opt_state, options, path=()):
     self._parts, self._options = (model, method, opt_state), options
+    self._path = path  # From the model to the part of it that this is.
 
   def __call__(self, *args, **kwargs):
     return self._call('__call__', *args, **kwargs)
@@ -140,26 +145,57 @@ class _Computed:
   def __getattr__(self, name):
     if name.startswith('_'):
       raise AttributeError(name)
-    value = getattr(self._parts[0], name)
-    if not isinstance(value, types.MethodType):
-      return value
-    return functools.partial(self._call, name)
+    return self._part(operator.attrgetter(name), name)
+
+  def __getitem__(self, key):
+    return self._part(operator.itemgetter(key))
+
+  def _part(self, step, name=''):
+    value = step(_follow(self._parts[0], self._path))
+    if isinstance(value, nnx.Module):
+      return _Computed(*self._parts, self._options, (*self._path, step))
+    if isinstance(value, types.MethodType):
+      return functools.partial(self._call, name)
+    return value
 
   def _call(self, name, *args, **kwargs):
     model, method, opt_state = self._parts
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    given, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
+    nodes = [value for value in given if _is_node(value)]
+    given = [None if _is_node(value) else value for value in given]
+    graph, params, rest = nnx.split((model, nodes), _is_weight, ...)
+    params = params.get(0, {})
 
-    def call(weights, rest, *args):
+    def call(weights, rest, given):
       # What `nnx_start` has added beside the model's own stays as it is.
-      whole = nnx.State({**params, **weights})
-      module = nnx.merge(graph, whole, rest)
-      out = getattr(module, name)(*args, **kwargs)
-      return out, nnx.state(module, nnx.Not(nnx.Param))
+      whole = nnx.State({0: {**params, **weights}})
+      module, nodes = nnx.merge(graph, whole, rest)
+      others = iter(nodes)
+      args, kwargs = jax.tree.unflatten(tree, [
+          next(others) if value is None else value for value in given])
+      out = getattr(_follow(module, self._path), name)(*args, **kwargs)
+      return out, nnx.state((module, nodes), nnx.Not(_is_weight))
 
     computed = loop.with_method(call, method, opt_state, **self._options)
-    out, rest = computed(params, rest, *args)
-    nnx.update(model, rest)
+    out, rest = computed(params, rest, given)
+    nnx.update((model, nodes), rest)
     return out
+
+
+def _follow(model, path):
+  for step in path:
+    model = step(model)
+  return model
+
+
+def _is_node(value) -> bool:
+  """Whether NNX keeps state in it: an argument `rngs`, or another module."""
+  return isinstance(value, (nnx.Pytree, nnx.Variable))
+
+
+def _is_weight(path, value) -> bool:
+  """Whether it is a parameter of the model, not of what it is called with."""
+  return path[0] == 0 and isinstance(value, nnx.Param)
 
 
 def nnx_start(model: nnx.Module, tx: Any, method: state_lib.SparseMethod

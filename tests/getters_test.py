@@ -207,6 +207,40 @@ class NnxGetterTest(parameterized.TestCase):
     self.assertTrue(np.any(got[mask] != 0))
     np.testing.assert_array_equal(got[~mask], 0)
 
+  def test_parts_of_the_model_compute_by_the_method_too(self):
+    layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2)]
+    model, method = nnx.Sequential(*layers), sparse_jax.top_kast(
+        .75, backward_sparsity=.5)
+    state = method.init(nnx.state(model, nnx.Param))
+    x, sparse = jnp.ones((2, 4)), sparse_jax.nnx_getter(method, state)(model)
+    parts = sparse.layers[1](sparse.layers[0](x))
+    np.testing.assert_array_equal(parts, sparse(x))
+    self.assertTrue(np.any(parts != model(x)))
+    self.assertEqual(sparse.layers[0].in_features, 4)
+
+  @parameterized.product(method=[sparse_jax.top_kast(.5, backward_sparsity=.5),
+                                 sparse_jax.swat(.5)], by_name=[False, True])
+  def test_random_streams_in_arguments_move(self, method, by_name):
+    class Model(nnx.Module):
+
+      def __init__(self):
+        self.dense = nnx.Linear(32, 64, rngs=nnx.Rngs(0))
+        self.drop = nnx.Dropout(.5)
+
+      def __call__(self, x, train, rngs=None):
+        return self.drop(self.dense(x), rngs=rngs, deterministic=not train)
+
+    model = Model()
+    state = method.init(nnx.state(model, nnx.Param))
+    sparse = sparse_jax.nnx_getter(method, state)(model)
+    x, rngs, same = jnp.ones((1, 32)), nnx.Rngs(1), nnx.Rngs(1)
+    given = ((), dict(rngs=rngs)) if by_name else ((rngs,), {})
+    first, second = (sparse(x, True, *given[0], **given[1]) for _ in range(2))
+    self.assertTrue(np.any((first == 0) != (second == 0)))
+    for outputs in (first, second):  # As of the model itself.
+      np.testing.assert_array_equal(outputs == 0, model(x, True, same) == 0)
+    self.assertEqual(rngs.default.count[...], 2)
+
 
 PARAMS = {'a': jnp.ones((2, 4)), 'b': jnp.ones(3)}
 METHOD = sparse_jax.static(.5)
