@@ -9,7 +9,9 @@ install libtpu): its compiler states the temporary memory of the step and the
 cycles that it expects, which launch/cycles.py adds up: an estimate, but one
 without noise. With --run the steps run here instead, interleaved. The rows
 `by_hand` know nothing of the library: they show what any step costs that reads
-its weights through a mask. Recorded: README.md beside this file.
+its weights through a mask, or trusts that they are 0 outside of it, as the rows
+`trusting` do (`trust_zeros` of `with_method`). Recorded: README.md beside this
+file.
 """
 
 import functools
@@ -58,6 +60,18 @@ def problem(size: int, batch: int):
                      'bias': jnp.zeros(size)}
   return {f'layer{i}': layer(i) for i in range(3)}, draw(9, batch, size).astype(
       _DTYPE.value)
+
+
+def trusting(method):
+  """`training_step` of weights that are read as they are stored."""
+  start, step = timing.training_step(loss, method, optax.adamw(1e-3),
+                                     trust_zeros=True)
+
+  def zeroed(params):
+    params, opt_state = start(params)
+    return method.read(params, opt_state), opt_state
+
+  return zeroed, step
 
 
 def by_hand(*, reads_mask: bool):
@@ -133,9 +147,11 @@ def main(_):
   every = {'update_every': 100}
   step_of = functools.partial(timing.training_step, loss,
                               optimizer=optax.adamw(1e-3))
+  methods = timing.methods(every) | {'snfs': sparse_jax.snfs(.9, **every)}
   chosen = timing.chosen({
-      name: step_of(method) for name, method in timing.methods(every).items()
-  } | {'snfs': step_of(sparse_jax.snfs(.9, **every)),
+      name: step_of(method) for name, method in methods.items()
+  } | {f'{name}_trusting': trusting(methods[name])
+       for name in ('static', 'set', 'rigl')} | {
        'by_hand': by_hand(reads_mask=True),
        'by_hand_unread': by_hand(reads_mask=False)}, _METHODS.value)
   rows = measured(chosen) if _RUN.value else estimated(chosen)
