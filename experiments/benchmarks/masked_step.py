@@ -149,11 +149,12 @@ def main(_):
                               optimizer=optax.adamw(1e-3))
   methods = timing.methods(every) | {'snfs': sparse_jax.snfs(.9, **every)}
   chosen = timing.chosen({
+      'dense': step_of(methods['dense'])} | {
+       'by_hand': by_hand(reads_mask=True),
+       'by_hand_unread': by_hand(reads_mask=False)} | {
       name: step_of(method) for name, method in methods.items()
   } | {f'{name}_trusting': trusting(methods[name])
-       for name in ('static', 'set', 'rigl')} | {
-       'by_hand': by_hand(reads_mask=True),
-       'by_hand_unread': by_hand(reads_mask=False)}, _METHODS.value)
+       for name in ('static', 'set', 'rigl')}, _METHODS.value)
   rows = measured(chosen) if _RUN.value else estimated(chosen)
   dense = dict(rows[0])
   for row in rows:

@@ -7,6 +7,7 @@ where single times do not.
 from collections.abc import Callable, Mapping, Sequence
 import ctypes
 import functools
+import random
 import statistics
 import sys
 import time
@@ -48,8 +49,10 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], *,
   for run in contenders.values():
     jax.block_until_ready(run())
   times = {name: [] for name in contenders}
+  order, draw = list(contenders.items()), random.Random(0)
   for _ in range(rounds):
-    for name, run in contenders.items():
+    draw.shuffle(order)  # Each leaves caches to the next.
+    for name, run in order:
       begin = clock()
       for _ in range(repeats):
         result = run()
