@@ -43,6 +43,7 @@ _METHODS = flags.DEFINE_list('methods', [], 'Only these; all if empty.')
 _PROCESSOR = flags.DEFINE_bool('processor', False, 'With --run: times of the '
                                'processors, not of the clock. Other programs '
                                'on the machine disturb them less.')
+_BOUND = flags.DEFINE_bool('bound_grown', True, 'As of `sparsify`.')
 _ROUNDS = flags.DEFINE_integer('rounds', 60, 'Timings of each contender.')
 
 
@@ -65,6 +66,7 @@ def problem(size: int, batch: int):
 def trusting(method):
   """`training_step` of weights that are read as they are stored."""
   start, step = timing.training_step(loss, method, optax.adamw(1e-3),
+                                     bound_grown=_BOUND.value,
                                      trust_zeros=True)
 
   def zeroed(params):
@@ -146,7 +148,8 @@ def measured(chosen) -> list[dict]:
 def main(_):
   every = {'update_every': 100}
   step_of = functools.partial(timing.training_step, loss,
-                              optimizer=optax.adamw(1e-3))
+                              optimizer=optax.adamw(1e-3),
+                              bound_grown=_BOUND.value)
   methods = timing.methods(every) | {'snfs': sparse_jax.snfs(.9, **every)}
   chosen = timing.chosen({
       'dense': step_of(methods['dense'])} | {

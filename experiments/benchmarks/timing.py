@@ -112,13 +112,14 @@ def forward_and_both(multiply):
 
 def training_step(loss: Callable[..., jax.Array],
                   method: sparse_jax.SparseMethod,
-                  optimizer: optax.GradientTransformation, **options):
+                  optimizer: optax.GradientTransformation, *,
+                  bound_grown: bool = True, **options):
   """(params -> state, (state, *inputs) -> state), as a user would write them.
 
-  `loss` is of the weights that the method reads, and the inputs; the options
-  are those of `with_method`.
+  `loss` is of the weights that the method reads, and the inputs; `bound_grown`
+  is that of `sparsify`, the options are those of `with_method`.
   """
-  tx = sparse_jax.sparsify(optimizer, method)
+  tx = sparse_jax.sparsify(optimizer, method, bound_grown=bound_grown)
 
   def step(state, *inputs):
     params, opt_state = state
