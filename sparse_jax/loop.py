@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sparse_jax import checks
 from sparse_jax import trees
 from sparse_jax.blocks import packing
 from sparse_jax.jaxprs import holding
@@ -105,6 +106,7 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
                 opt_state: Any, *, implementation: str | None = None,
                 column_axes: tuple[str, ...] = (),
                 weights_first: bool = False,
+                trust_zeros: bool = False,
                 **operators: Any) -> Callable[..., Any]:
   """The function as the method computes it, for training and evaluation.
 
@@ -127,6 +129,12 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
       by columns, as of `blocks.matmul`.
     weights_first: whether gradients to packed weights come before the one to
       their input, as of `blocks.matmul`: less memory under FSDP.
+    trust_zeros: whether the parameters are known to be 0 wherever the method
+      stores zeros, so that the forward pass need not read the masks of
+      `static`, `set_`, `rigl` and the like. Every update leaves them so: True
+      from the second step on, False for the first, and for averages of
+      parameters. Where a method keeps weights behind its masks (`top_kast`,
+      `gmp`), or packs them, it changes nothing.
     **operators: `thresholds`, `due`, `activation_scope`, `gradient_scope` and
       `pack`, as of `operators.with_operators`.
 
@@ -134,9 +142,9 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
     A function of the same arguments.
 
   Raises:
-    ValueError: from the result: for parameters that the state was not made
-      for; for a product that sums over other axes of a leaf than its structure
-      follows.
+    ValueError: if `trust_zeros` is no bool; from the result: for parameters
+      that the state was not made for; for a product that sums over other axes
+      of a leaf than its structure follows.
 
   Example:
     >>> import flax.linen as nn, jax.numpy as jnp, optax, sparse_jax
@@ -155,14 +163,16 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
   if not isinstance(method, state_lib.SparseMethod):
     raise ValueError(f'`method` (={method!r}) must be a SparseMethod, such as '
                      'sparse_jax.top_kast(...).')
+  checks.check_bool('trust_zeros', trust_zeros)
   injection.check_options(method, operators)
+  read = trust_zeros and method.read_stored or method.read
   if method.name == 'dense' and method.operators is None:
     return fn
 
   @functools.wraps(fn, updated=())
   def sparse(variables, *args, **kwargs):
     params, rebuild = _params_of(variables, method, opt_state)
-    weights = method.read(params, opt_state)
+    weights = read(params, opt_state)
     plan = state_lib.get_state(opt_state).plan
     looked_into = (method.operators is not None or any(
         leaf.guessed for leaf in plan.leaves) or any(

@@ -1,5 +1,7 @@
 """Tests of `start` and `with_method` around functions nobody edited."""
 
+import functools
+
 from absl.testing import absltest
 from absl.testing import parameterized
 from flax import linen as nn
@@ -104,6 +106,45 @@ class WithMethodTest(parameterized.TestCase):
                           mutable=['batch_stats'])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
                  moved, want)
+
+  @parameterized.parameters(
+      (sparse_jax.rigl(.5, update_every=2),),
+      (sparse_jax.group({'w': sparse_jax.set_(.5, update_every=2),
+                         'v': sparse_jax.top_kast(.5, backward_sparsity=.2,
+                                                  update_every=2)}),))
+  def test_trusted_zeros_train_alike_without_their_masks(self, method):
+    fn = USES['remat'][0]
+    tx = sparse_jax.sparsify(optax.adamw(.1), method)
+    params = {'w': normal(8, 12), 'v': normal(12, 4, seed=1)}
+    params, first = sparse_jax.start(tx, method, params)
+    x = normal(3, 8, seed=2)
+
+    def trained(trusts):
+      @functools.partial(jax.jit, static_argnums=2)
+      def step(params, opt_state, trust):
+        apply = sparse_jax.with_method(fn, method, opt_state, trust_zeros=trust)
+        grads = jax.grad(lambda own: jnp.sum(jnp.sin(apply(own, x))))(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+      state = params, first
+      for i in range(5):
+        state = step(*state, trusts and i > 0)
+      return state
+
+    jax.tree.map(np.testing.assert_array_equal, trained(False), trained(True))
+    # The masks of `w` are not read, those of Top-KAST are.
+    apply = sparse_jax.with_method(lambda p: p, method, first, trust_zeros=True)
+    np.testing.assert_array_equal(apply(params)['w'], params['w'])
+    read = method.read(params, first)['v']
+    hidden = method.rule is None
+    np.testing.assert_array_equal(apply(params)['v'],
+                                  read if hidden else params['v'])
+
+  def test_trust_must_be_a_bool(self):
+    state = STATIC.init({'w': jnp.ones((8, 8))})
+    with self.assertRaisesRegex(ValueError, 'trust_zeros.*1'):
+      sparse_jax.with_method(lambda p: p, STATIC, state, trust_zeros=1)
 
   def test_a_wrong_guess_of_the_axes_names_leaf_and_axes(self):
     fn = lambda params, x: x @ params['w'].T

@@ -758,6 +758,18 @@ class WeightTest(parameterized.TestCase):
       for path, mask in seen.forward.items():
         self.assertFalse(np.any(seen.params[path][~mask]), path)
 
+  @parameterized.parameters(*(name for name in ZEROS if name not in (
+      'powerprop_rigl', 'iht', 'iht_rising')))
+  def test_weights_read_as_stored_are_those_read_through_the_mask(self, name):
+    method, last = METHODS[name](), run(name)
+    target = fake_batch(last.params, 1)
+    for read in (lambda fn: fn(last.params, last.state),
+                 lambda fn: jax.grad(lambda params: quadratic(
+                     fn(params, last.state), target))(last.params)):
+      masked, stored = map(read, (method.read, method.read_stored))
+      jax.tree.map(lambda a, b: np.testing.assert_array_equal(*map(
+          bits, (a, b))), masked, stored)
+
   @parameterized.parameters('set_', 'rigl', 'set_original', 'itop', 'snfs',
                             'dsr', 'ac_dc', 'powerprop_rigl', 'srigl',
                             'granet', 'mest', 'mest_soft')

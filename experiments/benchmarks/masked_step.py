@@ -7,11 +7,16 @@
 Three layers, AdamW, donated, all methods at 90%. The first needs no TPU (pip
 install libtpu): its compiler states the temporary memory of the step and the
 cycles that it expects, which launch/cycles.py adds up: an estimate, but one
-without noise. With --run the steps run here instead, interleaved. Recorded:
-README.md beside this file.
+without noise. With --run the steps run here instead, interleaved. The rows
+`by_hand` know nothing of the library: they show what any step costs that reads
+its weights through a mask, or trusts that they are 0 outside of it, as the rows
+`trusting` do (`trust_zeros` of `with_method`). Recorded: README.md beside this
+file.
 """
 
+import functools
 import os
+import time
 
 from absl import app
 from absl import flags
@@ -35,6 +40,10 @@ _DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'],
                            'In which products are made; parameters are '
                            'float32.')
 _METHODS = flags.DEFINE_list('methods', [], 'Only these; all if empty.')
+_PROCESSOR = flags.DEFINE_bool('processor', False, 'With --run: times of the '
+                               'processors, not of the clock. Other programs '
+                               'on the machine disturb them less.')
+_BOUND = flags.DEFINE_bool('bound_grown', True, 'As of `sparsify`.')
 _ROUNDS = flags.DEFINE_integer('rounds', 60, 'Timings of each contender.')
 
 
@@ -54,6 +63,51 @@ def problem(size: int, batch: int):
       _DTYPE.value)
 
 
+def trusting(method):
+  """`training_step` of weights that are read as they are stored."""
+  start, step = timing.training_step(loss, method, optax.adamw(1e-3),
+                                     bound_grown=_BOUND.value,
+                                     trust_zeros=True)
+
+  def zeroed(params):
+    params, opt_state = start(params)
+    return method.read(params, opt_state), opt_state
+
+  return zeroed, step
+
+
+def by_hand(*, reads_mask: bool):
+  """A step of `training_step` in plain JAX: a fixed mask and nothing else.
+
+  If it does not read the mask, the forward pass trusts that the weights are 0
+  outside of it, where a masked gradient and AdamW leave them.
+  """
+  optimizer = optax.adamw(1e-3)
+
+  def masked(weights, masks):
+    return {name: layer | {'kernel': jnp.where(masks[name] > 0,
+                                               layer['kernel'], 0)}
+            for name, layer in weights.items()}
+
+  def start(params):
+    masks = {name: (jax.random.uniform(
+        jax.random.key(i), layer['kernel'].shape) >= .9).astype(jnp.uint8)
+             for i, (name, layer) in enumerate(params.items())}
+    params = masked(params, masks)
+    return (params, optimizer.init(params)), masks
+
+  def step(state, x):
+    (params, slots), masks = state
+    if reads_mask:
+      grads = jax.grad(lambda params: loss(masked(params, masks), x))(params)
+    else:
+      grads = masked(jax.grad(loss)(params, x), masks)
+    updates, slots = optimizer.update(grads, slots, params)
+    return (optax.apply_updates(params, updates), slots), masks
+
+  return start, step
+
+
 def estimated(chosen) -> list[dict]:
   """Rows of the table, by the compiler of a TPU that is not there."""
   os.environ.update(compiling.ENVIRONMENT)
@@ -61,8 +115,7 @@ def estimated(chosen) -> list[dict]:
   chip = cycles.CHIPS[device.device_kind]
   params, x = jax.eval_shape(lambda: problem(_SIZE.value, _BATCH.value))
   rows = []
-  for name, method in chosen.items():
-    start, step = timing.training_step(loss, method, optax.adamw(1e-3))
+  for name, (start, step) in chosen.items():
     compiled = jax.jit(step, donate_argnums=0).lower(*compiling.placed(
         (jax.eval_shape(start, params), x),
         jax.sharding.SingleDeviceSharding(device))).compile()
@@ -76,15 +129,16 @@ def estimated(chosen) -> list[dict]:
 
 
 def measured(chosen) -> list[dict]:
-  """Rows of the table, by the clock."""
+  """Rows of the table, by a clock."""
   timing.keep_freed_memory()
   params, x = problem(_SIZE.value, _BATCH.value)
-  ready = {name: timing.trainer(loss, method, optax.adamw(1e-3), params, x)
-           for name, method in chosen.items()}
+  ready = {name: timing.runner(*steps, params, x)
+           for name, steps in chosen.items()}
   # Fewer steps than a period: none of them refreshes.
   times = timing.interleaved_medians(
       {name: run for name, (run, *_) in ready.items()},
-      rounds=min(_ROUNDS.value, 97))
+      rounds=min(_ROUNDS.value, 97),
+      clock=time.process_time if _PROCESSOR.value else time.perf_counter)
   return [{'method': name, 'milliseconds': 1e3 * seconds,
            'ordinary step': seconds,
            'temporaries MiB': timing.temporaries(ready[name][-1])}
@@ -93,8 +147,17 @@ def measured(chosen) -> list[dict]:
 
 def main(_):
   every = {'update_every': 100}
-  chosen = timing.chosen(timing.methods(every) | {
-      'snfs': sparse_jax.snfs(.9, **every)}, _METHODS.value)
+  step_of = functools.partial(timing.training_step, loss,
+                              optimizer=optax.adamw(1e-3),
+                              bound_grown=_BOUND.value)
+  methods = timing.methods(every) | {'snfs': sparse_jax.snfs(.9, **every)}
+  chosen = timing.chosen({
+      'dense': step_of(methods['dense'])} | {
+       'by_hand': by_hand(reads_mask=True),
+       'by_hand_unread': by_hand(reads_mask=False)} | {
+      name: step_of(method) for name, method in methods.items()
+  } | {f'{name}_trusting': trusting(methods[name])
+       for name in ('static', 'set', 'rigl')}, _METHODS.value)
   rows = measured(chosen) if _RUN.value else estimated(chosen)
   dense = dict(rows[0])
   for row in rows:

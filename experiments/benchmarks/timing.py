@@ -7,6 +7,7 @@ where single times do not.
 from collections.abc import Callable, Mapping, Sequence
 import ctypes
 import functools
+import random
 import statistics
 import sys
 import time
@@ -36,21 +37,27 @@ def keep_freed_memory() -> None:
 
 
 def interleaved(contenders: Mapping[str, Callable[[], object]], *,
-                rounds: int, repeats: int = 1) -> dict[str, list[float]]:
+                rounds: int, repeats: int = 1,
+                clock: Callable[[], float] = time.perf_counter
+                ) -> dict[str, list[float]]:
   """Seconds of one call of each contender, by round, after one to warm up.
 
-  `repeats` calls are averaged over within one timing.
+  `repeats` calls are averaged over within one timing. With the clock
+  `time.process_time` they are seconds of processors, which other programs that
+  run take less from.
   """
   for run in contenders.values():
     jax.block_until_ready(run())
   times = {name: [] for name in contenders}
+  order, draw = list(contenders.items()), random.Random(0)
   for _ in range(rounds):
-    for name, run in contenders.items():
-      begin = time.perf_counter()
+    draw.shuffle(order)  # Each leaves caches to the next.
+    for name, run in order:
+      begin = clock()
       for _ in range(repeats):
         result = run()
       jax.block_until_ready(result)
-      times[name].append((time.perf_counter() - begin) / repeats)
+      times[name].append((clock() - begin) / repeats)
   return times
 
 
@@ -105,13 +112,14 @@ def forward_and_both(multiply):
 
 def training_step(loss: Callable[..., jax.Array],
                   method: sparse_jax.SparseMethod,
-                  optimizer: optax.GradientTransformation, **options):
+                  optimizer: optax.GradientTransformation, *,
+                  bound_grown: bool = True, **options):
   """(params -> state, (state, *inputs) -> state), as a user would write them.
 
-  `loss` is of the weights that the method reads, and the inputs; the options
-  are those of `with_method`.
+  `loss` is of the weights that the method reads, and the inputs; `bound_grown`
+  is that of `sparsify`, the options are those of `with_method`.
   """
-  tx = sparse_jax.sparsify(optimizer, method)
+  tx = sparse_jax.sparsify(optimizer, method, bound_grown=bound_grown)
 
   def step(state, *inputs):
     params, opt_state = state
@@ -126,7 +134,12 @@ def training_step(loss: Callable[..., jax.Array],
 def trainer(loss, method, optimizer, params: Any, *inputs
             ) -> tuple[Callable[[], Any], list[Any], Any]:
   """A function that does one such step, the state in a list, the program."""
-  start, step = training_step(loss, method, optimizer)
+  return runner(*training_step(loss, method, optimizer), params, *inputs)
+
+
+def runner(start: Callable[[Any], Any], step: Callable[..., Any], params: Any,
+           *inputs) -> tuple[Callable[[], Any], list[Any], Any]:
+  """As `trainer`, of a step and its first state as `training_step` has them."""
   state = [start(jax.tree.map(jnp.copy, params))]  # A step takes its own.
   compiled = jax.jit(step, donate_argnums=0).lower(state[0], *inputs).compile()
 

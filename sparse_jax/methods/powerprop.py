@@ -122,7 +122,7 @@ def powerprop(method: SparseMethod, alpha: float = 2., *,
   return method._replace(
       name=name, parametrize=parametrize, init=init, read=read,
       penalty=penalty, refresh=refresh_by(update), update=update, rule=None,
-      operators=method.operators and operators)
+      read_stored=None, operators=method.operators and operators)
 
 
 def _combine(alpha, path, theta, update, weight, move, marks):

@@ -1,6 +1,7 @@
 """Several methods in one model."""
 
 from collections.abc import Mapping
+import functools
 import re
 from typing import Any
 
@@ -121,8 +122,8 @@ def group(methods: Mapping[str, SparseMethod]) -> SparseMethod:
       found |= trees.leaves_by_path(fn(method, own, held), packing.is_packed)
     return found
 
-  def read(params, state):
-    found = each(lambda method, own, held: method.read(own, held), params,
+  def read(params, state, way=lambda method: method.read):
+    found = each(lambda method, own, held: way(method)(own, held), params,
                  check(params, state))
     return trees.map_leaves(lambda path, leaf: found.get(path, leaf), params,
                             is_leaf=packing.is_packed)
@@ -171,7 +172,9 @@ def group(methods: Mapping[str, SparseMethod]) -> SparseMethod:
       operators=operators if any(m.operators for m in every) else None,
       pack=pack if any(method.pack for method in every) else None,
       grows=any(method.grows for method in every),
-      penalises=any(method.penalises for method in every))
+      penalises=any(method.penalises for method in every),
+      read_stored=functools.partial(
+          read, way=lambda method: method.read_stored or method.read))
 
 
 def _own_key(data: jax.Array, index: int) -> jax.Array:

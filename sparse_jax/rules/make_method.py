@@ -51,14 +51,14 @@ def make_method(rule: Rule, storage: storage_lib.Storage = storage_lib.MASKED
            for path, leaf in leaves.items()}
     return {path: place for path, place in own.items() if place is not None}
 
-  def read(params, state):
+  def read(params, state, read_leaf=storage.read):
     due = window(state.step + 1)
 
     def visit(path, stored, marks):
       if not marks_lib.is_marked(marks):
         return stored
-      return storage.read(rule, state.plan.by_path[path], stored, marks,
-                          state.packed.get(path), due)
+      return read_leaf(rule, state.plan.by_path[path], stored, marks,
+                       state.packed.get(path), due)
 
     if storage.joined is not None:
       params = storage.joined(state.plan, params)
@@ -92,7 +92,9 @@ def make_method(rule: Rule, storage: storage_lib.Storage = storage_lib.MASKED
       extra=rule.extra, zeros=rule.zeros, skips=skips if rule.skip_step else
       None, resets=rule.resets, penalty=rule.penalty and penalty,
       work=rule_lib.work_of(rule), moves=storage.exchange is not None,
-      place=place, storage=storage, rule=rule)
+      place=place, storage=storage, rule=rule,
+      read_stored=functools.partial(read, read_leaf=storage.read_stored)
+      if rule.zeros and storage.read_stored else None)
 
 
 def _choose_first(rule, leaves, nows, params):
@@ -206,7 +208,7 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
              zeros=False, penalty=None, skips=None, resets=None,
              parametrize=None, model_of=lambda params: params, work=None,
              moves=False, place=None, storage=storage_lib.MASKED,
-             rule=None, grows=True) -> SparseMethod:
+             rule=None, grows=True, read_stored=None) -> SparseMethod:
   """Makes a method of its parts, where one rule on groups is not enough.
 
   Args:
@@ -214,6 +216,7 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
     leaves_of: model's params -> {path: Leaf} of the sparse ones.
     start: (leaves, params, typed key) -> {path: marks}.
     read: (params, SparseState) -> weights.
+    read_stored: the same, of params that are 0 outside A; None for `read`.
     refresh: (Seen, SparseState) -> (SparseState with new marks and extra,
       updates, or None if it leaves them); None for masks that stay.
     moves: whether `refresh` gives updates.
@@ -247,7 +250,7 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
   def check(params, state):
     return state_lib.checked_state(state, held, model_of(params))
 
-  def read_weights(params, state):
+  def read_weights(params, state, read=read):
     return read(params, check(params, state))
 
   def total_penalty(params, state):
@@ -288,7 +291,9 @@ def assemble(name, leaves_of, start, *, read, refresh=None, extra=None,
       name, parametrize or (lambda params: params), init, read_weights,
       total_penalty, refresh_by(update), update, skips, resets, work,
       pack=None if storage.pack is None else pack, rule=rule,
-      grows=grows and refresh is not None, penalises=penalty is not None)
+      grows=grows and refresh is not None, penalises=penalty is not None,
+      read_stored=read_stored and functools.partial(read_weights,
+                                                    read=read_stored))
 
 
 def _grow(rule, updates, params, old, new):

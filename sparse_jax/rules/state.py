@@ -168,6 +168,9 @@ class SparseMethod(NamedTuple):
   grows: bool = True
   # Whether its penalty is ever more than 0.
   penalises: bool = True
+  # As `read`, of params that are 0 outside the forward set already, as the
+  # method's updates leave them; None: `read` itself.
+  read_stored: Callable[[trees.PyTree, Any], trees.PyTree] | None = None
 
 
 def get_state(opt_state: Any) -> SparseState:

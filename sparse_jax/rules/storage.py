@@ -6,6 +6,7 @@ the other, in which only the kept blocks exist.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -37,6 +38,8 @@ class Storage(NamedTuple):
   pack: Callable[..., Any] | None
   # (rule, leaf) -> whether a refresh brings in weights other than 0.
   moves_weights: Callable[..., bool] = lambda rule, leaf: False
+  # As `read`, of a weight that is 0 outside A as it is stored, or None.
+  read_stored: Callable[..., Any] | None = None
   # Whether a node of the parameter tree is one leaf of this storage.
   is_leaf: Callable[[Any], bool] | None = None
   # (plan, params) -> params whose stored leaves are such nodes.
@@ -48,18 +51,20 @@ def _masked_now(leaf, step, key, *, growth=None, place=None, **seen):
   return now_lib.Now(leaf, step, key, **seen)
 
 
-def _read_masked(rule, leaf, weight, marks, place, due):
+def _read_masked(rule, leaf, weight, marks, place, due, *, stored=False):
   """A of the weight; the gradient where the rule needs it."""
   del place, due
   entries = leaf.layout.spread(marks)
   inside = marks_lib.forward_mask(entries)
+  full = jnp.ones((1,) * weight.ndim, bool)
   reach = {'A': lambda: inside, 'B': lambda: marks_lib.backward_mask(entries),
-           'all': lambda: jnp.ones((1,) * weight.ndim, bool)}[rule.gradient]()
-  return backward.masked_weight(weight, inside, reach)
+           'all': lambda: full}[rule.gradient]()
+  return backward.masked_weight(weight, full if stored else inside, reach)
 
 
 MASKED = Storage('masked', place=lambda *_: None,
-                 now=_masked_now, exchange=None, read=_read_masked, pack=None)
+                 now=_masked_now, exchange=None, read=_read_masked, pack=None,
+                 read_stored=functools.partial(_read_masked, stored=True))
 
 
 def entry_marks(state: state_lib.SparseState, packed: Any = None,
