@@ -160,6 +160,9 @@ def mask_updates() -> optax.GradientTransformationExtraArgs:
   parameters; a leaf without a mask (None) passes unchanged. Outside a mask the
   update is -0, so that p + u is p bit for bit.
 
+  Returns:
+    An Optax transformation without state.
+
   Example:
     >>> tx = optax.chain(optax.sgd(1.), mask_updates())
     >>> params = jnp.ones(2)
@@ -179,6 +182,12 @@ def keep_params_sparse() -> optax.GradientTransformationExtraArgs:
   """Replaces updates so that parameters become 0 outside the masks given.
 
   `update(..., forward_masks=masks)`: outside a mask the update is -p.
+
+  Returns:
+    An Optax transformation without state. `update` needs `params`.
+
+  Raises:
+    ValueError: from `update`, without `params`.
 
   Example:
     >>> tx = optax.chain(optax.sgd(1.), keep_params_sparse())
@@ -208,8 +217,18 @@ def add_exploration_decay(
 ) -> optax.GradientTransformationExtraArgs:
   """Adds the gradient of Top-KAST's exploration loss.
 
-  `update(..., forward_masks=a, backward_masks=b)` takes the masks. The
-  arguments are those of `exploration_loss`, whose gradient it adds.
+  `update(..., forward_masks=a, backward_masks=b)` takes the masks.
+
+  Args:
+    penalty_weight, forward_density: as of `exploration_loss`, whose gradient it
+      adds.
+
+  Returns:
+    An Optax transformation without state. `update` needs `params`.
+
+  Raises:
+    ValueError: naming the argument that is out of range; from `update`, without
+      `params`.
 
   Example:
     >>> tx = optax.chain(add_exploration_decay(1.), optax.sgd(1.))
@@ -242,6 +261,9 @@ def scale_by_leaf(factors: trees.PyTree) -> optax.GradientTransformation:
 
   Args:
     factors: tree of numbers, matched by path; a leaf that it lacks is left.
+
+  Returns:
+    An Optax transformation without state.
 
   Example:
     >>> tx = optax.chain(optax.sgd(1.), scale_by_leaf({'a': 2.}))

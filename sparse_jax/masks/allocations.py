@@ -111,6 +111,9 @@ def uniform_plus(shapes: Shapes, sparsity: float, *, first: str | None = None,
       alone: the layer that the network computes first, and last. None takes it
       from the order. `jaxprs.layer_order` reads both off a function.
 
+  Returns:
+    `{path: sparsity}` with the keys of `shapes`.
+
   Raises:
     ValueError: with fewer than three layers; if the two exceptions alone are
       more than the budget; where the order of the network is not known.

@@ -174,6 +174,9 @@ def select(params: trees.PyTree, is_sparse: IsSparse = None,
     batch_axes: axes that stack layers: a tuple, a mapping of patterns, or a
       function of (path, leaf).
 
+  Returns:
+    `{path: leaf}`, in the order of the tree.
+
   Raises:
     ValueError: if a rule is found in no path, or nothing is selected.
 

@@ -33,6 +33,9 @@ def exploration_loss(params: trees.PyTree, forward_masks: trees.PyTree,
   Returns:
     float32[], the loss.
 
+  Raises:
+    ValueError: naming the argument that is out of range.
+
   Example:
     >>> w = {'w': jnp.array([2., 1., 5.])}
     >>> a, b = {'w': jnp.array([1, 0, 0]) > 0}, {'w': jnp.array([1, 1, 0]) > 0}

@@ -11,14 +11,10 @@ from tests.clients import laws
 
 FOLDER = pathlib.Path(__file__).parent
 PAGE = FOLDER.parents[1] / 'docs' / 'loops.md'
-_HEAD = """---
-myst:
-  html_meta:
-    description: "Sparse training in many kinds of JAX loops: LoRA, EMA, \
-schedule-free, FSDP, pmap, shard_map, NNX, scan, Orbax, Flax TrainState."
----
+_HEAD = """# Other people's loops
 
-# Other people's loops
+Sparse training in loops of many kinds: LoRA, averages, schedule-free, FSDP,
+pmap, shard_map, NNX, scans, recurrent networks, Orbax, Flax TrainState.
 
 Each row is a small loop in the manner of a well-known one, each cell a run of
 it, made by the tests (`tests/clients/`). A tick means that every layer keeps
