@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from sparse_jax import checks
@@ -12,7 +13,7 @@ from sparse_jax.rules import storage
 
 
 def average_params(average: trees.PyTree, params: trees.PyTree, opt_state: Any,
-                   *, step_size: float) -> trees.PyTree:
+                   *, step_size: float | jax.Array) -> trees.PyTree:
   """`optax.incremental_update` of parameters that a refresh may replace.
 
   To be called after each update, with the state that it gave. An entry that
@@ -28,13 +29,14 @@ def average_params(average: trees.PyTree, params: trees.PyTree, opt_state: Any,
     average: a tree like `params`; at the start `params` itself.
     params: as the optimizer holds them, after the update.
     opt_state: an Optax state that contains the method's, after the update.
-    step_size: the share of the new parameters, in [0, 1].
+    step_size: the share of the new parameters, in [0, 1]: a number, or float[]
+      that may be traced, of an average that warms up.
 
   Returns:
     The new average, a tree like `params`.
 
   Raises:
-    ValueError: if `step_size` is out of range.
+    ValueError: if `step_size` is out of range; a traced one is not looked at.
 
   Example:
     >>> import optax, sparse_jax
@@ -50,7 +52,8 @@ def average_params(average: trees.PyTree, params: trees.PyTree, opt_state: Any,
     >>> sorted(average['kernel'].ravel().tolist())
     [2.0, 2.0, 3.5, 3.5]
   """
-  checks.check_fraction('step_size', step_size)
+  if not isinstance(step_size, jax.core.Tracer):
+    checks.check_fraction('step_size', step_size)
   state = state_lib.get_state(opt_state)
   marks = trees.leaves_by_path(storage.entry_marks(state, like=params))
 

@@ -184,6 +184,29 @@ class MixedTest(parameterized.TestCase):
             if leaf.dtype.itemsize == 8]
     self.assertEqual(wide, [])
 
+  @parameterized.parameters('set_', 'mest')
+  def test_64_bit_mode_draws_the_same_masks(self, name):
+    params = methods_test.fake_params(**SMALL)
+    plain = METHODS[name].init(params)
+    with jax.enable_x64(True):
+      wide = METHODS[name].init(params)
+    jax.tree.map(np.testing.assert_array_equal, wide.marks, plain.marks)
+
+  def test_64_bit_mode_draws_the_same_numbers(self):
+    grown = sparse_jax.set_(.5, grow_init='random_normal').rule.grown
+    leaf = sparse_jax.rules.Sites(.5).leaves({'w': jnp.ones((4, 6))})['w']
+    weight, key = jnp.arange(24.).reshape(4, 6), jax.random.key(3)
+    draw = lambda: (
+        sparse_jax.scores.random(weight, None, key),
+        sparse_jax.operators.random_projection(key, 10, dims=4),
+        grown(leaf, weight, weight > 3, key, ()))
+    plain = draw()
+    with jax.enable_x64(True):
+      wide = draw()
+    for a, b in zip(plain, wide):
+      np.testing.assert_array_equal(a, b)
+      self.assertEqual(b.dtype, jnp.float32)
+
   def test_penalty_is_float32_and_its_gradient_of_the_weights_dtype(self):
     params, method = methods_test.fake_params(jnp.bfloat16), METHODS['top_kast']
     state = method.init(params)

@@ -48,4 +48,4 @@ def random(weight: jax.Array, grad, key: jax.Array) -> jax.Array:
     (2, 3)
   """
   del grad
-  return jax.random.uniform(key, weight.shape)
+  return jax.random.uniform(key, weight.shape, jnp.float32)

@@ -159,14 +159,14 @@ def _random_normal(leaf, weight, active, key, extra):
   del extra
   spread = jnp.std(weight.astype(jnp.float32), axis=_own_axes(leaf),
                    keepdims=True, where=active)
-  return spread * jax.random.normal(key, weight.shape)
+  return spread * jax.random.normal(key, weight.shape, jnp.float32)
 
 
 def _random_uniform(leaf, weight, active, key, extra):
   del extra
   mean = jnp.mean(jnp.abs(weight.astype(jnp.float32)), axis=_own_axes(leaf),
                   keepdims=True, where=active)
-  return mean * jax.random.uniform(key, weight.shape, minval=-1.)
+  return mean * jax.random.uniform(key, weight.shape, jnp.float32, -1.)
 
 
 def _initial_value(leaf, weight, active, key, first):

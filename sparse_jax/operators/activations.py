@@ -261,7 +261,7 @@ def random_projection(key: jax.Array, size: int, *, dims: int) -> jax.Array:
   """
   checks.check_count('size', size, least=1)
   checks.check_count('dims', dims, least=1)
-  draw = jax.random.randint(key, (dims, size), 0, 6)
+  draw = jax.random.randint(key, (dims, size), 0, 6, jnp.int32)
   sign = (draw == 0).astype(jnp.float32) - (draw == 1).astype(jnp.float32)
   return sign * np.float32(math.sqrt(3 / dims))
 

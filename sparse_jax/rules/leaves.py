@@ -61,10 +61,11 @@ class Leaf(NamedTuple):
   def random_scores(self, key: jax.Array) -> jax.Array:
     """float32 of the groups' shape, uniform in [0, 1); NaN in padding."""
     scores = jax.random.uniform(jax.random.fold_in(key, self.index),
-                                self.layout.group_shape)
+                                self.layout.group_shape, jnp.float32)
     if not getattr(self.layout.structure, 'pads', True):
       return scores
-    return scores + self.layout.group(jnp.zeros(self.layout.shape))
+    return scores + self.layout.group(
+        jnp.zeros(self.layout.shape, jnp.float32))
 
   def full(self) -> jax.Array:
     """bool: every group."""

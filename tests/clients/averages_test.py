@@ -125,6 +125,14 @@ class EmaTest(laws.LoopTest):
       np.testing.assert_array_equal(mean[new], 0)
     self.assertGreater(entered, 0)
 
+  def test_step_sizes_may_be_traced(self):
+    method = sparse_jax.static(.5)
+    params = {'kernel': jnp.arange(8.).reshape(2, 4)}
+    own = lambda size: sparse_jax.average_params(
+        params, jax.tree.map(jnp.square, params), state, step_size=size)
+    state = method.init(params)
+    jax.tree.map(np.testing.assert_allclose, jax.jit(own)(.3), own(.3))
+
   @parameterized.parameters(-.1, 1.5)
   def test_step_sizes_out_of_range_are_named(self, step_size):
     with self.assertRaisesRegex(ValueError, 'step_size'):
