@@ -351,7 +351,9 @@ class RefusalTest(parameterized.TestCase):
       ('unstructured', lambda: sparse_jax.static(.5), 'Block'),
       ('learned', sparse_jax.str_, 'one rule'),
       ('gmp', lambda: sparse_jax.gmp(
-          .5, structure=BLOCK, update_end=4), 'packed'))
+          .5, structure=BLOCK, update_end=4), 'masks tighten'),
+      ('gmp at once', lambda: sparse_jax.gmp(.5, structure=BLOCK),
+       'hidden weights come back'))
   def test_a_method_that_cannot_be_packed_says_why(self, make, why):
     with self.assertRaisesRegex(ValueError, f'`method`.*{why}'):
       sparse_jax.packed(make())

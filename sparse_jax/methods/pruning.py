@@ -117,7 +117,7 @@ def gmp(sparsity: float, *, schedule: schedules.Schedule | None = None,
       gradient='A' if by_magnitude else 'all', only_at_refresh=True,
       progress=_progress(window, schedule, sparsity),
       unpackable='its masks tighten' if schedule is not None else
-      'its hidden weights move' if hidden == 'moving' else ''))
+      f'its hidden weights {"move" if hidden == "moving" else "come back"}'))
 
 
 def _progress(window, schedule, sparsity):
