@@ -170,9 +170,10 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
     if not looked_into:
       return fn(rebuild(weights), *args, **kwargs)
     arrays, fill = _arrays_of(args)
+    weights, whole = _arrays_in(weights)
 
     def computed(weights, *arrays):
-      return fn(rebuild(weights), *fill(arrays), **kwargs)
+      return fn(rebuild(whole(weights)), *fill(arrays), **kwargs)
 
     held = _held(weights, plan, implementation=implementation,
                  column_axes=column_axes, weights_first=weights_first)
@@ -195,11 +196,30 @@ def _params_of(variables, method, opt_state):
   return variables, lambda weights: weights
 
 
+def _is_array(leaf) -> bool:
+  return isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+
+
+def _arrays_in(weights):
+  """The weights without leaves that are no arrays, and what puts them back.
+
+  A model that is a tree itself (Equinox) has functions and flags in it.
+  """
+  def is_array(leaf):
+    return packing.is_packed(leaf) or _is_array(leaf)
+
+  def whole(arrays):
+    return jax.tree.map(lambda own, array: array if is_array(own) else own,
+                        weights, arrays, is_leaf=packing.is_packed)
+
+  return jax.tree.map(lambda leaf: leaf if is_array(leaf) else None, weights,
+                      is_leaf=packing.is_packed), whole
+
+
 def _arrays_of(args):
   """The arrays among arguments, and what fills them in again."""
   leaves, tree = jax.tree.flatten(args)
-  is_array = [isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
-              for leaf in leaves]
+  is_array = [_is_array(leaf) for leaf in leaves]
 
   def fill(arrays):
     rest = iter(arrays)

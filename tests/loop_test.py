@@ -105,6 +105,20 @@ class WithMethodTest(parameterized.TestCase):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
                  moved, want)
 
+  @parameterized.parameters((STATIC,), (sparse_jax.swat(.5),))
+  def test_a_model_may_be_a_tree_with_functions_in_it(self, method):
+    arrays = {'w': normal(8, 8), 'act': None, 'flag': None}
+    model, x = dict(arrays, act=jnp.tanh, flag=True), normal(3, 8)
+    _, state = begun(method, arrays)
+
+    def apply(model, x):
+      return model['act'](x @ model['w']) if model['flag'] else x
+
+    outputs = sparse_jax.with_method(apply, method, state)(model, x)
+    want = sparse_jax.with_method(
+        lambda arrays, x: jnp.tanh(x @ arrays['w']), method, state)(arrays, x)
+    np.testing.assert_array_equal(outputs, want)
+
   def test_a_wrong_guess_of_the_axes_names_leaf_and_axes(self):
     fn = lambda params, x: x @ params['w'].T
     params, x = {'w': normal(8, 12)}, normal(3, 12)
