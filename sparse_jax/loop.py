@@ -51,9 +51,20 @@ def start(tx: Any, method: state_lib.SparseMethod, params: trees.PyTree
                      'sparse_jax.top_kast(...).')
   params, state = first_params(tx, method, params)
   if state is None:
-    return params, tx.init(params)
+    opt_state = tx.init(params)
+    if method.name != 'dense':  # Which needs no state.
+      _check_held(opt_state, method)
+    return params, opt_state
   with state_lib.making_states_by(lambda own, key: state):
     return _together(params, tx.init(params), state)
+
+
+def _check_held(opt_state, method) -> None:
+  """Raises ValueError if the state is none, or that of another method."""
+  held = state_lib.get_state(opt_state).plan.method
+  if held != method.name:
+    raise ValueError(f'`tx` contains sparsify(optimizer, method) with {held!r},'
+                     f' and `method` is {method.name!r}.')
 
 
 def first_params(tx: Any, method: state_lib.SparseMethod,

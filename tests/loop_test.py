@@ -148,6 +148,11 @@ class WithMethodTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, '`tx`.*0 times'):
       sparse_jax.start(optax.sgd(.1), sparse_jax.packed(STATIC),
                        {'w': normal(8, 12)})
+    for tx, error in ((optax.sgd(.1), 'no SparseState.*sparsify'), (
+        sparse_jax.sparsify(optax.sgd(.1), sparse_jax.dnw(.5)),
+        '`tx`.*dnw.*`method`.*static')):
+      with self.assertRaisesRegex(ValueError, error):
+        sparse_jax.start(tx, STATIC, {'w': normal(8, 12)})
 
 
 if __name__ == '__main__':
