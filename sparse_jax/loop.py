@@ -53,9 +53,20 @@ def start(tx: Any, method: state_lib.SparseMethod, params: trees.PyTree
                      'sparse_jax.top_kast(...).')
   params, state = first_params(tx, method, params)
   if state is None:
-    return params, tx.init(params)
+    opt_state = tx.init(params)
+    if method.name != 'dense':  # Which needs no state.
+      _check_held(opt_state, method)
+    return params, opt_state
   with state_lib.making_states_by(lambda own, key: state):
     return _together(params, tx.init(params), state)
+
+
+def _check_held(opt_state, method) -> None:
+  """Raises ValueError if the state is none, or that of another method."""
+  held = state_lib.get_state(opt_state).plan.method
+  if held != method.name:
+    raise ValueError(f'`tx` contains sparsify(optimizer, method) with {held!r},'
+                     f' and `method` is {method.name!r}.')
 
 
 def first_params(tx: Any, method: state_lib.SparseMethod,
@@ -181,9 +192,10 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
     if not looked_into:
       return fn(rebuild(weights), *args, **kwargs)
     arrays, fill = _arrays_of(args)
+    weights, whole = _arrays_in(weights)
 
     def computed(weights, *arrays):
-      return fn(rebuild(weights), *fill(arrays), **kwargs)
+      return fn(rebuild(whole(weights)), *fill(arrays), **kwargs)
 
     held = _held(weights, plan, implementation=implementation,
                  column_axes=column_axes, weights_first=weights_first)
@@ -206,11 +218,30 @@ def _params_of(variables, method, opt_state):
   return variables, lambda weights: weights
 
 
+def _is_array(leaf) -> bool:
+  return isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+
+
+def _arrays_in(weights):
+  """The weights without leaves that are no arrays, and what puts them back.
+
+  A model that is a tree itself (Equinox) has functions and flags in it.
+  """
+  def is_array(leaf):
+    return packing.is_packed(leaf) or _is_array(leaf)
+
+  def whole(arrays):
+    return jax.tree.map(lambda own, array: array if is_array(own) else own,
+                        weights, arrays, is_leaf=packing.is_packed)
+
+  return jax.tree.map(lambda leaf: leaf if is_array(leaf) else None, weights,
+                      is_leaf=packing.is_packed), whole
+
+
 def _arrays_of(args):
   """The arrays among arguments, and what fills them in again."""
   leaves, tree = jax.tree.flatten(args)
-  is_array = [isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
-              for leaf in leaves]
+  is_array = [_is_array(leaf) for leaf in leaves]
 
   def fill(arrays):
     rest = iter(arrays)

@@ -298,6 +298,12 @@ class PartTest(parameterized.TestCase):
         sparse_jax.make_mask(PARAMS['w'], .5, structure=Block((2, 2)),
                              **{argument: (axis,)})
 
+  @parameterized.parameters('batch_axes', 'contracting')
+  def test_axes_given_twice_are_named(self, argument):
+    ndim = PARAMS['w'].ndim
+    with self.assertRaisesRegex(ValueError, f'`{argument}`.*twice'):
+      sparse_jax.make_mask(PARAMS['w'], .5, **{argument: (0, -ndim)})
+
   def test_no_contracting_axis_is_named(self):
     with self.assertRaisesRegex(ValueError, '`contracting`'):
       sparse_jax.make_mask(PARAMS['w'], .5, structure=Block((2, 2)),

@@ -1,5 +1,7 @@
 """Tests of the Flax getters, and of finding the state anywhere in Optax's."""
 
+import pickle
+
 from absl.testing import absltest
 from absl.testing import parameterized
 from flax import linen as nn
@@ -361,6 +363,19 @@ class SerializationTest(parameterized.TestCase):
     updates, after = jax.eval_shape(tx.update, params, restored, params)
     self.assertEqual(updates['kernel'].blocks.shape, (4, 2, 2))
     self.assertEqual(jax.tree.structure(after), jax.tree.structure(state))
+
+  def test_a_state_of_plain_arrays_goes_on_where_it_was(self):
+    method = sparse_jax.packed(sparse_jax.top_kast(
+        .75, backward_sparsity=.5, structure=sparse_jax.Block((2, 2))))
+    tx = sparse_jax.sparsify(optax.sgd(.1), method)
+    params, state = sparse_jax.start(tx, method, {'kernel': jnp.cos(
+        jnp.arange(32.)).reshape(4, 8)})
+    step, grads = jax.jit(tx.update), jax.tree.map(jnp.sin, params)
+    plain = pickle.loads(pickle.dumps(jax.tree.map(np.asarray, state)))
+    want, got = (step(grads, own, params) for own in (state, plain))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    place = sparse_jax.get_state(got[1]).packed['kernel']
+    self.assertEqual(place.reservoir.sharding.memory_kind, 'pinned_host')
 
 
 if __name__ == '__main__':

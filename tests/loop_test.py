@@ -146,6 +146,20 @@ class WithMethodTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'trust_zeros.*1'):
       sparse_jax.with_method(lambda p: p, STATIC, state, trust_zeros=1)
 
+  @parameterized.parameters((STATIC,), (sparse_jax.swat(.5),))
+  def test_a_model_may_be_a_tree_with_functions_in_it(self, method):
+    arrays = {'w': normal(8, 8), 'act': None, 'flag': None}
+    model, x = dict(arrays, act=jnp.tanh, flag=True), normal(3, 8)
+    _, state = begun(method, arrays)
+
+    def apply(model, x):
+      return model['act'](x @ model['w']) if model['flag'] else x
+
+    outputs = sparse_jax.with_method(apply, method, state)(model, x)
+    want = sparse_jax.with_method(
+        lambda arrays, x: jnp.tanh(x @ arrays['w']), method, state)(arrays, x)
+    np.testing.assert_array_equal(outputs, want)
+
   def test_a_wrong_guess_of_the_axes_names_leaf_and_axes(self):
     fn = lambda params, x: x @ params['w'].T
     params, x = {'w': normal(8, 12)}, normal(3, 12)
@@ -175,6 +189,11 @@ class WithMethodTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, '`tx`.*0 times'):
       sparse_jax.start(optax.sgd(.1), sparse_jax.packed(STATIC),
                        {'w': normal(8, 12)})
+    for tx, error in ((optax.sgd(.1), 'no SparseState.*sparsify'), (
+        sparse_jax.sparsify(optax.sgd(.1), sparse_jax.dnw(.5)),
+        '`tx`.*dnw.*`method`.*static')):
+      with self.assertRaisesRegex(ValueError, error):
+        sparse_jax.start(tx, STATIC, {'w': normal(8, 12)})
 
 
 if __name__ == '__main__':

@@ -189,6 +189,11 @@ class TopKMaskTest(parameterized.TestCase):
     mask = topk.top_k_mask(scores, k, axes=(1,))
     np.testing.assert_array_equal(mask.sum(1), [0, 1, 25, 50])
 
+  @parameterized.parameters((3,), (-4,), (0, 0), (0, -3))
+  def test_axes_that_are_none_or_twice_are_named(self, *axes):
+    with self.assertRaisesRegex(ValueError, '`axes`'):
+      topk.top_k_mask(jnp.ones((2, 3, 4)), 1, axes=axes)
+
   def test_vmap_equals_axes(self):
     scores = np.round(np.random.default_rng(2).normal(size=(4, 50)) * 2)
     np.testing.assert_array_equal(

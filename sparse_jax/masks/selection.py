@@ -124,7 +124,11 @@ def axes_of(axes: Axes, path: trees.Path, leaf: Any,
     if not -leaf.ndim <= axis < leaf.ndim:
       raise ValueError(f'`{name}` (={chosen!r}) has {axis}, which is not an '
                        f'axis of {path!r}, of shape {leaf.shape}.')
-  return tuple(sorted(axis % leaf.ndim for axis in chosen))
+  own = tuple(sorted({axis % leaf.ndim for axis in chosen}))
+  if len(own) < len(chosen):
+    raise ValueError(f'`{name}` (={chosen!r}) names an axis of {path!r}, of '
+                     f'shape {leaf.shape}, twice.')
+  return own
 
 
 def batch_axes_of(axes: Axes, path: trees.Path, leaf: Any) -> tuple[int, ...]:

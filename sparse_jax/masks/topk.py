@@ -133,7 +133,8 @@ def top_k_mask(scores: jax.Array, k: int | jax.Array, *,
     bool[...], the shape of `scores`.
 
   Raises:
-    ValueError: if a concrete `k` is outside [0, size] or `scores` too large.
+    ValueError: if a concrete `k` is outside [0, size], `scores` too large, or
+      an axis is out of range or given twice.
 
   Example:
     >>> scores = jnp.array([[3., -5., 1.], [1., 0., 2.]])
@@ -148,7 +149,7 @@ def top_k_mask(scores: jax.Array, k: int | jax.Array, *,
   scores = jnp.asarray(scores)
   if axes is None:
     axes = tuple(range(scores.ndim))
-  axes = tuple(axis % scores.ndim for axis in axes)
+  axes = _checked_axes(axes, scores.ndim)
   size = math.prod(scores.shape[axis] for axis in axes)
   if size > _LARGEST_SIZE:
     raise ValueError(f'`scores` (of shape {scores.shape}) must have fewer than '
@@ -182,6 +183,15 @@ def _only(among: jax.Array, scores: jax.Array) -> jax.Array:
     return jnp.where(among, jnp.maximum(scores, low + 2), low)
   scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
   return jnp.where(among, scores, jnp.nan)
+
+
+def _checked_axes(axes, ndim: int) -> tuple[int, ...]:
+  """The axes as 0, ..., ndim - 1, each once."""
+  own = tuple(axis % ndim for axis in axes if -ndim <= axis < ndim)
+  if len(set(own)) < len(axes):
+    raise ValueError(f'`axes` (={axes!r}) must be different axes of `scores`, '
+                     f'which has {ndim}.')
+  return own
 
 
 def _checked_k(k: int | jax.Array, size: int) -> jax.Array:

@@ -140,7 +140,8 @@ def _refresh_each(rule, storage, due, seen, state, step, key):
       return old, place, update
 
     carried = update if storage.moves_weights(rule, leaf) else None
-    operands = (param, update, grad, growth, old, places.get(path))
+    place = places.get(path)
+    operands = (param, update, grad, growth, old, storage.settled(place))
     marks, place, update = _cond(due, refresh, keep, operands, carried)
     if place is not None:
       places[path] = place

@@ -333,10 +333,19 @@ def _swap(reservoir, enters, old, new, blocks, param, update):
   return reservoir, moves.reshape(update.shape)
 
 
+def _settled(place):
+  """The place with its reservoir in host memory: NumPy and pickle forget it."""
+  if place is None or place.reservoir is None or (
+      jax.typeof(place.reservoir).memory_space == _HOST):
+    return place
+  return dataclasses.replace(place, reservoir=jax.device_put(
+      place.reservoir, _HOST))
+
+
 PACKED = storage_lib.Storage(
     'packed', place=_place, now=_PackedNow, exchange=_exchange, read=_read,
     pack=_pack, moves_weights=_hides, is_leaf=packing.is_packed,
-    joined=_joined)
+    settled=_settled, joined=_joined)
 
 
 def dense_weights(method: state_lib.SparseMethod, params: trees.PyTree,

@@ -42,6 +42,8 @@ class Storage(NamedTuple):
   read_stored: Callable[..., Any] | None = None
   # Whether a node of the parameter tree is one leaf of this storage.
   is_leaf: Callable[[Any], bool] | None = None
+  # place -> place, in the memory where it belongs, wherever it was restored.
+  settled: Callable[[Any], Any] = lambda place: place
   # (plan, params) -> params whose stored leaves are such nodes.
   joined: Callable[..., Any] | None = None
 
