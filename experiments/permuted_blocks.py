@@ -238,9 +238,8 @@ def write(rows: Sequence[Mapping[str, float]], workdir: str) -> str:
   """Tables and pictures; returns the table."""
   os.makedirs(workdir, exist_ok=True)
   means = summary(rows)
-  table = reporting.markdown_table(means, formats={
-      name: '.1f' for row in means for name in row
-      if name in (*NAMES[5:], 'deviation')})
+  table = reporting.markdown_table(
+      means, formats=dict.fromkeys((*NAMES[5:], 'deviation'), '.1f'))
   files.write_text(os.path.join(workdir, 'table.md'), table)
   reporting.write_csv(os.path.join(workdir, 'rows.csv'), [
       dict.fromkeys(NAMES, '') | row for row in rows])
