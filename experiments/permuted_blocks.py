@@ -118,14 +118,6 @@ def accuracy(weights, images, labels, orders):
   return 100 * jnp.mean(logits(weights, images, orders).argmax(1) == labels)
 
 
-def structure_of(arrangement: str, block: int) -> sparse_jax.masks.Structure:
-  """What is kept together; a block of 1 is an entry."""
-  if block == 1:
-    return sparse_jax.Unstructured()
-  return sparse_jax.Block((block, block), balanced=arrangement in (
-      'balanced', 'permuted balanced', 'shuffled'))
-
-
 def saliency(params, images, labels, orders):
   """|weight x gradient| of 2048 images, SNIP's scores."""
   grads = jax.grad(cost)(params, images[:2048], labels[:2048], orders)
@@ -157,7 +149,10 @@ def cell(params, train_data, test_data, orders, *, method, arrangement, block,
   Of 'magnitude' the parameters are of a trained network, which is pruned and
   trained on, else those of the first step, whose scale is kept.
   """
-  structure, row = structure_of(arrangement, block), {}
+  structure, row = sparse_jax.Unstructured(), {}
+  if arrangement != 'entries':
+    structure = sparse_jax.Block((block, block), balanced=arrangement in (
+        'balanced', 'permuted balanced', 'shuffled'))
   snip = functools.partial(saliency, images=train_data[0], labels=train_data[1])
   if method != 'magnitude':
     params = {name: leaf / math.sqrt(1 - sparsity * (name != 'head'))
@@ -243,9 +238,8 @@ def write(rows: Sequence[Mapping[str, float]], workdir: str) -> str:
   """Tables and pictures; returns the table."""
   os.makedirs(workdir, exist_ok=True)
   means = summary(rows)
-  table = reporting.markdown_table(means, formats={
-      name: '.1f' for row in means for name in row
-      if name in (*NAMES[5:], 'deviation')})
+  table = reporting.markdown_table(
+      means, formats=dict.fromkeys((*NAMES[5:], 'deviation'), '.1f'))
   files.write_text(os.path.join(workdir, 'table.md'), table)
   reporting.write_csv(os.path.join(workdir, 'rows.csv'), [
       dict.fromkeys(NAMES, '') | row for row in rows])

@@ -246,8 +246,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   spaced = lambda row: {name.replace('_', ' '): value
                         for name, value in row.items()}
   return reporting.markdown_table(
-      [spaced(row) for row in rows], formats=spaced({
-          name: formats[name] for name in rows[0] if name in formats}))
+      [spaced(row) for row in rows], formats=spaced(formats))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

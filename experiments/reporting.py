@@ -148,8 +148,9 @@ def write_json(path: str | os.PathLike, value: Any):
 
   Numbers may be NumPy's and JAX's; infinite or undefined ones become null.
   """
-  text = json.dumps(_as_json(value), indent=2, allow_nan=False) + '\n'
-  files.write_text(path, text)
+  text = json.dumps(value, default=_listed)
+  finite = json.loads(text, parse_constant=lambda _: None)
+  files.write_text(path, json.dumps(finite, indent=2) + '\n')
 
 
 def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]):
@@ -218,16 +219,11 @@ def _as_number(name, value):
   return value.item() if math.isfinite(value.item()) else None
 
 
-def _as_json(value):
-  if isinstance(value, Mapping):
-    return {str(name): _as_json(item) for name, item in value.items()}
-  if isinstance(value, (np.generic, np.ndarray, jax.Array)):
-    return _as_json(np.asarray(value).tolist())
-  if isinstance(value, (list, tuple)):
-    return [_as_json(item) for item in value]
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value
+def _listed(value):
+  """An array or a scalar as JSON knows it."""
+  if not isinstance(value, (np.generic, np.ndarray, jax.Array)):
+    raise TypeError(f'{value!r} must be an array.')
+  return np.asarray(value).tolist()
 
 
 def _parse_lines(path) -> list[tuple[str, dict[str, Any]]]:

@@ -269,8 +269,7 @@ def size(run: training.Run, variables: Mapping[str, Any]) -> dict[str, int]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """A Markdown table: a line a share, accuracies in percent."""
-  kinds = [kind for kind in ('trained', 'pruned', 'fine_tuned', 'from_scratch')
-           if any(kind in row for row in rows)]
+  kinds = ('trained', 'pruned', 'fine_tuned', 'from_scratch')
   lines = [{
       'filters removed': row['filter_sparsity'],
       'parameters': row['parameters'], 'multiply-adds': row['flops'],

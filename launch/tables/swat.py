@@ -76,30 +76,28 @@ def cifar_100(scale: str) -> Table:
 
 
 def cifar_10_structured(scale: str) -> Table:
-  points = []
-  for network, row in {
+  return _cifar_structured(scale, 'cifar10', 'CIFAR-10', {
       'ResNet-18': ((50, 94.73, .06, 49.9), (60, 94.68, .03, 59.8),
                     (70, 94.65, .19, 69.8)),
       'DenseNet-121': ((50, 95.04, .26, 49.9), (60, 94.82, .11, 59.9),
-                       (70, 94.81, .20, 69.9))}.items():
-    for sparsity, accuracy, deviation, reduction in row:
-      flags = recipes.cifar(scale, network) | _structured(sparsity, 10)
-      points += _points(network, f'{sparsity}%', flags, accuracy, deviation,
-                        reduction)
-  return Table('swat_cifar10_structured', 'SWAT: CIFAR-10, channels',
-               tuple(points), seeds=_SEEDS[scale])
+                       (70, 94.81, .20, 69.9))})
 
 
 def cifar_100_structured(scale: str) -> Table:
-  published = {'ResNet-18': ((50, 76.4, .05), (60, 76.2, .11), (70, 75.6, .09)),
-               'DenseNet-121': ((50, 78.7, .03), (60, 78.5, .08),
-                                (70, 78.1, .12))}
-  points = [Point(network, f'{sparsity}%', accuracy, recipes.cifar(
-      scale, network, 'cifar100') | _structured(sparsity, 10),
-                  deviation=deviation)
-            for network, row in published.items()
-            for sparsity, accuracy, deviation in row]
-  return Table('swat_cifar100_structured', 'SWAT: CIFAR-100, channels',
+  return _cifar_structured(scale, 'cifar100', 'CIFAR-100', {
+      'ResNet-18': ((50, 76.4, .05), (60, 76.2, .11), (70, 75.6, .09)),
+      'DenseNet-121': ((50, 78.7, .03), (60, 78.5, .08), (70, 78.1, .12))})
+
+
+def _cifar_structured(scale, dataset, title, published):
+  """By network: sparsity, accuracy, its deviation, perhaps FLOPs saved."""
+  points = []
+  for network, row in published.items():
+    for sparsity, *numbers in row:
+      points += _points(
+          network, f'{sparsity}%', recipes.cifar(scale, network, dataset)
+          | _structured(sparsity, 10), *numbers)
+  return Table(f'swat_{dataset}_structured', f'SWAT: {title}, channels',
                tuple(points), seeds=_SEEDS[scale])
 
 
