@@ -10,6 +10,7 @@ as well. Legends stand outside the axes, where no point can be taken for one.
 from collections.abc import Mapping, Sequence
 import math
 import os
+import textwrap
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,7 +82,7 @@ def lines(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike,
                 index, scale, published, across)
     _leave_out_failures(axes, rows, published)
     _name_across(axes, across)
-    axes.set_title(title)
+    axes.set_title(textwrap.fill(title, 72))
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     if published:

@@ -86,6 +86,13 @@ class TablesTest(parameterized.TestCase):
   def test_published_numbers(self, name, row, column, number):
     self.assertEqual(_published(name)[row, column], number)
 
+  def test_a_small_table_says_what_it_trains_instead(self):
+    for name, ran in (('top_kast_fig2b', ' (small: mlp on fashion_mnist)'),
+                      ('field_next', '')):
+      titles = {scale: tables.get(name, scale).title
+                for scale in ('small', 'paper')}
+      self.assertEqual(titles['small'], titles['paper'] + ran)
+
   def test_numbers_of_one_run_share_it(self):
     table = tables.get('swat_imagenet', 'paper')
     self.assertLen(table_lib.runs(table, [0]), 14)

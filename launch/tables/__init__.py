@@ -14,6 +14,8 @@ TABLES = (top_kast.TABLES | swat.TABLES | language.TABLES
 def get(name: str, scale: str) -> Table:
   """The table of a name at a scale.
 
+  Where the small scale trains another network its title says which.
+
   Raises:
     ValueError: if there is none.
   """
@@ -23,4 +25,15 @@ def get(name: str, scale: str) -> Table:
   if scale not in SCALES:
     raise ValueError(f'`scale` (={scale!r}) must be one of '
                      f'{", ".join(SCALES)}.')
-  return TABLES[name](scale)
+  table = TABLES[name](scale)
+  ran, published = trained(table), trained(TABLES[name]('paper'))
+  return table if ran == published else table._replace(
+      title=f'{table.title} (small: {ran})')
+
+
+def trained(table: Table) -> str:
+  """What a table's cells train on what: 'resnet20, small_cnn on digits'."""
+  names = [sorted({point.flags[flag] for point in table.points
+                   if point.flags and flag in point.flags})
+           for flag in ('model', 'dataset')]
+  return ' on '.join(', '.join(each) for each in names if each)
