@@ -105,6 +105,16 @@ class WithMethodTest(parameterized.TestCase):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
                  moved, want)
 
+  def test_all_arguments_may_be_given_by_name(self):
+    params, state = begun(STATIC, {'w': normal(8, 8)})
+    apply = sparse_jax.with_method(lambda params, *, variables: (
+        variables @ params['w']), STATIC, state)
+    x = normal(3, 8)
+    np.testing.assert_array_equal(apply(params=params, variables=x),
+                                  apply(params, variables=x))
+    with self.assertRaisesRegex(TypeError, "'params'"):
+      apply(variables=x)
+
   @parameterized.parameters((STATIC,), (sparse_jax.swat(.5),))
   def test_a_model_may_be_a_tree_with_functions_in_it(self, method):
     arrays = {'w': normal(8, 8), 'act': None, 'flag': None}
