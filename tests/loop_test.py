@@ -154,6 +154,18 @@ class WithMethodTest(parameterized.TestCase):
     self.assertEqual(jax.tree.map(lambda leaf: leaf.shape, shapes),
                      jax.tree.map(lambda leaf: leaf.shape, want))
 
+  @parameterized.parameters((STATIC,), (sparse_jax.packed(sparse_jax.rigl(
+      .5, structure=BLOCK)),))
+  def test_a_model_may_call_a_part_growth(self, method):
+    params = {'growth': {'w': normal(8, 8)}, 'w': normal(8, 8)}
+    tx = sparse_jax.sparsify(optax.sgd(.1), method)
+    params, state = sparse_jax.start(tx, method, params)
+    grads = jax.grad(lambda params: jnp.sum(sparse_jax.with_method(
+        lambda p, x: x @ p['growth']['w'] @ p['w'], method, state)(
+            params, normal(3, 8))))(params)
+    updates, _ = jax.eval_shape(tx.update, grads, state, params)
+    self.assertEqual(jax.tree.structure(updates), jax.tree.structure(params))
+
   def test_start_needs_the_method_in_the_optimizer(self):
     with self.assertRaisesRegex(ValueError, '`tx`.*0 times'):
       sparse_jax.start(optax.sgd(.1), sparse_jax.packed(STATIC),
