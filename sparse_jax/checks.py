@@ -11,7 +11,7 @@ def check_sparsity(name: str, value: float) -> float:
   return _check(name, value, lambda v: 0 <= v < 1, 'in [0, 1)')
 
 
-def check_fraction(name: str, value: float) -> float:
+def check_fraction(name: str, value: Any) -> float:
   """Returns `value` if it is a number in [0, 1], else raises ValueError."""
   return _check(name, value, lambda v: 0 <= v <= 1, 'in [0, 1]')
 

@@ -243,6 +243,9 @@ def nnx_start(model: nnx.Module, tx: Any, method: state_lib.SparseMethod
   nnx.update(model, nnx.State({key: value for key, value in held.items()
                                if key in params}))
   for key, value in added.items():
+    if hasattr(model, key):
+      raise ValueError(f'`model` (a {type(model).__name__}) has {key!r}, where '
+                       'the method keeps something of its own.')
     setattr(model, key, _as_params(value))
   make = (lambda own, key: state) if state else method.init
   with state_lib.making_states_by(make):

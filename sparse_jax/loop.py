@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -150,7 +151,7 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
       `pack`, as of `operators.with_operators`.
 
   Returns:
-    A function of the same arguments.
+    A function of the same arguments, by position or by name.
 
   Raises:
     ValueError: if `trust_zeros` is no bool; from the result: for parameters
@@ -181,7 +182,8 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
     return fn
 
   @functools.wraps(fn, updated=())
-  def sparse(variables, *args, **kwargs):
+  def sparse(*args, **kwargs):
+    (variables, *args), kwargs = _first_of(fn, args, kwargs)
     params, rebuild = _params_of(variables, method, opt_state)
     weights = read(params, opt_state)
     plan = state_lib.get_state(opt_state).plan
@@ -205,6 +207,18 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
     return replacing.interpret(computed, (held, *arrays), 0, rule, paths)
 
   return sparse
+
+
+def _first_of(fn, args, kwargs):
+  """The arguments of fn with the first by position, where it came by name."""
+  if args:
+    return args, kwargs
+  first = next(iter(inspect.signature(fn).parameters), None)
+  if first not in kwargs:
+    raise TypeError('A function of with_method() must be called with the '
+                    f'parameters, its first argument ({first!r}).')
+  return (kwargs[first],), {name: value for name, value in kwargs.items()
+                            if name != first}
 
 
 def _params_of(variables, method, opt_state):

@@ -360,9 +360,18 @@ def _bounded(updates, first, grads, marks, known):
       return update
     most = jnp.abs(most)
     bounded = marks_lib.came_later(marks) & ((most > 0) | (grad == 0))
-    return jnp.where(bounded, jnp.clip(update, -most, most), update)
+    return jnp.where(bounded, _no_larger(update, most), update)
 
   return trees.map_leaves(bound, updates, first, grads, marks)
+
+
+def _no_larger(update, most):
+  """The update with a magnitude of no more than `most`."""
+  if not jnp.iscomplexobj(update):
+    return jnp.clip(update, -most, most)
+  size = jnp.abs(update)
+  return jnp.where(size > most, update * (most / jnp.where(size > 0, size, 1)),
+                   update)
 
 
 def _skip(skip, updates, slots):

@@ -153,6 +153,23 @@ class BoundGrownTest(parameterized.TestCase):
     self.assertTrue(grown.any())
     self.assertTrue(np.all(np.asarray(params['dense']['kernel'])[grown] != 0))
 
+  def test_complex_weights_are_bounded_in_magnitude(self):
+    method = sparse_jax.rigl(.5, update_every=5, is_sparse={'w': True})
+    tx = sparse_jax.sparsify(optax.adam(RATE), method)
+    draw = np.random.default_rng(3).normal(size=(2, 4, 6))
+    params = {'w': jnp.asarray(draw[0] + 1j * draw[1], jnp.complex64)}
+    grads, state = {'w': params['w'] ** 2}, tx.init(params)
+    update, first = jax.jit(tx.update), state.sparse.forward_masks['w']
+    for step in range(1, 14):
+      updates, state = update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+      mask = state.sparse.forward_masks['w']
+      self.assertEqual(mask.sum(), 12)
+      if step % 5 and step > 1:
+        np.testing.assert_array_equal(params['w'] == 0, ~mask)
+        self.assertLess(np.abs(updates['w']).max(), 1.001 * RATE)
+    self.assertTrue(np.any(mask & ~first))
+
   def test_counts_are_known_by_what_stands_beside_them(self):
     params = fake_params()
     tx = optax.inject_hyperparams(optax.adamw)(

@@ -146,6 +146,16 @@ class WithMethodTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'trust_zeros.*1'):
       sparse_jax.with_method(lambda p: p, STATIC, state, trust_zeros=1)
 
+  def test_all_arguments_may_be_given_by_name(self):
+    params, state = begun(STATIC, {'w': normal(8, 8)})
+    apply = sparse_jax.with_method(lambda params, *, variables: (
+        variables @ params['w']), STATIC, state)
+    x = normal(3, 8)
+    np.testing.assert_array_equal(apply(params=params, variables=x),
+                                  apply(params, variables=x))
+    with self.assertRaisesRegex(TypeError, "'params'"):
+      apply(variables=x)
+
   @parameterized.parameters((STATIC,), (sparse_jax.swat(.5),))
   def test_a_model_may_be_a_tree_with_functions_in_it(self, method):
     arrays = {'w': normal(8, 8), 'act': None, 'flag': None}
@@ -184,6 +194,18 @@ class WithMethodTest(parameterized.TestCase):
     shapes = jax.eval_shape(start, params)
     self.assertEqual(jax.tree.map(lambda leaf: leaf.shape, shapes),
                      jax.tree.map(lambda leaf: leaf.shape, want))
+
+  @parameterized.parameters((STATIC,), (sparse_jax.packed(sparse_jax.rigl(
+      .5, structure=BLOCK)),))
+  def test_a_model_may_call_a_part_growth(self, method):
+    params = {'growth': {'w': normal(8, 8)}, 'w': normal(8, 8)}
+    tx = sparse_jax.sparsify(optax.sgd(.1), method)
+    params, state = sparse_jax.start(tx, method, params)
+    grads = jax.grad(lambda params: jnp.sum(sparse_jax.with_method(
+        lambda p, x: x @ p['growth']['w'] @ p['w'], method, state)(
+            params, normal(3, 8))))(params)
+    updates, _ = jax.eval_shape(tx.update, grads, state, params)
+    self.assertEqual(jax.tree.structure(updates), jax.tree.structure(params))
 
   def test_start_needs_the_method_in_the_optimizer(self):
     with self.assertRaisesRegex(ValueError, '`tx`.*0 times'):

@@ -225,8 +225,19 @@ def without_growth(params: trees.PyTree) -> trees.PyTree:
 
 
 def has_bare_growth(params: trees.PyTree) -> bool:
-  """Whether growth scores stand beside bare arrays."""
-  return isinstance(params, Mapping) and GROWTH in params
+  """Whether growth scores stand beside bare arrays.
+
+  A model may have a part of that name: scores are known by the paths of the
+  arrays that they belong to, and have an axis less.
+  """
+  if not isinstance(params, Mapping) or GROWTH not in params:
+    return False
+  arrays = dict(getattr(params, 'raw_mapping', params))
+  scores = trees.leaves_by_path(arrays.pop(GROWTH))
+  own = trees.leaves_by_path(arrays)
+  return bool(scores) and all(
+      path in own and own[path].ndim == score.ndim + 1
+      for path, score in scores.items())
 
 
 def tile(weight, block: tuple[int, int]):
