@@ -53,7 +53,7 @@ def average_params(average: trees.PyTree, params: trees.PyTree, opt_state: Any,
     [2.0, 2.0, 3.5, 3.5]
   """
   if not isinstance(step_size, jax.core.Tracer):
-    checks.check_fraction('step_size', step_size)
+    checks.check_fraction('step_size', step_size)  # type: ignore[arg-type]
   state = state_lib.get_state(opt_state)
   marks = trees.leaves_by_path(storage.entry_marks(state, like=params))
 

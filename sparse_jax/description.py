@@ -72,6 +72,9 @@ def describe(method: state_lib.SparseMethod, params: trees.PyTree, *,
     bias    8                                             32
     kernel  4 x 8  0 (guess)       8  25.00%   25.00%    128
   """
+  if not isinstance(method, state_lib.SparseMethod):
+    raise ValueError(f'`method` (={method!r}) must be a SparseMethod, such as '
+                     'sparse_jax.top_kast(...).')
   shapes = products.shapes(method.parametrize(params))
   state = jax.eval_shape(method.init, shapes)
   stored = shapes if method.pack is None else jax.eval_shape(

@@ -87,7 +87,8 @@ def sparsify(optimizer: optax.GradientTransformation,
     An Optax transformation. `update` needs `params`.
 
   Raises:
-    ValueError: if `method` is none, or `update` is called without `params`.
+    ValueError: if `optimizer` or `method` is none, or `update` is called
+      without `params`.
 
   Example:
     >>> import sparse_jax
@@ -102,6 +103,9 @@ def sparsify(optimizer: optax.GradientTransformation,
   if not isinstance(method, state_lib.SparseMethod):
     raise ValueError(f'`method` (={method!r}) must be a SparseMethod, such as '
                      'sparse_jax.top_kast(...).')
+  if not hasattr(optimizer, 'update'):
+    raise ValueError(f'`optimizer` (={optimizer!r}) must be an Optax '
+                     'transformation.')
   checks.check_bool('penalty', penalty)
   checks.check_bool('bound_grown', bound_grown)
   optimizer = optax.with_extra_args_support(optimizer)

@@ -291,6 +291,12 @@ class PartTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, '`penalty` '):
       sparse_jax.sparsify(optax.sgd(.1), sparse_jax.static(.5), penalty=value)
 
+  def test_what_is_no_optimizer_or_no_method_is_named(self):
+    with self.assertRaisesRegex(ValueError, '`optimizer` .=None'):
+      sparse_jax.sparsify(None, sparse_jax.static(.5))
+    with self.assertRaisesRegex(ValueError, '`method` .=None'):
+      sparse_jax.describe(None, PARAMS)
+
   @parameterized.parameters((7,), (-3,))
   def test_axes_out_of_range_are_named(self, axis):
     for argument in ('batch_axes', 'contracting'):
