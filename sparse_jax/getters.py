@@ -14,6 +14,7 @@ import jax
 
 from sparse_jax import loop
 from sparse_jax import trees
+from sparse_jax.blocks import growth as growth_lib
 from sparse_jax.blocks import packing
 from sparse_jax.rules import packed as packed_lib
 from sparse_jax.rules import state as state_lib
@@ -239,7 +240,7 @@ def nnx_start(model: nnx.Module, tx: Any, method: state_lib.SparseMethod
   held = trees.map_leaves(bare, held, is_leaf=packing.is_packed)
   added = {key: value for key, value in held.items() if key not in params}
   if growth:
-    added[packing.GROWTH] = growth
+    added[growth_lib.GROWTH] = growth
   nnx.update(model, nnx.State({key: value for key, value in held.items()
                                if key in params}))
   for key, value in added.items():

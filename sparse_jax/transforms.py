@@ -13,6 +13,7 @@ from sparse_jax import checks
 from sparse_jax import trees
 from sparse_jax.rules import losses
 from sparse_jax.rules import slots as slots_lib
+from sparse_jax.blocks import growth as growth_lib
 from sparse_jax.blocks import packing
 from sparse_jax.jaxprs import sinking
 from sparse_jax.masks import marks as marks_lib
@@ -112,7 +113,8 @@ def sparsify(optimizer: optax.GradientTransformation,
 
   def init_fn(params):
     sparse = state_lib.first_state(method, params, key)
-    return SparsifyState(sparse, optimizer.init(packing.without_growth(params)))
+    own = growth_lib.without_growth(params)
+    return SparsifyState(sparse, optimizer.init(own))
 
   def update_fn(grads, state, params=None, **extra_args):
     if params is None:
@@ -129,9 +131,9 @@ def sparsify(optimizer: optax.GradientTransformation,
     if penalty and method.penalises:
       grads = _add_penalty(method, grads, params, sparse)
     given, all_grads = params, grads
-    params, grads = map(packing.without_growth, (params, grads))
+    params, grads = map(growth_lib.without_growth, (params, grads))
     if 'grad' in extra_args:  # That of a line search.
-      extra_args['grad'] = packing.without_growth(extra_args['grad'])
+      extra_args['grad'] = growth_lib.without_growth(extra_args['grad'])
     marks = storage.entry_marks(sparse, like=params)
     grads, fresh = _mask(grads, marks), optimizer.init(params)
     updates, new_slots = optimizer.update(
@@ -286,10 +288,10 @@ def scale_by_leaf(factors: trees.PyTree) -> optax.GradientTransformation:
 
 def _like(params, updates):
   """Updates of the parameters' own structure: growth scores stay 0."""
-  if packing.has_bare_growth(params):
+  if growth_lib.has_bare_growth(params):
     raw = lambda tree: dict(getattr(tree, 'raw_mapping', tree))
-    still = jax.tree.map(jnp.zeros_like, raw(params)[packing.GROWTH])
-    return type(updates)({**raw(updates), packing.GROWTH: still})
+    still = jax.tree.map(jnp.zeros_like, raw(params)[growth_lib.GROWTH])
+    return type(updates)({**raw(updates), growth_lib.GROWTH: still})
   return jax.tree.map(
       lambda leaf, update: update.replace(growth=leaf.growth)
       if packing.is_packed(leaf) else update, params, updates,

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax import trees
+from sparse_jax.blocks import growth as growth_lib
 from sparse_jax.blocks import packing
 from sparse_jax.masks import marks as marks_lib
 from sparse_jax.masks import structures
@@ -195,9 +196,9 @@ def _pack(rule, leaf, weight, place) -> packing.PackedBlocks:
 def _joined(plan, params):
   """Bare arrays of blocks (NNX) as PackedBlocks with their growth scores."""
   growth = {}
-  if packing.has_bare_growth(params):
-    growth = trees.leaves_by_path(params[packing.GROWTH])
-    params = packing.without_growth(params)
+  if growth_lib.has_bare_growth(params):
+    growth = trees.leaves_by_path(params[growth_lib.GROWTH])
+    params = growth_lib.without_growth(params)
 
   def visit(path, stored):
     leaf = plan.by_path.get(path)
