@@ -61,6 +61,8 @@ SECOND = (
     ('topk_test.*_take_few', r"'equal'", 'one kind of ties'),
     ('marks_test.*best_groups', r"'(dense|conv|stacked_middle)'",
      'three layouts'),
+    ('(kernels|launch_compiling)_test.*::CompileTest', NOTHING,
+     'by a TPU compiler; lowered and interpreted in kernels_test'),
     ('kernels_test.*programs_for', '(32|128)\\)', 'two sizes'),
     ('kernels_test.*(_finds_no_race|named_kernels)', NOTHING,
      'the same products in interpret mode'),
