@@ -37,7 +37,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]],
     figure.suptitle(title, x=0.01, ha='left')
     found[-1].set_xlabel('step')
     found[-1].xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    found[-1].xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+    found[-1].xaxis.set_major_formatter('{x:,.0f}')
     found[-1].set_xlim(0, 1.02 * max(row['step'] for row in rows))
   plots.save(path, (6.4, 1.6 + 1.75 * len(panels)), draw)
 

@@ -143,10 +143,12 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
       their input, as of `blocks.matmul`: less memory under FSDP.
     trust_zeros: whether the parameters are known to be 0 wherever the method
       stores zeros, so that the forward pass need not read the masks of
-      `static`, `set_`, `rigl` and the like. Every update leaves them so: True
-      from the second step on, False for the first, and for averages of
-      parameters. Where a method keeps weights behind its masks (`top_kast`,
-      `gmp`), or packs them, it changes nothing.
+      `static`, `set_`, `rigl` and the like. It is a promise that nothing
+      checks: `sparsify` leaves them so with its first update (of
+      `optax.MultiSteps` the first whole one), if nothing after it scales
+      updates; first parameters and averages are not so. Where a method keeps
+      weights behind its masks (`top_kast`, `gmp`), or packs them, it changes
+      nothing.
     **operators: `thresholds`, `due`, `activation_scope`, `gradient_scope` and
       `pack`, as of `operators.with_operators`.
 
