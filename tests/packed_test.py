@@ -312,6 +312,44 @@ class MatmulTest(parameterized.TestCase):
     np.testing.assert_allclose(hvp(loss).blocks, hvp(plain).blocks, rtol=1e-4,
                                atol=1e-4)
 
+  def test_large_blocks_of_float32_as_a_cpu_multiplies_them(self):
+    """By convolutions: derivatives twice, and stacked, as of the dense one."""
+    weight, x, dy = (array / 8 for array in draw(
+        (100, 192), (2, 3, 100), (2, 3, 192)))
+    packed = sparse_jax.blocks.pack(weight, block=(64, 96), sparsity=.5,
+                                    pad=True)
+
+    def slopes(multiply, weights):
+      y, vjp = jax.vjp(multiply, x, weights)
+      return y, vjp(dy + y)[0]
+
+    def of_packed(blocks):
+      return slopes(sparse_jax.blocks.matmul, packed.replace(blocks=blocks))
+
+    def of_dense(blocks):
+      return slopes(jnp.matmul, sparse_jax.blocks.unpack(
+          packed.replace(blocks=blocks)))
+
+    def all_of(fn, blocks):
+      twice = jax.grad(lambda blocks: jnp.sum(jnp.sin(fn(blocks)[1])))
+      both = jnp.stack([blocks, -2 * blocks])
+      return fn(blocks), twice(blocks), jax.vmap(fn)(both), jax.vmap(twice)(
+          both)
+
+    got, want = (jax.jit(functools.partial(all_of, fn))(packed.blocks)
+                 for fn in (of_packed, of_dense))
+    for a, b in zip(*map(jax.tree.leaves, (got, want))):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+  def test_the_library_of_one_core_gets_small_blocks_alone(self):
+    """XLA writes `ynn` where it leaves a product to that library."""
+    for side, left in (64, False), (32, True):
+      weight, x, dy = draw((256, 256), (128, 256), (128, 256))
+      packed = sparse_jax.blocks.pack(weight, block=(side, side), sparsity=.9)
+      text = product_and_gradients.lower(packed, x, dy).compile().as_text()
+      self.assertEqual('ynn' in text, left and 'ynn' in jax.jit(
+          jnp.matmul).lower(x, weight).compile().as_text())
+
   def test_no_array_of_the_dense_weights_size(self):
     """Forward, both gradients and growth scores, in the compiled program."""
     weight = jnp.ones((60, 84))

@@ -36,12 +36,15 @@ _SPARSITY = flags.DEFINE_float('sparsity', 0.9, 'Of the blocks.')
 _LAYERS = flags.DEFINE_integer('layers', 8, 'Of the transformer.')
 
 
-def problem(size: int, block: int, sparsity: float):
-  """An input, a cotangent, and a weight: packed, and with zeros."""
+def problem(size: int, block: int, sparsity: float, balanced: bool = False):
+  """An input, a cotangent, and a packed weight."""
   random = np.random.RandomState(0)
   draw = lambda *shape: random.randn(*shape).astype(np.float32)
-  packed = sparse_jax.blocks.pack(draw(size, size), block=(block, block),
-                                  sparsity=sparsity)
+  weight, structure = draw(size, size), sparse_jax.Block(
+      (block, block), balanced=balanced)
+  packed = sparse_jax.blocks.pack(
+      weight, block=structure.shape, mask=np.asarray(sparse_jax.make_mask(
+          abs(weight), sparsity, structure=structure)))
   x, dy = draw(_BATCH.value, size), draw(_BATCH.value, size)
   return jnp.asarray(x), jnp.asarray(dy), packed
 
@@ -101,8 +104,12 @@ def ratios(contenders: dict[str, tuple]) -> list[dict]:
 
 def products() -> list[dict]:
   """Ours interleaved; then the others, one by one, as they upset caches."""
-  x, dy, packed = problem(_SIZE.value, _BLOCK.value, _SPARSITY.value)
-  rows = ratios(ways(x, dy, packed))
+  given = _SIZE.value, _BLOCK.value, _SPARSITY.value
+  x, dy, packed = problem(*given)
+  _, _, balanced = problem(*given, balanced=True)
+  rows = ratios(ways(x, dy, packed) | {
+      f'loop, balanced ({len(balanced.blocks)} blocks)': calls(
+          sparse_jax.blocks.matmul, x, dy, balanced)})
   dense = float(rows[0]['forward ms'])
   for name, run in other_libraries(x, packed).items():
     spent = 1e3 * timing.interleaved_medians({name: run}, rounds=3)[name]

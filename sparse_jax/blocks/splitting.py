@@ -125,7 +125,7 @@ def growth_scores(rows: Names, static, plan: tiles.Plan, x: jax.Array,
   count, block, reduce, dtype = static
 
   def row_scores(row):
-    grad = lax.psum(tiles.dot(plan.inputs.take(x, row), cotangent, (0, 0)),
+    grad = lax.psum(tiles.correlate(plan.inputs.take(x, row), cotangent),
                     rows)
     cut = packing.tile(grad.astype(dtype), block)
     return packing.tile_scores(cut, reduce).astype(jnp.float32)

@@ -107,8 +107,8 @@ def scores_loop(static, plan, x, cotangent):
   columns = cotangent.shape[1] // plan.outputs.size
 
   def tile_score(row, column):
-    grad = dot(plan.inputs.take(x, row), plan.outputs.take(cotangent, column),
-               (0, 0))
+    grad = correlate(plan.inputs.take(x, row),
+                     plan.outputs.take(cotangent, column))
     return packing.tile_scores(grad.astype(dtype), reduce).astype(jnp.float32)
 
   row_scores = lambda row: lax.map(lambda column: tile_score(row, column),
@@ -119,7 +119,7 @@ def scores_loop(static, plan, x, cotangent):
 def multiply_loop(plan, x, blocks, rows, columns):
   def step(y, tile):
     row, column, block = tile
-    product = dot(plan.inputs.take(x, row), block, (1, 0))
+    product = multiply(plan.inputs.take(x, row), block)
     return plan.outputs.add(y, product, column), None
 
   empty = jnp.zeros((plan.inputs.height(x.shape[0]), plan.width), _wide(x))
@@ -130,32 +130,34 @@ def both_loop(plan, x, cotangent, blocks, rows, columns):
   def step(grads, tile):
     (grad_x, grad), (k, row, column, block) = grads, tile
     slope = plan.outputs.take(cotangent, column)
-    product = dot(slope, block, (1, 1))
-    own = dot(plan.inputs.take(x, row), slope, (0, 0))
+    product = multiply(slope, block, turned=True)
+    own = correlate(plan.inputs.take(x, row), slope)
     return (plan.inputs.add(grad_x, product, row),
             lax.dynamic_update_index_in_dim(grad, own, k, 0)), None
 
   empty = (jnp.zeros(x.shape, _wide(cotangent)),
            _empty_weight(plan, cotangent, rows))
-  grads = _scan(step, empty, (jnp.arange(rows.size), rows, columns, blocks))
+  grads = _scan(step, empty,
+                (jnp.arange(rows.size), rows, columns, _turned(blocks)))
   return tuple(grad.astype(cotangent.dtype) for grad in grads)
 
 
 def input_loop(plan, x, cotangent, blocks, rows, columns):
   def step(grad_x, tile):
     row, column, block = tile
-    product = dot(plan.outputs.take(cotangent, column), block, (1, 1))
+    product = multiply(plan.outputs.take(cotangent, column), block,
+                       turned=True)
     return plan.inputs.add(grad_x, product, row), None
 
   return _scan(step, jnp.zeros(x.shape, _wide(cotangent)),
-               (rows, columns, blocks)).astype(cotangent.dtype)
+               (rows, columns, _turned(blocks))).astype(cotangent.dtype)
 
 
 def weight_loop(plan, x, cotangent, rows, columns):
   def step(grad, tile):
     k, row, column = tile
-    own = dot(plan.inputs.take(x, row), plan.outputs.take(cotangent, column),
-              (0, 0))
+    own = correlate(plan.inputs.take(x, row),
+                    plan.outputs.take(cotangent, column))
     return lax.dynamic_update_index_in_dim(grad, own, k, 0), None
 
   grad = _scan(step, _empty_weight(plan, cotangent, rows),
@@ -208,9 +210,35 @@ def _add_all(axis, empty, parts, index):
   return jax.linear_transpose(take_all, empty)(parts)[0]
 
 
-def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-  contract = ((axes[:1], axes[1:]), ((), ()))
-  return lax.dot_general(a, b, contract, preferred_element_type=_wide(a))
+def _turned(blocks: jax.Array) -> jax.Array:
+  """The transposes of blocks, as `multiply` takes them."""
+  return blocks.swapaxes(1, 2) if _on_all_cores(blocks) else blocks
+
+
+def multiply(a: jax.Array, b: jax.Array, turned: bool = False) -> jax.Array:
+  """a @ b, or a @ b.T if b is one of those that `_turned` was given.
+
+  XLA for CPUs leaves a dot of float32 to a library that does so small a one on
+  one core. A convolution of one position becomes a dot after that was decided,
+  and runs on all; so does what sums the first axis of `a` (`correlate`), while
+  one that sums the last axis of `b` is slow. Blocks below 64 gain nothing.
+  """
+  if not _on_all_cores(b):
+    return lax.dot_general(a, b, (((1,), (int(turned),)), ((), ())),
+                           preferred_element_type=_wide(a))
+  return lax.conv_general_dilated(
+      a[:, None], b[None], window_strides=(1,), padding='VALID',
+      dimension_numbers=('NWC', 'WIO', 'NWC'))[:, 0]
+
+
+def _on_all_cores(blocks):
+  return blocks.dtype == jnp.float32 and min(blocks.shape[-2:]) >= 64
+
+
+def correlate(a: jax.Array, b: jax.Array) -> jax.Array:
+  """a.T @ b."""
+  return lax.dot_general(a, b, (((0,), (0,)), ((), ())),
+                         preferred_element_type=_wide(a))
 
 
 def _wide(x: jax.Array):
