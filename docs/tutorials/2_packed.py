@@ -103,7 +103,7 @@ for name, (params, opt_state, *_) in runs.items():
 # ----
 # The median step, on the machine that built this page, whatever else it did. A
 # CPU has nothing to gain from a mask, and much from blocks that are absent;
-# measured on a quiet machine, a transformer's step is 2.6 times as fast
+# measured on a quiet machine, a transformer's step is 2.5 times as fast
 # (``python -m experiments.benchmarks.packed --what=transformer``).
 
 for name, (*_, seconds) in runs.items():
