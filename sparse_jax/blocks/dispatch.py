@@ -99,16 +99,19 @@ def growth_scores(plan: Plan, x: jax.Array, packed: PackedBlocks,
                   cotangent: jax.Array) -> jax.Array:
   """float32[grid]: each tile of the dense gradient, reduced to a number.
 
-  The gradient is made and dropped a tile at a time; over several devices a
-  row of tiles, which is what they sum. By a kernel, or over several devices,
-  the scores have no derivative.
+  The gradient is made and dropped a row of tiles at a time, which is what
+  several devices sum. By a kernel, or over several devices, the scores have no
+  derivative.
   """
   static = packed.grid[0], packed.block, packed.reduce, packed.dtype
   loop = functools.partial(tiles.scores_loop, static)
+
+  def split(rows, *args):
+    return loop(*args, total=lambda grad: lax.psum(grad, rows))
+
   product = _Product(
       loop, loop, functools.partial(_scores_kernel, static),
-      lambda *_: (None, None), splitting.Layout('xy', 's'),
-      lambda rows, *args: splitting.growth_scores(rows, static, *args))
+      lambda *_: (None, None), splitting.Layout('xy', 's'), split)
   return _run(product, plan, x.astype(cotangent.dtype), cotangent)
 
 

@@ -46,8 +46,8 @@ def matmul(x: jax.Array, packed: PackedBlocks, *,
     x: float[..., in].
     packed: PackedBlocks of a matrix [in, out]. If its leaf `growth` is there,
       the gradient of that leaf is the score of every block of the dense
-      gradient, which is made and dropped a block at a time. A weight that is
-      used several times gets the sum of the scores.
+      gradient, which is made and dropped in parts. A weight that is used
+      several times gets the sum of the scores.
     implementation: 'loop' goes through the blocks, a few at a time, 'batched'
       multiplies all at once, which takes memory for the inputs of every
       block, 'tpu' and 'gpu' run kernels (interpreted on a CPU). None takes

@@ -14,11 +14,9 @@ from typing import NamedTuple
 
 import jax
 from jax import lax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
-from sparse_jax.blocks import packing
 from sparse_jax.blocks import tiles
 from sparse_jax.blocks.packing import PackedBlocks
 from sparse_jax.masks import placing
@@ -113,24 +111,6 @@ def _summed(split, kind, result):
   """What each device has a part of, summed once."""
   over = {'x': split.columns, 'b': split.rows}.get(kind)
   return lax.psum(result, over) if over else result
-
-
-def growth_scores(rows: Names, static, plan: tiles.Plan, x: jax.Array,
-                  cotangent: jax.Array) -> jax.Array:
-  """As `tiles.scores_loop`, of rows on several devices.
-
-  A score is of the sum of the devices' gradients, so that these are summed,
-  one row of tiles at a time.
-  """
-  count, block, reduce, dtype = static
-
-  def row_scores(row):
-    grad = lax.psum(tiles.correlate(plan.inputs.take(x, row), cotangent),
-                    rows)
-    cut = packing.tile(grad.astype(dtype), block)
-    return packing.tile_scores(cut, reduce).astype(jnp.float32)
-
-  return lax.map(row_scores, jnp.arange(count))
 
 
 def in_types(fn: Callable[..., jax.Array], plan: tiles.Plan, x: jax.Array,

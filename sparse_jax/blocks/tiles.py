@@ -101,19 +101,20 @@ class Plan(NamedTuple):
   weights_first: bool = False  # What reads a wide cotangent; then grad x.
 
 
-def scores_loop(static, plan, x, cotangent):
-  """float32[grid]: a number for each tile of the dense gradient."""
-  rows, _, reduce, dtype = static
-  columns = cotangent.shape[1] // plan.outputs.size
+def scores_loop(static, plan, x, cotangent, total=lambda grad: grad):
+  """float32[grid]: a number for each tile of the dense gradient.
 
-  def tile_score(row, column):
-    grad = correlate(plan.inputs.take(x, row),
-                     plan.outputs.take(cotangent, column))
-    return packing.tile_scores(grad.astype(dtype), reduce).astype(jnp.float32)
+  The gradient is made and dropped a row of tiles at a time. `total` sums a row
+  over devices that have a part of the rows of `x` each.
+  """
+  count, block, reduce, dtype = static
 
-  row_scores = lambda row: lax.map(lambda column: tile_score(row, column),
-                                   jnp.arange(columns))
-  return lax.map(row_scores, jnp.arange(rows))
+  def row_scores(row):
+    grad = total(correlate(plan.inputs.take(x, row), cotangent))
+    cut = packing.tile(grad.astype(dtype), block)
+    return packing.tile_scores(cut, reduce).astype(jnp.float32)
+
+  return lax.map(row_scores, jnp.arange(count))
 
 
 def multiply_loop(plan, x, blocks, rows, columns):
