@@ -33,6 +33,7 @@ _BATCH = flags.DEFINE_integer('batch', 256, 'Sequences of a step.')
 _LENGTH = flags.DEFINE_integer('length', 512, 'Tokens of a sequence.')
 _WIDTH = flags.DEFINE_integer('width', 1024, 'Of the model; 4 times in the '
                               'middle.')
+_HEADS = flags.DEFINE_integer('heads', 8, 'Of attention.')
 _LAYERS = flags.DEFINE_integer('layers', 8, 'Of the transformer.')
 _BLOCK = flags.DEFINE_integer('block', 256, 'Sides of a block.')
 _SPARSITY = flags.DEFINE_float('sparsity', .9, 'Of the blocks.')
@@ -49,7 +50,7 @@ class Transformer(nn.Module):
     layers = nn.scan(nn.remat(timing.TransformerLayer, prevent_cse=False),
                      variable_axes={'params': 0}, split_rngs={'params': True},
                      length=_LAYERS.value)
-    return layers(jnp.bfloat16, name='layers')(x, None)[0]
+    return layers(jnp.bfloat16, _HEADS.value, name='layers')(x, None)[0]
 
 
 def methods() -> dict[str, sparse_jax.SparseMethod]:

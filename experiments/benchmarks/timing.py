@@ -71,13 +71,15 @@ class TransformerLayer(nn.Module):
   """Attention and a network, of Flax's own parts, that know of no packing."""
 
   dtype: jax.typing.DTypeLike = jnp.float32
+  heads: int = 8
 
   @nn.compact
   def __call__(self, x, _=None):
     width, norm, dense = x.shape[-1], *(functools.partial(
         layer, dtype=self.dtype) for layer in (nn.LayerNorm, nn.Dense))
     y = norm()(x)
-    x = x + nn.MultiHeadDotProductAttention(num_heads=8, dtype=self.dtype)(y, y)
+    x = x + nn.MultiHeadDotProductAttention(
+        num_heads=self.heads, dtype=self.dtype)(y, y)
     y = nn.gelu(dense(4 * width)(norm()(x)))
     return x + dense(width)(y), None
 
