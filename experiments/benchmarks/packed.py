@@ -3,6 +3,7 @@
   python -m experiments.benchmarks.packed --what=products
   python -m experiments.benchmarks.packed --what=sizes
   python -m experiments.benchmarks.packed --what=blocks
+  python -m experiments.benchmarks.packed --what=convolutions
   python -m experiments.benchmarks.packed --what=transformer
 
 One process, contenders in turn, medians; every figure is a ratio to the dense
@@ -25,9 +26,10 @@ from experiments import reporting
 from experiments.benchmarks import timing
 
 _WHAT = flags.DEFINE_enum(
-    'what', 'products', ['products', 'sizes', 'blocks', 'transformer'],
+    'what', 'products', ['products', 'sizes', 'blocks', 'convolutions',
+                         'transformer'],
     'Which table: all ways to multiply; packed products by density and size; '
-    'by block and sparsity; a whole training step.')
+    'by block and sparsity; kernels of 3 x 3; a whole training step.')
 _ROUNDS = flags.DEFINE_integer('rounds', 15, 'Timings of each contender.')
 _SIZE = flags.DEFINE_integer('size', 2048, 'Inputs and outputs of a layer.')
 _BATCH = flags.DEFINE_integer('batch', 512, 'Rows of the input.')
@@ -145,6 +147,27 @@ def sizes() -> list[dict]:
           for kind in ('forward', 'all three')]
 
 
+def convolutions() -> list[dict]:
+  """Kernels of 3 x 3, of (channels in and out, height and width, images)."""
+  rows, random = [], np.random.RandomState(0)
+  draw = lambda *shape: random.randn(*shape).astype(np.float32)
+  dense = lambda x, kernel: jax.lax.conv_general_dilated(
+      x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  for channels, side, images in (128, 32, 8), (256, 16, 16), (512, 8, 16):
+    kernel = draw(3, 3, channels, channels)
+    x, dy = (jnp.asarray(draw(images, side, side, channels)) for _ in range(2))
+    for block in 64, 128:
+      packed = sparse_jax.blocks.pack(kernel, block=(block, block),
+                                      sparsity=_SPARSITY.value)
+      first, ours = ratios({
+          'dense (XLA)': calls(dense, x, dy, sparse_jax.blocks.unpack(packed)),
+          'packed': calls(sparse_jax.blocks.conv, x, dy, packed)})
+      rows.append({'channels': channels, 'side': side, 'images': images,
+                   'block': block, 'blocks': packed.blocks.shape[0],
+                   'dense ms': first['forward ms'], **ours})
+  return rows
+
+
 def line(name: str, way: str, kind: str, rows: list[dict]) -> dict:
   """Milliseconds as a straight line of the number of blocks, by least squares.
 
@@ -221,7 +244,7 @@ def main(_):
       'blocks': lambda: grid([(_SIZE.value, b, s) for b in (256, 128, 64, 32,
                                                             16)
                               for s in (.5, .8, .9)]),
-      'transformer': transformer}
+      'convolutions': convolutions, 'transformer': transformer}
   print(reporting.markdown_table(tables[_WHAT.value]()))
 
 
