@@ -100,8 +100,8 @@ def sparsify(optimizer: optax.GradientTransformation,
     An Optax transformation. `update` needs `params`.
 
   Raises:
-    ValueError: if `optimizer` or `method` is none, or `update` is called
-      without `params`.
+    ValueError: if `optimizer` or `method` is none; from `update`, without
+      `params`, or where the gradients lack a parameter or are of another shape.
 
   Example:
     >>> import sparse_jax
@@ -133,6 +133,7 @@ def sparsify(optimizer: optax.GradientTransformation,
   def update_fn(grads, state, params=None, **extra_args):
     if params is None:
       raise ValueError('`params` (=None) must be given to update().')
+    updates_lib.check_grads(*map(growth_lib.without_growth, (grads, params)))
     update = functools.partial(one_update, **extra_args)
     if method.grows:
       update = sinking.conditions_first(
