@@ -140,7 +140,9 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
     column_axes: axes of an automatic mesh over which balanced blocks are split
       by columns, as of `blocks.matmul`.
     weights_first: whether gradients to packed weights come before the one to
-      their input, as of `blocks.matmul`: less memory under FSDP.
+      their input, as of `blocks.matmul`: less memory under FSDP. This and the
+      two before it are for methods that pack some leaf; `dense()` takes them
+      too, for one loop.
     trust_zeros: whether the parameters are known to be 0 wherever the method
       stores zeros, so that the forward pass need not read the masks of
       `static`, `set_`, `rigl` and the like. It is a promise that nothing
@@ -156,7 +158,8 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
     A function of the same arguments, by position or by name.
 
   Raises:
-    ValueError: if `trust_zeros` is no bool; from the result: for parameters
+    ValueError: if `trust_zeros` is no bool, or if an option of packed blocks is
+      given for a method that packs none; from the result: for parameters
       that the state was not made for; for a product that sums over other axes
       of a leaf than its structure follows.
 
@@ -179,6 +182,8 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
                      'sparse_jax.top_kast(...).')
   checks.check_bool('trust_zeros', trust_zeros)
   injection.check_options(method, operators)
+  _check_packs(method, implementation=implementation, column_axes=column_axes,
+               weights_first=weights_first)
   read = trust_zeros and method.read_stored or method.read
   if method.name == 'dense' and method.operators is None:
     return fn
@@ -209,6 +214,20 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
     return replacing.interpret(computed, (held, *arrays), 0, rule, paths)
 
   return sparse
+
+
+def _check_packs(method, **options) -> None:
+  """Raises ValueError for an option of packed blocks where there are none.
+
+  One loop may give them to dense(), which is nobody's packed run.
+  """
+  if method.pack is not None or method.name == 'dense':
+    return
+  for name, value in options.items():
+    if value not in (None, False, (), []):
+      raise ValueError(f'`{name}` (={value!r}) is of packed blocks, and '
+                       f'`method` (={method.name}) packs none: use '
+                       'packed(method), or leave it out.')
 
 
 def _first_of(fn, args, kwargs):

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from sparse_jax import checks
-
 from sparse_jax import trees
 from sparse_jax.rules import losses
 from sparse_jax.rules import slots as slots_lib
@@ -20,6 +19,17 @@ from sparse_jax.masks import marks as marks_lib
 from sparse_jax.rules import state as state_lib
 from sparse_jax.rules import storage
 from sparse_jax.rules import updates as updates_lib
+
+
+def _placeholder() -> type:
+  """What `optax.tree_utils.tree_map_params` initialises a state with."""
+  kinds: list[type] = []
+  optax.tree_utils.tree_map_params(
+      lambda params: kinds.append(type(params)), None, None)
+  return kinds[0]
+
+
+_PLACEHOLDER = _placeholder()
 
 
 class SparsifyState(NamedTuple):
@@ -56,6 +66,8 @@ def sparsify(optimizer: optax.GradientTransformation,
 
   Whatever scales or changes updates outside of it breaks exact zeros, so
   `sparsify` goes outermost; `MultiSteps` and `apply_if_finite` are fine.
+  `optax.tree_utils.tree_map_params` maps the slots of the optimizer; all that
+  is the method's it takes for one value that is no parameter.
 
   Adam, and whatever else has one count beside its means of squares, divides
   an entry that has just entered by a root that is far too small: the count is
@@ -88,8 +100,8 @@ def sparsify(optimizer: optax.GradientTransformation,
     An Optax transformation. `update` needs `params`.
 
   Raises:
-    ValueError: if `optimizer` or `method` is none, or `update` is called
-      without `params`.
+    ValueError: if `optimizer` or `method` is none; from `update`, without
+      `params`, or where the gradients lack a parameter or are of another shape.
 
   Example:
     >>> import sparse_jax
@@ -112,6 +124,8 @@ def sparsify(optimizer: optax.GradientTransformation,
   optimizer = optax.with_extra_args_support(optimizer)
 
   def init_fn(params):
+    if isinstance(params, _PLACEHOLDER):  # All of the method's is no parameter.
+      return SparsifyState(method.name, optimizer.init(params))
     sparse = state_lib.first_state(method, params, key)
     own = growth_lib.without_growth(params)
     return SparsifyState(sparse, optimizer.init(own))
@@ -119,6 +133,7 @@ def sparsify(optimizer: optax.GradientTransformation,
   def update_fn(grads, state, params=None, **extra_args):
     if params is None:
       raise ValueError('`params` (=None) must be given to update().')
+    updates_lib.check_grads(*map(growth_lib.without_growth, (grads, params)))
     update = functools.partial(one_update, **extra_args)
     if method.grows:
       update = sinking.conditions_first(
@@ -137,8 +152,8 @@ def sparsify(optimizer: optax.GradientTransformation,
     marks = storage.entry_marks(sparse, like=params)
     grads, fresh = _mask(grads, marks), optimizer.init(params)
     updates, new_slots = optimizer.update(
-        grads, _fresh_outside(slots, fresh, params, sparse, marks), params,
-        **extra_args)
+        grads, slots_lib.fresh_outside(slots, fresh, params, sparse, marks),
+        params, **extra_args)
     known = slots_lib.corrected(params, slots)
     if bound_grown and known and method.grows and method.resets is None:
       first, _ = optimizer.update(
@@ -333,27 +348,6 @@ def _where_masked(masks, tree, other):
     return leaf if mask is None else jnp.where(mask, leaf, other_)
 
   return trees.map_leaves(mask, tree, masks)
-
-
-def _fresh_outside(slots, fresh, params, sparse, marks):
-  """Slots of entries that are or were outside B as `optimizer.init` makes them.
-
-  So an entry that enters B starts anew, whatever the optimizer keeps or adds
-  outside B (weight decay reaches momentum there). Before the step, not after
-  it: XLA then reads and writes each slot once.
-  """
-  levels = trees.leaves_by_path(marks)
-
-  def visit(path, slot, new):
-    own = levels.get(path)
-    if not marks_lib.is_marked(own):
-      return slot
-    inside = jnp.where(sparse.refreshed_at(path),
-                       marks_lib.stays_backward(own),
-                       marks_lib.backward_mask(own))
-    return jnp.where(inside, slot, new)
-
-  return slots_lib.map_slots(visit, params, slots, fresh)
 
 
 def _bounded(updates, first, grads, marks, known):

@@ -158,6 +158,38 @@ class MaskedWeightTest(parameterized.TestCase):
     np.testing.assert_allclose(jax.jit(hvp(loss))(weight),
                                jax.jit(hvp(plain))(weight), atol=1e-5)
 
+  def test_forward_derivatives_follow_the_rule_of_the_gradient(self):
+    weight, inner, outer, x, dy = problem()
+    fn = lambda w: backward.masked_weight(w, inner, outer)
+    ones = jnp.ones_like(weight)
+    for got in (jax.jvp(fn, (weight,), (ones,)),
+                (fn(weight), jax.linearize(fn, weight)[1](ones))):
+      np.testing.assert_array_equal(got[0], np.where(inner, weight, 0))
+      np.testing.assert_array_equal(got[1], outer)
+    loss = lambda w: jnp.vdot(sparse_layer(w, inner, outer, x), dy)
+    np.testing.assert_allclose(  # Another order of summation.
+        jax.jvp(loss, (weight,), (ones,))[1], jax.grad(loss)(weight).sum(),
+        rtol=1e-5)
+
+  def test_second_derivatives_in_any_order(self):
+    weight, inner, outer, x, dy = problem()
+    loss = lambda w: jnp.vdot(sparse_layer(w, inner, outer, x), dy)
+    along = jnp.cos(weight)
+    reverse = jax.grad(lambda w: jnp.vdot(jax.grad(loss)(w), along))(weight)
+    for product in (
+        jax.jvp(jax.grad(loss), (weight,), (along,))[1],
+        jax.grad(lambda w: jax.jvp(loss, (w,), (along,))[1])(weight),
+        jnp.einsum('ijkl,kl', jax.hessian(loss)(weight), along)):
+      np.testing.assert_allclose(product, reverse, atol=1e-5)
+
+  def test_backward_pass_keeps_the_mask_as_it_is_given(self):
+    """In a scan over layers one spread to the weight would stack up."""
+    weight, _, _, _, _ = problem()
+    full = jnp.ones((1, 1), bool)
+    pull = jax.vjp(lambda w: backward.masked_weight(w, full, full), weight)[1]
+    self.assertLess(max(leaf.size for leaf in jax.tree.leaves(pull)),
+                    weight.size)
+
 
 if __name__ == '__main__':
   absltest.main()

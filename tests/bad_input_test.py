@@ -4,6 +4,7 @@ import re
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -285,6 +286,45 @@ class PartTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, '`params` '):
         part.update(PARAMS, part.init(PARAMS),
                     **{name: PARAMS for name in masks})
+
+  @parameterized.named_parameters(
+      ('none', None, "no leaf 'a/bias'"),
+      ('list', [jnp.ones((4, 6)), jnp.ones(6)],
+       "(a list) has no leaf 'a/bias'"),
+      ('leaf_is_none', {'a': {'bias': None}}, "no leaf 'a/bias'"),
+      ('leaf_is_missing', {'a': {'bias': jnp.ones(6)}}, "no leaf 'a/kernel'"),
+      ('leaf_is_one_more', {'b': jnp.ones(2)}, "has ['b']"),
+      ('shape', {'a': {'bias': jnp.ones(6), 'kernel': jnp.ones((4, 1))}},
+       "shape (4, 1) at 'a/kernel', where the parameter is of shape (4, 6)"),
+      ('examples', {'a': {'bias': jnp.ones((2, 6)),
+                          'kernel': jnp.ones((2, 4, 6))}},
+       "shape (2, 6) at 'a/bias', where the parameter is of shape (6,)"),
+      ('integers', {'a': {'bias': jnp.ones(6, int),
+                          'kernel': jnp.ones((4, 6))}}, "int32 at 'a/bias'"),
+      ('no_gradient', {'a': {'bias': np.zeros(6, jax.dtypes.float0),
+                             'kernel': jnp.ones((4, 6))}}, "at 'a/bias'"),
+      ('complex', {'a': {'bias': jnp.ones(6), 'kernel': jnp.ones((4, 6)) * 1j}},
+       "complex64 at 'a/kernel', where the parameter is of float32"))
+  def test_gradients_of_other_parameters_are_named(self, grads, message):
+    params = {'a': {'kernel': jnp.ones((4, 6)), 'bias': jnp.ones(6)}}
+    if isinstance(grads, dict) and 'b' in grads:
+      grads = params | grads
+    for name in ('static', 'rigl', 'top_kast'):
+      tx = sparse_jax.sparsify(optax.adam(.1), METHODS[name]())
+      with self.assertRaisesRegex(ValueError, '`grads` .*' + re.escape(
+          message)):
+        jax.eval_shape(tx.update, grads, tx.init(params), params)
+
+  def test_gradients_in_other_containers_are_named(self):
+    tx = sparse_jax.sparsify(optax.adam(.1), METHODS['static']())
+    with self.assertRaisesRegex(ValueError, '`grads` .a FrozenDict.*a dict'):
+      tx.update(flax.core.freeze(PARAMS), tx.init(PARAMS), PARAMS)
+
+  def test_gradients_of_another_precision_pass(self):
+    tx = sparse_jax.sparsify(optax.adam(.1), METHODS['rigl']())
+    half = {'w': PARAMS['w'].astype(jnp.bfloat16)}
+    for params, grads in ((PARAMS, half), (half, PARAMS)):
+      jax.eval_shape(tx.update, grads, tx.init(params), params)
 
   @parameterized.parameters('yes', None, 2)
   def test_a_penalty_that_is_no_bool_is_named(self, value):

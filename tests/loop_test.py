@@ -146,6 +146,24 @@ class WithMethodTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'trust_zeros.*1'):
       sparse_jax.with_method(lambda p: p, STATIC, state, trust_zeros=1)
 
+  @parameterized.parameters(('implementation', 'batched', None),
+                            ('column_axes', ('model',), ()),
+                            ('weights_first', True, False))
+  def test_options_of_blocks_are_for_methods_that_pack(self, name, value,
+                                                       default):
+    """A masked run must not pass for one of the blocks' kernels."""
+    masked = sparse_jax.group({'v': STATIC, 'w': sparse_jax.static(.5)})
+    for method in (STATIC, masked, sparse_jax.powerprop(STATIC)):
+      state = method.init({'v': jnp.ones((8, 8)), 'w': jnp.ones((8, 8))})
+      sparse_jax.with_method(lambda p: p, method, state, **{name: default})
+      with self.assertRaisesRegex(ValueError, f'`{name}` .={value!r}'.replace(
+          '(', '.').replace(')', '.')):
+        sparse_jax.with_method(lambda p: p, method, state, **{name: value})
+    packed = sparse_jax.packed(STATIC)
+    for method in (packed, sparse_jax.powerprop(packed), sparse_jax.dense(),
+                   sparse_jax.group({'v': packed, 'w': STATIC})):
+      sparse_jax.with_method(lambda p: p, method, state, **{name: value})
+
   def test_all_arguments_may_be_given_by_name(self):
     params, state = begun(STATIC, {'w': normal(8, 8)})
     apply = sparse_jax.with_method(lambda params, *, variables: (

@@ -825,6 +825,29 @@ class WeightTest(parameterized.TestCase):
         want = np.where(backward, read - np.asarray(target[path]), 0)
         np.testing.assert_array_equal(new.grads[path], want)
 
+  def test_forward_derivatives_are_along_the_gradient(self):
+    """jax.jvp, for Hessian-vector products and line searches."""
+    target = fake_batch(fake_params(), 1)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def derivatives(starts):
+      found = {}
+      for name, (params, state) in starts.items():
+        loss = lambda p: quadratic(METHODS[name]().read(p, state), target)
+        along = jax.tree.map(jnp.cos, params)
+        grads = jax.grad(loss)(params)
+        found[name] = (jax.jvp(loss, (params,), (along,))[1], sum(
+            jax.tree.leaves(jax.tree.map(jnp.vdot, grads, along))))
+        jax.jvp(jax.grad(loss), (params,), (along,))
+      return found
+
+    starts = {name: (params, METHODS[name]().init(params)) for name, params in
+              ((name, METHODS[name]().parametrize(fake_params()))
+               for name in METHODS)}
+    for name, (forward, reverse) in derivatives(starts).items():
+      # Another order of summation.
+      np.testing.assert_allclose(forward, reverse, rtol=1e-5, err_msg=name)
+
   @parameterized.parameters(*SPARSE)
   def test_refresh_is_what_the_update_does_to_parameters_and_masks(self, name):
     """The visible parts, put together by hand, give the run of `sparsify`."""

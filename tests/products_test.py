@@ -37,6 +37,14 @@ def bent(x):
 bent.defjvp(lambda primals, tangents: (bent(*primals), tangents[0]))
 
 
+@jax.custom_vjp
+def held(x):
+  return x * 2
+
+
+held.defvjp(lambda x: (held(x), None), lambda _, cotangent: (cotangent,))
+
+
 def stacked(p, x):
   return lax.scan(lambda x, w: (x @ w, None), x, p['stack'])[0]
 
@@ -90,8 +98,9 @@ class ProvenanceTest(parameterized.TestCase):
        @ p['w']),
       ('of rows that are learnt', lambda p, x: jnp.broadcast_to(
           p['table'], (7, 9, 6)) @ p['w']),
-      ('by a custom_vjp', lambda p, x: x @ sparse_jax.masked_weight(
+      ('through masks', lambda p, x: x @ sparse_jax.masked_weight(
           p['w'], MASK > 0, MASK > 0)),
+      ('by a custom_vjp', lambda p, x: x @ held(p['w'])),
       ('by a custom_jvp', lambda p, x: bent(bent(x) @ bent(p['w']))),
       ('in jit', lambda p, x: jax.jit(jnp.matmul)(x, p['w'])),
       ('in remat', lambda p, x: jax.checkpoint(jnp.matmul)(x, p['w'])),

@@ -86,6 +86,78 @@ def one_device_run(name):
   return jax.tree.map(np.asarray, state.sparse)
 
 
+class TreeMapParamsTest(parameterized.TestCase):
+  """Loops that build the shardings of a state from those of the parameters."""
+
+  @parameterized.named_parameters(
+      ('alone', lambda tx: tx),
+      ('chain', lambda tx: optax.chain(optax.clip(1.), tx)),
+      ('masked', lambda tx: optax.masked(tx, {'rows': True, 'columns': True,
+                                              'bias': True})),
+      ('multi_steps', lambda tx: optax.MultiSteps(
+          tx, 2).gradient_transformation()))
+  def test_slots_are_visited_and_the_method_is_no_parameter(self, outer):
+    tx = outer(sparse_jax.sparsify(optax.adamw(1e-3), METHODS['rigl']))
+    params = fake_params()
+    state = jax.eval_shape(tx.init, params)
+    same = optax.tree_utils.tree_map_params(tx, lambda slot, _: slot, state,
+                                            params)
+    self.assertEqual(jax.tree.structure(same), jax.tree.structure(state))
+    mapped = optax.tree_utils.tree_map_params(
+        tx, lambda slot, param: (slot.shape, param.shape), state, params,
+        transform_non_params=lambda node: type(node).__name__)
+    sparse, inner = next(
+        node for node in jax.tree.leaves(mapped, is_leaf=is_sparsified)
+        if is_sparsified(node))
+    self.assertEqual(sparse, 'SparseState')
+    shapes = jax.tree.map(lambda param: (param.shape, param.shape), params)
+    self.assertEqual((inner[0].mu, inner[0].nu), (shapes, shapes))
+    self.assertEqual(inner[0].count, 'ShapeDtypeStruct')
+
+  def test_state_is_laid_by_the_shardings_of_the_parameters(self):
+    tx = sparse_jax.sparsify(optax.adam(1e-3), METHODS['rigl'])
+    mesh, params = make_mesh(), fake_params()
+    specs = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+
+    def of_the_rest(node):
+      places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()),
+                            node)
+      if not isinstance(node, sparse_jax.SparseState):
+        return places
+      return places._replace(marks=trees.map_leaves(
+          lambda path, _: specs[path], node.marks))
+
+    state = jax.eval_shape(tx.init, params)
+    places = optax.tree_utils.tree_map_params(
+        tx, lambda _, spec: spec, state, specs,
+        transform_non_params=of_the_rest)
+    self.assertEqual(jax.tree.structure(places), jax.tree.structure(state))
+    state = jax.jit(tx.init, out_shardings=places)(placed(params, mesh))
+    step = jax.jit(tx.update, out_shardings=(specs, places))
+    _, state = step(placed(params, mesh), state, placed(params, mesh))
+    for tree in (state.sparse.marks, state.inner[0].mu):
+      self.assertEqual(tree['columns'].sharding.spec, SPECS['columns'])
+
+  @parameterized.named_parameters(
+      ('static', lambda block: sparse_jax.static(.5, structure=block)),
+      ('rigl', lambda block: sparse_jax.rigl(.5, structure=block)),
+      ('top_kast', lambda block: sparse_jax.top_kast(
+          .75, backward_sparsity=.5, structure=block)))
+  def test_slots_of_blocks_are_visited(self, make):
+    method = sparse_jax.packed(make(sparse_jax.Block((4, 4))))
+    tx = sparse_jax.sparsify(optax.adam(1e-3), method)
+    params, state = sparse_jax.start(tx, method, fake_params())
+    own = sparse_jax.blocks.without_growth(params)
+    mapped = optax.tree_utils.tree_map_params(
+        tx, lambda slot, param: slot + param, state, own)
+    jax.tree.map(np.testing.assert_array_equal, mapped.inner[0].mu, own)
+    jax.tree.map(np.testing.assert_array_equal, mapped.sparse, state.sparse)
+
+
+def is_sparsified(node):
+  return isinstance(node, sparse_jax.transforms.SparsifyState)
+
+
 class DataParallelTest(parameterized.TestCase):
 
   def test_masks_and_loss_are_those_of_one_device(self):

@@ -1,10 +1,12 @@
 """A weight read through one mask, its gradient sent through another."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def masked_weight(weight: jax.Array, forward_mask: jax.Array,
                   backward_mask: jax.Array) -> jax.Array:
   """The weight with zeros outside A, whose gradient is zero outside B.
@@ -12,7 +14,8 @@ def masked_weight(weight: jax.Array, forward_mask: jax.Array,
   Forward: weight on A, 0 elsewhere. Backward: the cotangent on B, 0
   elsewhere, so that entries of B outside A get the gradient that their zero
   would get. The product that follows sees only A, so the gradient to its
-  other operand depends on A alone.
+  other operand depends on A alone. Derivatives forward (`jax.jvp`,
+  `jax.linearize`) follow the same rule: the tangent on B, 0 elsewhere.
 
   Law: with both masks full it is the identity, and so is its gradient.
 
@@ -40,16 +43,12 @@ def masked_weight(weight: jax.Array, forward_mask: jax.Array,
   return jnp.where(forward_mask, weight, jnp.zeros((), weight.dtype))
 
 
-def _masked_weight_forward(weight, forward_mask, backward_mask):
-  # Not masked_weight itself: Hessian-vector products differentiate this rule
-  # forward, which a custom_vjp function does not allow.
-  zero = jnp.zeros((), weight.dtype)
-  return jnp.where(forward_mask, weight, zero), backward_mask
+# As the backward pass keeps the mask as it is given, not spread to the weight.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _on(mask, tangent):
+  return jnp.where(mask, tangent, jnp.zeros((), tangent.dtype))
 
 
-def _masked_weight_backward(backward_mask, cotangent):
-  zero = jnp.zeros((), cotangent.dtype)
-  return jnp.where(backward_mask, cotangent, zero), None, None
-
-
-masked_weight.defvjp(_masked_weight_forward, _masked_weight_backward)
+@masked_weight.defjvp
+def _masked_weight_jvp(primals, tangents):
+  return masked_weight(*primals), _on(primals[2], tangents[0])

@@ -166,22 +166,20 @@ def _divide(grad: jax.Array, slope: jax.Array) -> jax.Array:
   return jnp.where(slope > 0, wide / safe, 0).astype(grad.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _power_leaf(alpha, least, theta, inside):
   """w of theta. The gradient passes unscaled outside B, to rank growth."""
   del least, inside
   return _power(theta, alpha)
 
 
-def _power_leaf_forward(alpha, least, theta, inside):
-  del least
-  return _power(theta, alpha), (theta, inside)
+@_power_leaf.defjvp
+def _power_leaf_jvp(alpha, least, primals, tangents):
 
+  # So that a backward pass keeps theta, not the slope beside it.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def scale(theta, inside, tangent):
+    slope = jnp.where(inside, _slope(theta, alpha, least), 1)
+    return tangent * slope.astype(tangent.dtype)
 
-def _power_leaf_backward(alpha, least, residuals, cotangent):
-  theta, inside = residuals
-  slope = jnp.where(inside, _slope(theta, alpha, least), 1)
-  return (cotangent * slope.astype(cotangent.dtype)), None
-
-
-_power_leaf.defvjp(_power_leaf_forward, _power_leaf_backward)
+  return _power_leaf(alpha, least, *primals), scale(*primals, tangents[0])

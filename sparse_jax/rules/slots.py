@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax import trees
+from sparse_jax.masks import marks as marks_lib
+from sparse_jax.rules import state as state_lib
 
 # Fields of running means of squares, whose bias a count corrects.
 _SQUARES = ('nu', 'v')
@@ -32,6 +34,28 @@ def map_slots(fn: Callable[..., Any], params: trees.PyTree, slots: Any,
     return slot if owner is None else fn(owner, slot, new)
 
   return jax.tree.map_with_path(visit, slots, fresh)
+
+
+def fresh_outside(slots: Any, fresh: Any, params: trees.PyTree,
+                  sparse: state_lib.SparseState, marks: trees.PyTree) -> Any:
+  """Slots of entries that are or were outside B as `optimizer.init` makes them.
+
+  So an entry that enters B starts anew, whatever the optimizer keeps or adds
+  outside B (weight decay reaches momentum there). Before the step, not after
+  it: XLA then reads and writes each slot once.
+  """
+  levels = trees.leaves_by_path(marks)
+
+  def visit(path, slot, new):
+    own = levels.get(path)
+    if not marks_lib.is_marked(own):
+      return slot
+    inside = jnp.where(sparse.refreshed_at(path),
+                       marks_lib.stays_backward(own),
+                       marks_lib.backward_mask(own))
+    return jnp.where(inside, slot, new)
+
+  return map_slots(visit, params, slots, fresh)
 
 
 def renewed(params: trees.PyTree, slots: Any, fresh: Any,

@@ -43,6 +43,36 @@ class Seen(NamedTuple):
     return jax.tree.map(apply_update, self.params, self.updates)
 
 
+def check_grads(grads: trees.PyTree, params: trees.PyTree) -> None:
+  """Raises ValueError where the gradients are not those of the parameters.
+
+  Floating gradients may have another precision than their parameters.
+  """
+  given = trees.leaves_by_path(grads)
+  for path, param in trees.leaves_by_path(params).items():
+    if path not in given:
+      raise ValueError(f'`grads` (a {type(grads).__name__}) has no leaf '
+                       f'{path!r}, which is one of the parameters.')
+    grad, shape = given.pop(path), tuple(np.shape(param))
+    if np.shape(grad) != shape:
+      raise ValueError(f'`grads` has an array of shape {np.shape(grad)} at '
+                       f'{path!r}, where the parameter is of shape {shape}.')
+    kind, own = (jax.dtypes.result_type(leaf) for leaf in (grad, param))
+    inexact = jnp.issubdtype(own, jnp.inexact)
+    allowed = jnp.floating if jnp.issubdtype(own, jnp.floating) else jnp.inexact
+    if inexact and not jnp.issubdtype(kind, allowed):
+      raise ValueError(f'`grads` has an array of {kind} at {path!r}, where the '
+                       f'parameter is of {own}.')
+  if given:
+    raise ValueError(f'`grads` has {sorted(given)}, where there are no '
+                     'parameters.')
+  structure: Any = jax.tree.structure(params)
+  if structure != jax.tree.structure(grads):
+    raise ValueError(f'`grads` (a {type(grads).__name__}) must be of the '
+                     f'structure of `params` (a {type(params).__name__}), with '
+                     'the same containers, as jax.grad gives them.')
+
+
 def apply_update(param: jax.Array, update: jax.Array) -> jax.Array:
   """p + u as `optax.apply_updates` stores it, 16-bit rounding included.
 
