@@ -21,15 +21,15 @@ from sparse_jax.rules import storage
 from sparse_jax.rules import updates as updates_lib
 
 
-def _placeholder() -> type:
+def _placeholders() -> tuple[type, ...]:
   """What `optax.tree_utils.tree_map_params` initialises a state with."""
   kinds: list[type] = []
   optax.tree_utils.tree_map_params(
       lambda params: kinds.append(type(params)), None, None)
-  return kinds[0]
+  return tuple(kinds)
 
 
-_PLACEHOLDER = _placeholder()
+_PLACEHOLDERS = _placeholders()
 
 
 class SparsifyState(NamedTuple):
@@ -124,7 +124,7 @@ def sparsify(optimizer: optax.GradientTransformation,
   optimizer = optax.with_extra_args_support(optimizer)
 
   def init_fn(params):
-    if isinstance(params, _PLACEHOLDER):  # All of the method's is no parameter.
+    if isinstance(params, _PLACEHOLDERS):  # The method's state is no parameter.
       return SparsifyState(method.name, optimizer.init(params))
     sparse = state_lib.first_state(method, params, key)
     own = growth_lib.without_growth(params)
