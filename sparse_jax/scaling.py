@@ -20,6 +20,11 @@ class Scales(NamedTuple):
   """Factors of what was tuned on a dense network of the base's width.
 
   `supar` makes them and says where each goes.
+
+  Example:
+    >>> scales = supar({'kernel': np.ones((8, 8))}, {'kernel': .25})
+    >>> scales.init, scales.learning_rate, scales.output
+    ({'kernel': 2.0}, {'kernel': 4.0}, 1.0)
   """
 
   init: trees.PyTree  # float, of the standard deviation of the first weights.

@@ -36,7 +36,18 @@ class Row(NamedTuple):
 
 
 class Summary(NamedTuple):
-  """The rows of a model's leaves, and their total over the sparse leaves."""
+  """The rows of a model's leaves, and their total over the sparse leaves.
+
+  `summarize` makes it; `print(summary)` shows it as a table.
+
+  Example:
+    >>> row = Row('kernel', (4, 8), entries=32, sparse=True,
+    ...           forward_density=.25, backward_density=.5, churn=0.,
+    ...           ever_active=.25, collapsed=True)
+    >>> table = Summary((row,), row._replace(path='total', shape=()))
+    >>> table.sparsity, table.effective_sparsity, table.collapsed
+    (0.75, None, ('kernel',))
+  """
 
   rows: tuple[Row, ...]  # A leaf each, in the order of their paths.
   total: Row  # Over the sparse leaves.

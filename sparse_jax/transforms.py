@@ -33,7 +33,15 @@ _PLACEHOLDERS = _placeholders()
 
 
 class SparsifyState(NamedTuple):
-  """State of `sparsify`; `get_state` finds its first part in any nesting."""
+  """State of `sparsify`; `get_state` finds its first part in any nesting.
+
+  Example:
+    >>> import sparse_jax
+    >>> tx = sparsify(optax.sgd(.1), sparse_jax.static(.75))
+    >>> state = tx.init({'kernel': jnp.ones((4, 4))})
+    >>> int(state.sparse.step), int(sparse_jax.get_state(state).step)
+    (0, 0)
+  """
 
   sparse: state_lib.SparseState  # The method's: masks, step, key.
   inner: Any  # The state of the optimizer inside.

@@ -37,7 +37,15 @@ _OTHER = 'other products'
 
 
 class FlopCount(NamedTuple):
-  """FLOPs of a function's products, by the parameter that each uses."""
+  """FLOPs of a function's products, by the parameter that each uses.
+
+  Example:
+    >>> count = count_flops(lambda p, x: jnp.tanh(x @ p['a']) @ p['b'],
+    ...                     {'a': jnp.ones((3, 4)), 'b': jnp.ones((4, 2))},
+    ...                     jnp.ones((1, 3)), convention='multiply_adds')
+    >>> count.forward, count.unattributed, count.total
+    ({'a': 12, 'b': 8}, 0, 20)
+  """
 
   convention: str  # 'multiply_adds' or 'rigl'.
   products: tuple[Product, ...]  # As `find_products` lists them.
@@ -94,7 +102,10 @@ class LayerCost(NamedTuple):
 
 
 class TrainingCost(NamedTuple):
-  """FLOPs of a training step, layer by layer, and against dense training."""
+  """FLOPs of a training step, layer by layer, and against dense training.
+
+  `training_cost` makes it and has an example; `print(cost)` shows a table.
+  """
 
   convention: str  # That of the FlopCount.
   layers: tuple[LayerCost, ...]  # FLOPs of the three passes, leaf by leaf.
@@ -250,6 +261,8 @@ def training_cost(flops: FlopCount,
 
 def theoretical_speedup(reduction: float) -> float:
   """1 / (1 - reduction): how much faster, if time followed FLOPs.
+
+  Raises ValueError unless the reduction is in [0, 1).
 
   Example:
     >>> round(theoretical_speedup(0.67), 2)

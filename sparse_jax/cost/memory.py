@@ -15,7 +15,13 @@ from sparse_jax.jaxprs import products
 
 
 class MemoryCost(NamedTuple):
-  """Bytes that training holds on the device between its passes."""
+  """Bytes that training holds on the device between its passes.
+
+  Example:
+    >>> cost = MemoryCost(weights=400, slots=800, saved_activations=300)
+    >>> cost.total
+    1500
+  """
 
   weights: int  # Bytes, as all three.
   slots: int  # The optimizer's state, a sparse method's included.

@@ -35,7 +35,14 @@ class Operand(NamedTuple):
 
 
 class Product(NamedTuple):
-  """A matrix product or convolution of a function."""
+  """A matrix product or convolution of a function.
+
+  Example:
+    >>> product, = find_products(lambda p, x: x @ p['w'].T,
+    ...                          {'w': jnp.ones((4, 3))}, jnp.ones((2, 3)))
+    >>> product.path, product.weight, product.shape, product.multiply_adds
+    ('w', 'rhs', (2, 4), 24)
+  """
 
   primitive: str  # Its name in the jaxpr, such as 'dot_general'.
   lhs: Operand

@@ -43,9 +43,12 @@ def replace_products(fn: Callable[..., Any], rule: Rule, *,
     params_argnum: which argument is the tree of parameters.
 
   Returns:
-    A function of the same arguments. It raises ValueError if one of `paths`
-    is no parameter, if the rule's result does not fit, or if a product is out
-    of reach (inside a kernel, say).
+    A function of the same arguments.
+
+  Raises:
+    ValueError: if `rule` is no function. When called, the result raises it if
+      one of `paths` is no parameter, if the rule's result does not fit, or if
+      a product is out of reach (inside a kernel, say).
 
   Example:
     >>> def half(path, product, lhs, rhs):

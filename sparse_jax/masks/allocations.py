@@ -32,6 +32,9 @@ def uniform(shapes: Shapes, sparsity: float) -> dict[trees.Path, float]:
   Returns:
     `{path: sparsity}` with the keys of `shapes`.
 
+  Raises:
+    ValueError: if `sparsity` is not in [0, 1).
+
   Example:
     >>> uniform({'a': (2, 4), 'b': (3, 6)}, 0.5)
     {'a': 0.5, 'b': 0.5}
@@ -79,6 +82,9 @@ def erk(shapes: Shapes, sparsity: float, *, power_scale: float = 1.
 
   Returns:
     `{path: sparsity}` with the keys of `shapes`.
+
+  Raises:
+    ValueError: naming the argument that is out of range.
 
   Example:
     >>> shapes = {'a': (2, 4), 'b': (3, 6), 'c': (2, 4, 6)}

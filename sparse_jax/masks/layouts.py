@@ -14,7 +14,16 @@ from sparse_jax.masks import topk
 
 
 class Layout(NamedTuple):
-  """How the entries of one leaf form groups that compete."""
+  """How the entries of one leaf form groups that compete.
+
+  Example:
+    >>> tiles = layout((4, 6), structure=structures.Block((2, 2)))
+    >>> tiles.group_shape, tiles.rivals, tiles.keep_count(.5)
+    ((2, 3), 6, 3)
+    >>> sums = tiles.group(jnp.arange(24.).reshape(4, 6))
+    >>> tiles.spread(tiles.top(sums, 1)).sum(0).tolist()  # Its two columns.
+    [0, 0, 0, 0, 2, 2]
+  """
 
   shape: tuple[int, ...]  # Of the leaf.
   stacked: tuple[int, ...]  # Axes that stack layers; each slice on its own.

@@ -11,7 +11,7 @@ Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
 def constant(value: float) -> Schedule:
-  """The same value at every step, a float32[].
+  """The same value at every step (int or int32[...]), a float32[...].
 
   Example:
     >>> float(constant(0.5)(100))
@@ -71,6 +71,9 @@ def cosine_drop(fraction: float, *, end: int) -> Schedule:
 
   Returns:
     A function from a step (int or int32[]) to a fraction (float32[]).
+
+  Raises:
+    ValueError: naming the argument that is out of range.
 
   Example:
     >>> drop = cosine_drop(0.3, end=100)

@@ -28,6 +28,21 @@ class Structure(Protocol):
   (NM); `group_size(view_shape)`, the entries of its largest group, if groups
   are not all equal; `check()`, which raises ValueError for a bad field;
   `pads = False`, if `group` adds no groups of NaN at an edge, as NM does.
+  A view is a leaf as a matrix: the axes that stack layers, rows, columns.
+
+  Example:
+    >>> import sparse_jax
+    >>> class Rows:  # All weights of an input are kept or dropped together.
+    ...   def group(self, scores, stacked):
+    ...     return scores.sum(-1)
+    ...   def spread(self, groups, shape):
+    ...     return jnp.broadcast_to(groups[..., None], shape)
+    ...   def competing(self, ndim, stacked):
+    ...     return (ndim - 1,)
+    >>> scores = jnp.array([[2., 2.], [0., 3.]])
+    >>> sparse_jax.make_mask(scores, .5, structure=Rows()).astype(int)
+    Array([[1, 1],
+           [0, 0]], dtype=int32)
   """
 
   def group(self, scores: jax.Array, stacked: int) -> jax.Array:
@@ -74,6 +89,9 @@ class Block:
     reduce: 'sum' or 'max' of the scores in a tile is the tile's score.
     balanced: whether every column of tiles keeps the same number, so that
       none is empty and shards of columns have equal work.
+
+  Raises:
+    ValueError: naming a bad field, by what the structure is given to.
 
   Example:
     >>> scores = jnp.array([[.5, .5, .9, 0, .6, .6], [.5, .5, .1, 0, .1, .1]])
@@ -137,6 +155,9 @@ class NM:
     m: the size of a group. A last group cut short keeps n of what it has.
     axis: an axis of the matrix view; -2 are the rows, the axis that the
       product sums over and that sparse hardware needs.
+
+  Raises:
+    ValueError: naming a bad field, by what the structure is given to.
 
   Example:
     >>> import sparse_jax

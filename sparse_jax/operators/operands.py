@@ -30,6 +30,19 @@ class Operands(NamedTuple):
     backward_activation: of x in dW.
     output_gradient: of dy in dX and dW.
 
+  Raises:
+    ValueError: naming a sparsity outside [0, 1), by the operators.
+
+  Example:
+    >>> import sparse_jax
+    >>> einsum = sparse_jax.operators.sparse_einsum(
+    ...     Operands(backward_activation=.5))
+    >>> x, w = jnp.array([[1., 9.]]), jnp.ones((2, 1))
+    >>> einsum('bi,io->bo', x, w)  # All of x; half in the gradient of w.
+    Array([[10.]], dtype=float32)
+    >>> jax.grad(lambda w: einsum('bi,io->bo', x, w).sum())(w).ravel()
+    Array([0., 9.], dtype=float32)
+
   Reference:
     Raihan and Aamodt, SWAT, 2020, https://arxiv.org/abs/2001.01969,
     equations 1 to 3. Sun et al., meProp, 2017,

@@ -80,6 +80,16 @@ class Sites(NamedTuple):
   """The common keywords of every method: which leaves, groups and sparsities.
 
   They are explained at `static`. `leaves(params)` gives the `Leaf` of each.
+  `make_method` checks them; `checked()` raises ValueError naming a bad one.
+
+  Example:
+    >>> sites = Sites(.75, structure=structures.Block((2, 2)),
+    ...               is_sparse={'head': False})
+    >>> leaves = sites.leaves({'head': jnp.ones((8, 2)),
+    ...                        'hidden': jnp.ones((8, 8))})
+    >>> [(path, leaf.layout.group_shape, leaf.count)
+    ...  for path, leaf in leaves.items()]
+    [('hidden', (4, 4), 4)]
   """
 
   sparsity: float
@@ -202,6 +212,13 @@ def drop_and_grow(leaf: Leaf, active: jax.Array, scores: jax.Array,
 
   Returns:
     bool of the groups' shape.
+
+  Example:
+    >>> leaf = Sites(.5).leaves({'kernel': jnp.ones((1, 4))})['kernel']
+    >>> drop_and_grow(leaf, jnp.array([[True, True, False, False]]),
+    ...               scores=jnp.array([[3., 1., 0., 0.]]),
+    ...               growth=jnp.array([[0., 0., 0., 5.]]), fraction=.5)
+    Array([[ True, False, False,  True]], dtype=bool)
 
   Reference:
     Evci et al., RigL, 2020, https://arxiv.org/abs/1911.11134, section 3. The

@@ -32,6 +32,16 @@ def make_method(rule: Rule, storage: storage_lib.Storage = storage_lib.MASKED
 
   Raises:
     ValueError: naming a bad argument of `rule.sites`.
+
+  Example:
+    >>> from sparse_jax import rules
+    >>> def choose(leaf, now):  # New random groups at every refresh.
+    ...   return leaf.top(now.random)
+    >>> method = make_method(rules.Rule(
+    ...     'shuffle', rules.Sites(.75), choose, zeros=True,
+    ...     refreshes=rules.refresh_window(10, 0, None)))
+    >>> method.work({'kernel': jnp.ones((4, 4))}, 1000)['kernel']
+    Work(forward=0.25, input_gradient=0.25, weight_gradient=0.25)
   """
   rule.sites.checked()
   window = rule.refreshes or (lambda step: False)

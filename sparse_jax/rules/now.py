@@ -22,6 +22,19 @@ class Now:
     step: int32[], updates done, this one included; 0 for the first masks.
     key: a typed key of this step.
     extra: the method's own arrays, as of `Rule.extra`.
+
+  Example:
+    >>> def choose(leaf, now):  # Half of A stays, the gradient finds the rest.
+    ...   kept = leaf.top(now.magnitudes, leaf.count // 2, among=now.active)
+    ...   return kept | leaf.top(now.gradient_magnitudes,
+    ...                          leaf.count - leaf.count // 2, among=~kept)
+    >>> weight = jnp.array([[3., 1., 0., 0.]])
+    >>> leaf = leaves_lib.Sites(.5).leaves({'w': weight})['w']
+    >>> now = Now(leaf, jnp.int32(1), jax.random.key(0), weight=weight,
+    ...           grad=jnp.array([[9., 0., 0., 5.]]),
+    ...           marks=jnp.uint8([[2, 2, 0, 0]]))
+    >>> choose(leaf, now).astype(int)  # A test of a rule, without a model.
+    Array([[1, 0, 0, 1]], dtype=int32)
   """
 
   def __init__(self, leaf: leaves_lib.Leaf, step: jax.Array, key: jax.Array, *,

@@ -78,12 +78,42 @@ class Rule(NamedTuple):
 
 
 def random_first(leaf: Leaf, now: Now) -> jax.Array:
-  """The first masks of methods that start at random, as `Rule.first`."""
+  """The first masks of methods that start at random, as `Rule.first`.
+
+  Args:
+    leaf: the leaf.
+    now: what a rule may look at; of it the step's key counts.
+
+  Returns:
+    bool of the groups' shape, `leaf.count` True in each competition.
+
+  Example:
+    >>> import sparse_jax
+    >>> rule = Rule('random', leaves_lib.Sites(.75),
+    ...             lambda leaf, now: now.active, first=random_first)
+    >>> params = {'kernel': jax.numpy.ones((4, 4))}
+    >>> method = sparse_jax.rules.make_method(rule)
+    >>> float(method.read(params, method.init(params))['kernel'].sum())
+    4.0
+  """
   return leaf.top(now.random)
 
 
 def full_first(leaf: Leaf, now: Now) -> jax.Array:
-  """The first masks of methods that start dense, as `Rule.first`."""
+  """The first masks of methods that start dense, as `Rule.first`.
+
+  Args:
+    leaf: the leaf.
+    now: not looked at.
+
+  Returns:
+    bool of the groups' shape, all True.
+
+  Example:
+    >>> leaf = leaves_lib.Sites(.75).leaves({'w': jax.numpy.ones((2, 2))})['w']
+    >>> full_first(leaf, None).tolist()
+    [[True, True], [True, True]]
+  """
   del now
   return leaf.full()
 

@@ -114,6 +114,13 @@ class Work(NamedTuple):
 
   Each is a fraction in [0, 1] of the multiply-adds of that pass with a dense
   weight: (1, 1, 1) is dense training.
+
+  Example:
+    >>> import sparse_jax
+    >>> shapes = {'kernel': jax.ShapeDtypeStruct((4, 4), jnp.float32)}
+    >>> method = sparse_jax.top_kast(.75, backward_sparsity=.5)
+    >>> method.work(shapes, 1000)['kernel']
+    Work(forward=0.25, input_gradient=0.25, weight_gradient=0.5)
   """
 
   forward: float

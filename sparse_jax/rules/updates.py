@@ -27,6 +27,17 @@ class Seen(NamedTuple):
   The weights to judge are params + updates; updates may be None for none.
   Whoever also needs the updates afterwards passes both, whoever does not
   passes their sum: XLA then writes only one of them to memory.
+
+  Example:
+    >>> def remember(seen, extra):  # As `Rule.remember`: averaged gradients.
+    ...   return jax.tree.map(lambda mean, grad: .9 * mean + .1 * grad,
+    ...                       extra, seen.grads)
+    >>> seen = Seen({'w': jnp.ones(2)}, {'w': jnp.array([-.5, .5])},
+    ...             grads={'w': jnp.array([5., -5.])})
+    >>> seen.weights()['w'].tolist()
+    [0.5, 1.5]
+    >>> remember(seen, {'w': jnp.zeros(2)})['w'].tolist()
+    [0.5, -0.5]
   """
 
   params: trees.PyTree  # As the optimizer holds them.
