@@ -17,6 +17,7 @@ import optax.contrib
 
 import sparse_jax
 from sparse_jax import trees
+from sparse_jax.rules import slots
 from tests import methods_test
 
 # The rows of the law table that are methods, not variants of one.
@@ -285,11 +286,13 @@ def clock():
 
 class SlotTest(parameterized.TestCase):
 
-  @parameterized.parameters('set_', 'rigl', 'top_kast', 'top_kast_random')
-  def test_weights_that_enter_start_with_fresh_slots(self, name):
+  @parameterized.product(
+      name=('set_', 'rigl', 'top_kast', 'top_kast_random'),
+      outer=(lambda tx: tx, optax.flatten))
+  def test_weights_that_enter_start_with_fresh_slots(self, name, outer):
     method = methods_test.METHODS[name](**(
         dict(drop_fraction=.5) if name in ('set_', 'rigl') else {}))
-    tx = sparse_jax.sparsify(clock(), method, penalty=False)
+    tx = sparse_jax.sparsify(outer(clock()), method, penalty=False)
     params = fake_params()
 
     @functools.partial(jax.jit, compiler_options=methods_test.QUICK)
@@ -340,6 +343,36 @@ class SlotTest(parameterized.TestCase):
       two = optax.apply_updates(two, updates)
       # Adam's division differs in the last place between compilations.
       np.testing.assert_allclose(one['kernel'], two['kernel'], rtol=1e-5)
+
+  def test_what_is_no_slot_is_what_entries_share(self):
+    """Nothing else may be missed, of what a later Optax brings either."""
+    params = {'a': {'kernel': jnp.ones((256, 128)), 'bias': jnp.ones(128)}}
+    shared = {}
+    for name in set(exported()) - set(EXCEPTIONS):
+      state = jax.eval_shape(build(name)[0].init, params)
+      found = slots.map_slots(lambda *_: None, params, state, state)
+      large = {trees.path_name(path).split('/')[1]
+               for path, leaf in jax.tree.leaves_with_path(found)
+               if leaf.size > 10}
+      if large:
+        shared[name] = large
+    self.assertEqual(shared, {
+        'adafactor': {'v_row', 'v_col'}, 'sm3': {'mu'},
+        'galore': {'base_optimizer_state'},
+        'lbfgs': {'diff_params_memory', 'diff_updates_memory'}})
+
+  def test_a_flat_state_is_bounded_like_the_tree_it_is_of(self):
+    method, params = METHODS['rigl'](), fake_params()
+    steps = []
+    for optimizer in (optax.adam(.1), optax.flatten(optax.adam(.1))):
+      tx, own = sparse_jax.sparsify(optimizer, method), params
+      update, state = jax.jit(tx.update), tx.init(own)
+      for t in range(1, 7):
+        updates, state = update(methods_test.fake_batch(own, t), state, own)
+        own = optax.apply_updates(own, updates)
+      steps.append(own)
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(
+        one, two, rtol=1e-5), *steps)  # Compiled apart.
 
 
 INSIDE = {

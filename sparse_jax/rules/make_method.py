@@ -134,25 +134,27 @@ def _refresh_each(rule, storage, due, seen, state, step, key):
     leaf = plan.by_path[path]
     growth = grads.get(f'{path}/growth', grads.get(f'growth/{path}'))
 
-    def refresh(param, update, grad, growth, old, place):
+    def refresh(param, update, grad, growth, old, place, step, key, extra):
       weight = (param if update is None
                 else updates_lib.apply_update(param, update))
       now = storage.now(leaf, step, key, weight=weight, grad=grad,
-                        growth=growth, marks=old, place=place,
-                        extra=_own(state.extra, path))
+                        growth=growth, marks=old, place=place, extra=extra)
       new = marks_lib.mark(_levels(rule.choose(leaf, now)), old)
       if storage.exchange is None:
         return new, place, update
       return new, *storage.exchange(rule, leaf, place, old, new, param, update)
 
-    def keep(param, update, grad, growth, old, place):
-      del param, grad, growth
+    def keep(param, update, grad, growth, old, place, *others):
+      del param, grad, growth, others
       return old, place, update
 
     carried = update if storage.moves_weights(rule, leaf) else None
     place = places.get(path)
     operands = (param, update, grad, growth, old, storage.settled(place))
-    marks, place, update = _cond(due, refresh, keep, operands, carried)
+    marks, place, update = storage.conditional(
+        lambda due, operands, others: _cond(due, refresh, keep, operands,
+                                            others, carried is not None),
+        due, operands, (step, key, _own(state.extra, path)))
     if place is not None:
       places[path] = place
     if carried is not None:
@@ -169,12 +171,12 @@ def _refresh_each(rule, storage, due, seen, state, step, key):
                                  seen.moves)
 
 
-def _cond(due, refresh, keep, operands, carried):
+def _cond(due, refresh, keep, operands, others, carried):
   """refresh where due, else keep; of the update only what is `carried`."""
   def only(fn):
     def run(*operands):
-      marks, place, update = fn(*operands)
-      return marks, place, None if carried is None else update
+      marks, place, update = fn(*operands, *others)
+      return marks, place, update if carried else None
     return run
 
   if isinstance(due, bool):

@@ -12,7 +12,6 @@ import math
 from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,12 +21,11 @@ from sparse_jax.blocks import packing
 from sparse_jax.masks import marks as marks_lib
 from sparse_jax.masks import structures
 from sparse_jax.rules import now as now_lib
+from sparse_jax.rules import reservoir as reservoir_lib
 from sparse_jax.rules import state as state_lib
 from sparse_jax.rules import storage as storage_lib
 from sparse_jax.rules import updates as updates_lib
 from sparse_jax.rules.make_method import make_method
-
-_HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 
 @jax.tree_util.register_dataclass
@@ -152,7 +150,7 @@ def _place(rule, leaf, weight, marks) -> Place:
   tiles = _tiles(leaf, weight)
   scores = packing.tile_scores(jnp.asarray(tiles), leaf.layout.structure.reduce)
   flat = tiles.reshape(-1, *tiles.shape[-2:])
-  return Place(ids, forward, jax.device_put(flat, _HOST), scores)
+  return Place(ids, forward, jax.device_put(flat, reservoir_lib.HOST), scores)
 
 
 def _find(leaf, wanted, size: int):
@@ -292,61 +290,24 @@ def _exchange(rule, leaf, place, old, new, param, update):
     return after, enters, _forward(levels, after, inner)
 
   ids, enters, forward = _per_slice(leaf, move)(levels, place.ids)
-  if place.reservoir is None:
+  if place.magnitudes is None:
     return Place(ids, forward, None, None), update
   blocks = updates_lib.apply_update(param, update)
   scores = packing.tile_scores(blocks, leaf.layout.structure.reduce)
   put = lambda known, ids, scores: known.at[ids].set(scores)
   magnitudes = _per_slice(leaf, put)(place.magnitudes, place.ids, scores)
-  reservoir, update = _swap(place.reservoir, enters, place.ids, ids, blocks,
-                            param, update)
+  if place.reservoir is None:  # Under vmap: `reservoir.conditional` does it.
+    return Place(ids, forward, None, magnitudes), update
+  reservoir, update = reservoir_lib.swap(place.reservoir, enters, place.ids,
+                                         ids, blocks, param, update)
   return Place(ids, forward, reservoir, magnitudes), update
-
-
-def _swap(reservoir, enters, old, new, blocks, param, update):
-  """Blocks that leave go to the host, those that enter come from it.
-
-  One at a time, in place: nothing of the reservoir's size is on the device.
-  """
-  tiles = reservoir.shape[0] // math.prod(old.shape[:-1])
-  first = (jnp.arange(math.prod(old.shape[:-1])) * tiles).reshape(
-      *old.shape[:-1], 1)
-  leaving, entering = (ids.ravel() + jnp.broadcast_to(first, ids.shape).ravel()
-                       for ids in (old, new))
-  positions = jnp.flatnonzero(enters.ravel(), size=enters.size)
-  flat = lambda x: x.reshape(-1, *x.shape[-2:])
-  blocks, start = flat(blocks), flat(param)
-
-  def body(k, carried):
-    reservoir, moves = carried
-    at = positions[k]
-    out = lax.dynamic_index_in_dim(blocks, at, keepdims=True)
-    into = lax.dynamic_index_in_dim(reservoir, entering[at], keepdims=True)
-    reservoir = lax.dynamic_update_index_in_dim(
-        reservoir, jax.device_put(out, _HOST), leaving[at], 0)
-    step = jax.device_put(into, _DEVICE) - lax.dynamic_index_in_dim(
-        start, at, keepdims=True)
-    return reservoir, lax.dynamic_update_index_in_dim(
-        moves, step.astype(moves.dtype), at, 0)
-
-  count = jnp.sum(enters, dtype=jnp.int32)
-  reservoir, moves = lax.fori_loop(0, count, body, (reservoir, flat(update)))
-  return reservoir, moves.reshape(update.shape)
-
-
-def _settled(place):
-  """The place with its reservoir in host memory: NumPy and pickle forget it."""
-  if place is None or place.reservoir is None or (
-      jax.typeof(place.reservoir).memory_space == _HOST):
-    return place
-  return dataclasses.replace(place, reservoir=jax.device_put(
-      place.reservoir, _HOST))
 
 
 PACKED = storage_lib.Storage(
     'packed', place=_place, now=_PackedNow, exchange=_exchange, read=_read,
     pack=_pack, moves_weights=_hides, is_leaf=packing.is_packed,
-    settled=_settled, joined=_joined)
+    settled=reservoir_lib.settled, conditional=reservoir_lib.conditional,
+    joined=_joined)
 
 
 def dense_weights(method: state_lib.SparseMethod, params: trees.PyTree,

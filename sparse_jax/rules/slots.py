@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparse_jax import trees
 from sparse_jax.masks import marks as marks_lib
@@ -18,7 +19,10 @@ def map_slots(fn: Callable[..., Any], params: trees.PyTree, slots: Any,
               fresh: Any) -> Any:
   """Maps fn(path, slot, fresh slot) over the slots of parameters.
 
-  A slot is a leaf whose path ends with a parameter's path and has its shape.
+  A slot is a leaf whose path ends with a parameter's path and has its shape,
+  or a part of one vector of all parameters (`optax.flatten`). What entries
+  share is none: Adafactor's and SM3's rows and columns, L-BFGS's history,
+  GaLore's projections.
 
   Args:
     fn: what to make of a slot, and of the one that `optimizer.init` makes.
@@ -30,6 +34,12 @@ def map_slots(fn: Callable[..., Any], params: trees.PyTree, slots: Any,
   leaves = trees.leaves_by_path(params)
 
   def visit(path, slot, new):
+    if _is_flat(trees.path_name(path), slot, leaves):
+      ends = np.cumsum([leaf.size for leaf in leaves.values()])[:-1]
+      parts = zip(leaves.items(), jnp.split(slot, ends), jnp.split(new, ends))
+      return jnp.concatenate([
+          fn(own, *(part.reshape(leaf.shape) for part in pair)).ravel()
+          for (own, leaf), *pair in parts])
     owner = _owner(trees.path_name(path), slot, leaves)
     return slot if owner is None else fn(owner, slot, new)
 
@@ -102,17 +112,26 @@ def _counts(params, slots) -> dict[str, list[tuple[str, trees.Path]]]:
   found: dict[str, list[tuple[str, trees.Path]]] = {}
   for name, slot in named:
     owner = _owner(name, slot, leaves)
-    if owner is None:
+    owners = [] if owner is None else [owner]
+    if _is_flat(name, slot, leaves):
+      owners = list(leaves)
+    if not owners:
       continue
-    *above, field = name.removesuffix(owner).rstrip('/').split('/')
+    *above, field = name.removesuffix(owner or '').rstrip('/').split('/')
     count = _joined(*above, 'count')
     if count in names:
-      found.setdefault(count, []).append((field, owner))
+      found.setdefault(count, []).extend((field, own) for own in owners)
   return found
 
 
 def _joined(*names: str) -> str:
   return '/'.join(name.strip('/') for name in names if name.strip('/'))
+
+
+def _is_flat(name, slot, leaves) -> bool:
+  """Whether it is one vector of the slots of all parameters, in their order."""
+  return _owner(name, slot, leaves) is None and getattr(
+      slot, 'shape', None) == (sum(leaf.size for leaf in leaves.values()),)
 
 
 def _owner(name, slot, leaves) -> trees.Path | None:

@@ -44,6 +44,10 @@ class Storage(NamedTuple):
   is_leaf: Callable[[Any], bool] | None = None
   # place -> place, in the memory where it belongs, wherever it was restored.
   settled: Callable[[Any], Any] = lambda place: place
+  # (run, due, operands, others) -> run(due, operands, others), where `run`
+  # holds a condition, the last operand is the place, and vmap may come.
+  conditional: Callable[..., Any] = (
+      lambda run, due, operands, others: run(due, operands, others))
   # (plan, params) -> params whose stored leaves are such nodes.
   joined: Callable[..., Any] | None = None
 
