@@ -5,6 +5,7 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 PyTree = Any
 Path = str
@@ -86,3 +87,14 @@ def map_leaves(fn: Callable[..., Any], params: PyTree, *others: PyTree,
     return fn(name, leaf, *(table.get(name) for table in tables))
 
   return jax.tree.map_with_path(visit, params, is_leaf=is_leaf)
+
+
+def widened(leaf: jax.Array) -> jax.Array:
+  """The leaf in float32, or as it is where that is float64.
+
+  Example:
+    >>> widened(jnp.ones(2, jnp.bfloat16)).dtype
+    dtype('float32')
+  """
+  wide = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
+  return leaf.astype(wide)

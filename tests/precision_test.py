@@ -184,6 +184,34 @@ class MixedTest(parameterized.TestCase):
             if leaf.dtype.itemsize == 8]
     self.assertEqual(wide, [])
 
+  @parameterized.named_parameters(
+      ('str_', lambda: sparse_jax.str_(initial=-2.), lambda w, s: (
+          np.sign(w) * np.maximum(np.abs(w) - 1 / (1 + np.exp(-s)), 0))),
+      ('dst', sparse_jax.dst, lambda w, t: w * (np.abs(w) > t)),
+      ('cs', lambda: sparse_jax.cs(initial=-.3, temperature=7.,
+                                   round_steps=4), lambda w, s: (
+          w / (1 + np.exp(-7**(2 / 3) * s)) * (1 + np.exp(.3)))),
+      ('powerprop', lambda: sparse_jax.powerprop(sparse_jax.static(0.), 2.5),
+       None))
+  def test_weights_of_64_bits_are_read_with_all_of_them(self, make, formula):
+    with jax.enable_x64(True):
+      weights = {'kernel': jnp.asarray(
+          np.random.default_rng(0).normal(size=(6, 4)))}
+      method = make()
+      params = method.parametrize(weights)
+      state = method.init(params)._replace(step=jnp.int32(2))
+      got = method.read(params, state)['kernel']
+      self.assertEqual({leaf.dtype for leaf in jax.tree.leaves(params)},
+                       {np.dtype(np.float64)})
+      want = weights['kernel']
+      if formula is not None:
+        learnt = params.get('thresholds', params.get('gates'))['kernel']
+        want = formula(np.asarray(want), np.asarray(learnt))
+      np.testing.assert_allclose(got, want, rtol=1e-13)
+      tx = sparse_jax.sparsify(optax.adam(.1), method)
+      after, _ = jax.jit(tx.update)(params, tx.init(params), params)
+      self.assertEqual(after['kernel'].dtype, np.float64)
+
   @parameterized.parameters('set_', 'mest')
   def test_64_bit_mode_draws_the_same_masks(self, name):
     params = methods_test.fake_params(**SMALL)

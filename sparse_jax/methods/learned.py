@@ -48,13 +48,13 @@ def str_(*, initial: float = -3200., is_sparse: selection.IsSparse = None,
 
   def read_leaf(weight, s, step):
     del step
-    wide = weight.astype(jnp.float32)
+    wide = trees.widened(weight)
     soft = jnp.sign(wide) * jax.nn.relu(jnp.abs(wide) - jax.nn.sigmoid(s))
     return soft.astype(weight.dtype)
 
   def is_kept(weight, s, step):
     del step
-    return jnp.abs(weight.astype(jnp.float32)) > jax.nn.sigmoid(s)
+    return jnp.abs(trees.widened(weight)) > jax.nn.sigmoid(s)
 
   return learned_method('str_', 'thresholds', lambda leaf: jnp.full(
       _stack_shape(leaf), initial, jnp.float32), read_leaf, is_kept,
@@ -100,12 +100,12 @@ def dst(*, penalty_weight: float = 5e-6, least_kept: float = 0.01,
 
   def read_leaf(weight, t, step):
     del step
-    wide = weight.astype(jnp.float32)
+    wide = trees.widened(weight)
     return (wide * _estimated_step(jnp.abs(wide) - t)).astype(weight.dtype)
 
   def is_kept(weight, t, step):
     del step
-    return jnp.abs(weight.astype(jnp.float32)) > t
+    return jnp.abs(trees.widened(weight)) > t
 
   def penalty(learnt, step):
     del step
@@ -203,12 +203,13 @@ def cs(*, initial: float = 0., temperature: float = 200.,
   whole, end = 1 / (1 + math.exp(-initial)), rounds * round_steps
 
   def gate(s, step):
-    share = (step % round_steps).astype(jnp.float32) / max(round_steps - 1, 1)
-    soft = jax.nn.sigmoid(jnp.float32(temperature)**share * s)
-    return jnp.where(step >= end, (s > 0).astype(jnp.float32), soft) / whole
+    kind = trees.widened(s).dtype
+    share = (step % round_steps).astype(kind) / max(round_steps - 1, 1)
+    soft = jax.nn.sigmoid(jnp.asarray(temperature, kind)**share * s)
+    return jnp.where(step >= end, (s > 0).astype(kind), soft) / whole
 
   def read_leaf(weight, s, step):
-    return (weight.astype(jnp.float32) * gate(s, step)).astype(weight.dtype)
+    return (trees.widened(weight) * gate(s, step)).astype(weight.dtype)
 
   def is_kept(weight, s, step):
     del weight

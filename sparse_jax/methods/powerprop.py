@@ -136,33 +136,33 @@ def _combine(alpha, path, theta, update, weight, move, marks):
 
 
 def _power(theta: jax.Array, alpha: float) -> jax.Array:
-  wide = theta.astype(jnp.float32)
+  wide = trees.widened(theta)
   return (jnp.sign(wide) * jnp.abs(wide)**alpha).astype(theta.dtype)
 
 
 def _wide_power(theta: jax.Array, alpha: float) -> jax.Array:
-  """w in float32, and not 0 where theta is not: it may have to become 0."""
-  wide = theta.astype(jnp.float32)
+  """w, wide, and not 0 where theta is not: it may have to become 0."""
+  wide = trees.widened(theta)
   weight = _power(wide, alpha)
-  tiny = jnp.copysign(jnp.finfo(jnp.float32).tiny, wide)
+  tiny = jnp.copysign(jnp.finfo(wide.dtype).tiny, wide)
   return jnp.where((weight == 0) & (wide != 0), tiny, weight)
 
 
 def _root(weight: jax.Array, alpha: float) -> jax.Array:
-  wide = weight.astype(jnp.float32)
+  wide = trees.widened(weight)
   root = jnp.sign(wide) * jnp.abs(wide)**(1 / alpha)
   return root.astype(weight.dtype)
 
 
 def _slope(theta: jax.Array, alpha: float, least: float) -> jax.Array:
-  size = jnp.abs(theta.astype(jnp.float32))
+  size = jnp.abs(trees.widened(theta))
   return jnp.maximum(alpha * size**(alpha - 1), least)
 
 
 def _divide(grad: jax.Array, slope: jax.Array) -> jax.Array:
   """grad / slope, and 0 where the slope is 0: nothing came through it."""
   safe = jnp.where(slope > 0, slope, 1)
-  wide = grad.astype(jnp.float32)
+  wide = trees.widened(grad)
   return jnp.where(slope > 0, wide / safe, 0).astype(grad.dtype)
 
 

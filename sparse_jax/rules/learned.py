@@ -51,7 +51,8 @@ def learned_method(name: str, key: str,
   Args:
     name: of the method.
     key: of `params`, under which the learnt arrays stand.
-    first: leaf -> the array at the start; it broadcasts against the weight.
+    first: leaf -> the array at the start; it broadcasts against the weight, and
+      is float64 where that is.
     read_leaf: (weight, learnt, step) -> what the forward pass sees.
     is_kept: (weight, learnt, step) -> bool that broadcasts, the set A.
     penalty: (tree of learnt arrays, step) -> float32[], for the loss.
@@ -84,7 +85,13 @@ def learned_method(name: str, key: str,
     if not isinstance(params, Mapping) or key in params:
       raise ValueError(f'`params` (a {type(params).__name__}) must be a '
                        f'mapping without the key {key!r}.')
-    learnt = _only(params, {path: first(leaf) for path, leaf in
+    weights = trees.leaves_by_path(params)
+
+    def start(path, leaf):
+      wide = jax.dtypes.result_type(weights[path]) == jax.numpy.float64
+      return first(leaf).astype(jax.numpy.float64) if wide else first(leaf)
+
+    learnt = _only(params, {path: start(path, leaf) for path, leaf in
                             where.leaves(params).items()})
     return join(params, learnt, key)
 
