@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 import sparse_jax
+from experiments import accounting
 from experiments import reporting
 from experiments.benchmarks import timing
 
@@ -29,11 +30,10 @@ _WHAT = flags.DEFINE_enum(
     'Which table: all ways to multiply; packed products by density and size; '
     'by block and sparsity; a whole training step.')
 _ROUNDS = flags.DEFINE_integer('rounds', 15, 'Timings of each contender.')
-_SIZE = flags.DEFINE_integer('size', 2048, 'Inputs and outputs of a layer.')
-_BATCH = flags.DEFINE_integer('batch', 512, 'Rows of the input.')
-_BLOCK = flags.DEFINE_integer('block', 128, 'Rows and columns of a block.')
-_SPARSITY = flags.DEFINE_float('sparsity', 0.9, 'Of the blocks.')
-_LAYERS = flags.DEFINE_integer('layers', 8, 'Of the transformer.')
+# Inputs and outputs of a layer, rows of the input, rows and columns of a block.
+_SIZE, _BATCH, _BLOCK = 2048, 512, 128
+_SPARSITY = .9  # Of the blocks.
+_LAYERS = 8  # Of the transformer.
 
 
 def problem(size: int, block: int, sparsity: float):
@@ -42,7 +42,7 @@ def problem(size: int, block: int, sparsity: float):
   draw = lambda *shape: random.randn(*shape).astype(np.float32)
   packed = sparse_jax.blocks.pack(draw(size, size), block=(block, block),
                                   sparsity=sparsity)
-  x, dy = draw(_BATCH.value, size), draw(_BATCH.value, size)
+  x, dy = draw(_BATCH, size), draw(_BATCH, size)
   return jnp.asarray(x), jnp.asarray(dy), packed
 
 
@@ -101,7 +101,7 @@ def ratios(contenders: dict[str, tuple]) -> list[dict]:
 
 def products() -> list[dict]:
   """Ours interleaved; then the others, one by one, as they upset caches."""
-  x, dy, packed = problem(_SIZE.value, _BLOCK.value, _SPARSITY.value)
+  x, dy, packed = problem(_SIZE, _BLOCK, _SPARSITY)
   rows = ratios(ways(x, dy, packed))
   dense = float(rows[0]['forward ms'])
   for name, run in other_libraries(x, packed).items():
@@ -128,7 +128,7 @@ def grid(cases) -> list[dict]:
 
 def sizes() -> list[dict]:
   """By density at one size, by size at one density; and straight lines."""
-  size, block, sparsity = _SIZE.value, _BLOCK.value, _SPARSITY.value
+  size, block, sparsity = _SIZE, _BLOCK, _SPARSITY
   by_density = grid([(size, block, s) for s in (.6, .8, .9, .95)])
   by_size = grid([(n, block, sparsity) for n in (1024, 2048, 4096, 8192)])
   print(reporting.markdown_table(by_density + by_size))
@@ -157,7 +157,7 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    for _ in range(_LAYERS.value):
+    for _ in range(_LAYERS):
       x, _ = timing.TransformerLayer()(x)
     return x
 
@@ -169,18 +169,18 @@ def transformer() -> list[dict]:
   Amdahl's law.
   """
   x = jnp.asarray(np.random.RandomState(0).randn(
-      _BATCH.value // 64, 64, 512), jnp.float32)
+      _BATCH // 64, 64, 512), jnp.float32)
   model, tx = Transformer(), optax.adam(1e-3)
   params = jax.jit(model.init)(jax.random.key(0), x)['params']
-  block = dict(structure=sparse_jax.Block((_BLOCK.value, _BLOCK.value)))
+  block = dict(structure=sparse_jax.Block((_BLOCK, _BLOCK)))
   pack = sparse_jax.packed
   methods = {
       'dense': sparse_jax.dense(),
-      'packed static': pack(sparse_jax.static(_SPARSITY.value, **block)),
+      'packed static': pack(sparse_jax.static(_SPARSITY, **block)),
       'packed rigl': pack(sparse_jax.rigl(
-          _SPARSITY.value, update_every=10**6, **block)),
+          _SPARSITY, update_every=10**6, **block)),
       'packed top_kast': pack(sparse_jax.top_kast(
-          _SPARSITY.value, backward_sparsity=2 * _SPARSITY.value - 1,
+          _SPARSITY, backward_sparsity=2 * _SPARSITY - 1,
           update_every=10**6, **block)),
       'one block a kernel': pack(sparse_jax.static(.999, **block))}
 
@@ -189,7 +189,8 @@ def transformer() -> list[dict]:
     runs[name], (state,), _ = timing.trainer(
         lambda weights: jnp.mean(model.apply({'params': weights}, x)**2),
         method, tx, params)
-    stored[name] = held(state)
+    held = accounting.held(params, *state, tx)
+    stored[name] = 2 * held['params_bytes'] + held['slots_bytes']
   times = timing.interleaved_medians(runs, rounds=_ROUNDS.value)
   bytes_ = 'bytes of weights, gradients, slots'
   return [{'step': name, 'milliseconds': f'{1e3 * times[name]:.1f}',
@@ -197,22 +198,12 @@ def transformer() -> list[dict]:
            bytes_: f'{stored[name] / stored["dense"]:.3f}'} for name in runs]
 
 
-def held(state) -> int:
-  """Bytes on the device: parameters, gradients, slots, marks, positions."""
-  size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-  params, opt_state = state
-  packed = sparse_jax.get_state(opt_state).packed.values()
-  return 2 * size(params) + size(opt_state) - size(
-      [place.reservoir for place in packed])
-
-
 def main(_):
   timing.keep_freed_memory()
   tables = {
       'products': products,
       'sizes': sizes,
-      'blocks': lambda: grid([(_SIZE.value, b, s) for b in (256, 128, 64, 32,
-                                                            16)
+      'blocks': lambda: grid([(_SIZE, b, s) for b in (256, 128, 64, 32, 16)
                               for s in (.5, .8, .9)]),
       'transformer': transformer}
   print(reporting.markdown_table(tables[_WHAT.value]()))
