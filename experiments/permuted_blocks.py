@@ -35,8 +35,6 @@ from experiments.image import input_pipeline
 _DATASET = flags.DEFINE_enum('dataset', 'digits', ['digits', 'mnist',
                                                    'fashion_mnist'], 'Images.')
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Folder of prepared sets.')
-_WIDTH = flags.DEFINE_integer('width', 1024, 'Of both hidden layers.',
-                              lower_bound=1)
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1'], 'Runs of each row.')
 _STEPS = flags.DEFINE_integer('steps', 1000, 'Of the dense network.',
                               lower_bound=1)
@@ -47,7 +45,6 @@ _SCRATCH_STEPS = flags.DEFINE_integer('scratch_steps', 400, 'From scratch.',
 _METHODS = flags.DEFINE_list('methods', ['magnitude', 'static', 'rigl', 'snip',
                                          'top_kast'], 'magnitude: of the dense '
                              'network; the others from scratch.')
-_BLOCKS = flags.DEFINE_list('blocks', ['64', '128'], 'Sides of the tiles.')
 _SPARSITIES = flags.DEFINE_list('sparsities', ['80', '90', '95'], 'Of the '
                                 'hidden kernels, in percent.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/permuted_blocks', 'Where '
@@ -55,6 +52,8 @@ _WORKDIR = flags.DEFINE_string('workdir', 'runs/permuted_blocks', 'Where '
 NAMES = ('method', 'arrangement', 'block', 'sparsity', 'seed', 'kept',
          'pruned', 'accuracy')
 BATCH, RATE = 64, 1e-3
+# Of both hidden layers, and sides of the tiles.
+SIZE = {'width': 1024, 'blocks': (64, 128)}
 HIDDEN = {'head': False, 'hidden': True}
 UNITS = ({'hidden_0': 0}, {'hidden_0': 1, 'hidden_1': 0},
          {'hidden_1': 1, 'head': 0})
@@ -236,7 +235,6 @@ def summary(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
 
 def write(rows: Sequence[Mapping[str, float]], workdir: str) -> str:
   """Tables and pictures; returns the table."""
-  os.makedirs(workdir, exist_ok=True)
   means = summary(rows)
   table = reporting.markdown_table(
       means, formats=dict.fromkeys((*NAMES[5:], 'deviation'), '.1f'))
@@ -264,11 +262,9 @@ def main(argv):
   rows = []
   for row in study(
       train_data, test_data, methods=_METHODS.value,
-      blocks=[int(size) for size in _BLOCKS.value],
       sparsities=[float(share) for share in _SPARSITIES.value],
-      seeds=[int(seed) for seed in _SEEDS.value], width=_WIDTH.value,
-      steps=_STEPS.value, tune_steps=_TUNE_STEPS.value,
-      scratch_steps=_SCRATCH_STEPS.value):
+      seeds=[int(seed) for seed in _SEEDS.value], steps=_STEPS.value,
+      tune_steps=_TUNE_STEPS.value, scratch_steps=_SCRATCH_STEPS.value, **SIZE):
     rows.append(row)
     table = write(rows, _WORKDIR.value)
   print(table, end='')

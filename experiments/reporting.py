@@ -125,7 +125,7 @@ class _Log:
   """A file for tqdm: what it would draw anew becomes a line of the log."""
 
   def write(self, text: str):
-    if text.strip():
+    if text.strip() and '? left' not in text:  # Before the first step.
       _PROGRESS.info(text.strip())
 
   def flush(self):

@@ -57,7 +57,7 @@ _WITH_SMALL_NETWORK = ('-c', f'from tests import {pathlib.Path(__file__).stem}'
 # the batches of whole ones, and lie as those of one host do.
 _TRAIN_ON_HOSTS = ('-c', f'from tests import {pathlib.Path(__file__).stem}'
                    ' as test; test.train_on_hosts()')
-_PARTS_ON_HOSTS = {'swat': 1, 'top_kast': 8}
+_PARTS_ON_HOSTS = {'swat': 1, 'top_kast': 8, 'rigl': 8}
 
 
 class SmallNetwork(nn.Module):

@@ -180,10 +180,22 @@ class ProgressTest(ReportingTestCase):
           bar.update()
     self.assertEmpty(stream.getvalue())
     self.assertEqual([record.getMessage() for record in log.records], [
-        'step 40 of 400 (10%), ? steps/s, ? left',
         'step 100 of 400 (25%),  1.00 steps/s, 05:00 left, loss=60',
         'step 160 of 400 (40%),  1.00 steps/s, 04:00 left, loss=120',
         'step 170 of 400 (42%),  1.00 steps/s, 03:50 left, loss=130'])
+
+  @parameterized.parameters(400, None)
+  def test_a_log_has_no_line_of_what_is_not_known(self, total):
+    """The rate before the first step; how many there are, in pruning."""
+    with (mock.patch.object(tqdm.std, 'time') as now,
+          self.assertLogs(reporting.__name__, 'INFO') as log):
+      now.return_value = 0.
+      with reporting.progress(total, 4) as bar:
+        now.return_value = 3.
+        bar.total = 10
+        bar.update(6)
+    self.assertEqual([record.getMessage() for record in log.records],
+                     ['step 10 of 10 (100%),  2.00 steps/s, 00:00 left'])
 
   def test_other_processes_show_nothing(self):
     with (contextlib.redirect_stderr(io.StringIO()) as stream,

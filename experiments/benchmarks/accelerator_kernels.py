@@ -58,7 +58,6 @@ _DENSITIES = flags.DEFINE_multi_float('density', [.1, .2, .4],
 _DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'],
                            'Of all operands.')
 _ROUNDS = flags.DEFINE_integer('rounds', 15, 'Timings of each contender.')
-_REPEATS = flags.DEFINE_integer('repeats', 10, 'Calls within a timing.')
 
 
 # Operations in bfloat16 and bytes a second of a chip, as its maker states them.
@@ -140,7 +139,7 @@ def measured(side: int, density: float) -> list[dict]:
     times = timing.interleaved_medians(
         {name: functools.partial(run, x, w, dy)
          for name, (run, w) in ready.items()},
-        rounds=_ROUNDS.value, repeats=_REPEATS.value)
+        rounds=_ROUNDS.value, repeats=10)
     wanted = ready['batched'][0](x, packed, dy)
     for name, (run, weight) in ready.items():
       row = rows[name]

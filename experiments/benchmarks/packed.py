@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 import sparse_jax
+from experiments import accounting
 from experiments import reporting
 from experiments.benchmarks import timing
 
@@ -35,7 +36,6 @@ _SIZE = flags.DEFINE_integer('size', 2048, 'Inputs and outputs of a layer.')
 _BATCH = flags.DEFINE_integer('batch', 512, 'Rows of the input.')
 _BLOCK = flags.DEFINE_integer('block', 128, 'Rows and columns of a block.')
 _SPARSITY = flags.DEFINE_float('sparsity', 0.9, 'Of the blocks.')
-_LAYERS = flags.DEFINE_integer('layers', 8, 'Of the transformer.')
 
 
 def problem(size: int, block: int, sparsity: float, balanced: bool = False):
@@ -187,7 +187,7 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    for _ in range(_LAYERS.value):
+    for _ in range(8):
       x, _ = timing.TransformerLayer()(x)
     return x
 
@@ -219,21 +219,13 @@ def transformer() -> list[dict]:
     runs[name], (state,), _ = timing.trainer(
         lambda weights: jnp.mean(model.apply({'params': weights}, x)**2),
         method, tx, params)
-    stored[name] = held(state)
+    held = accounting.held(params, *state, tx)
+    stored[name] = 2 * held['params_bytes'] + held['slots_bytes']
   times = timing.interleaved_medians(runs, rounds=_ROUNDS.value)
   bytes_ = 'bytes of weights, gradients, slots'
   return [{'step': name, 'milliseconds': f'{1e3 * times[name]:.1f}',
            'times faster': f'{times["dense"] / times[name]:.2f}',
            bytes_: f'{stored[name] / stored["dense"]:.3f}'} for name in runs]
-
-
-def held(state) -> int:
-  """Bytes on the device: parameters, gradients, slots, marks, positions."""
-  size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-  params, opt_state = state
-  packed = sparse_jax.get_state(opt_state).packed.values()
-  return 2 * size(params) + size(opt_state) - size(
-      [place.reservoir for place in packed])
 
 
 def main(_):

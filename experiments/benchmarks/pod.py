@@ -30,17 +30,16 @@ _TOPOLOGY = flags.DEFINE_string('topology', 'v5e:4x4', 'The chips.')
 _SPLIT = flags.DEFINE_enum('split', 'data', ['data', 'fsdp'], 'Whether the '
                            'state lies whole on each chip, or in pieces.')
 _BATCH = flags.DEFINE_integer('batch', 256, 'Sequences of a step.')
-_LENGTH = flags.DEFINE_integer('length', 512, 'Tokens of a sequence.')
 _WIDTH = flags.DEFINE_integer('width', 1024, 'Of the model; 4 times in the '
                               'middle.')
 _HEADS = flags.DEFINE_integer('heads', 8, 'Of attention.')
 _LAYERS = flags.DEFINE_integer('layers', 8, 'Of the transformer.')
-_BLOCK = flags.DEFINE_integer('block', 256, 'Sides of a block.')
-_SPARSITY = flags.DEFINE_float('sparsity', .9, 'Of the blocks.')
 _WEIGHTS_FIRST = flags.DEFINE_bool('weights_first', False, 'As of '
                                    'sparse_jax.with_method.')
 _METHODS = flags.DEFINE_multi_string('method', ['dense', 'static', 'rigl',
                                                 'top_kast'], 'Which rows.')
+_LENGTH = 512  # Tokens of a sequence.
+_BLOCK, _SPARSITY = 256, .9  # Sides of a block, and how many blocks go.
 
 
 class Transformer(nn.Module):
@@ -54,9 +53,9 @@ class Transformer(nn.Module):
 
 
 def methods() -> dict[str, sparse_jax.SparseMethod]:
-  options = dict(structure=sparse_jax.Block((_BLOCK.value,) * 2),
+  options = dict(structure=sparse_jax.Block((_BLOCK,) * 2),
                  batch_axes={'layers': (0,)})
-  pack, sparsity = sparse_jax.packed, _SPARSITY.value
+  pack, sparsity = sparse_jax.packed, _SPARSITY
   return {'dense': sparse_jax.dense(),
           'static': pack(sparse_jax.static(sparsity, **options)),
           'rigl': pack(sparse_jax.rigl(sparsity, **options)),
@@ -80,7 +79,7 @@ def place(mesh, path, leaf):
 
 def row(mesh, name, method) -> dict:
   """What the compiler says of one step."""
-  model, shape = Transformer(), (_BATCH.value, _LENGTH.value, _WIDTH.value)
+  model, shape = Transformer(), (_BATCH.value, _LENGTH, _WIDTH.value)
   x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
   def loss(params, x):

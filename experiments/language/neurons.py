@@ -30,7 +30,6 @@ from experiments.language import train
 flags.DEFINE_integer('layer', 0, 'Of the unit.')
 flags.DEFINE_integer('neuron', None, 'Its number. Default: the one that '
                      'passes on most of a token.')
-flags.DEFINE_integer('tokens', 8, 'How many of each kind are shown.')
 
 
 # Tokens that make up less of the text have hardly been trained.
@@ -108,7 +107,7 @@ def main(argv):
     tokens, counts = np.unique(text.tokens, return_counts=True)
     names = {int(token): repr(text.vocabulary.decode([int(token)]))[1:-1]
              for token in tokens[counts >= _RARE * counts.sum()]}
-    neuron = look(weights, names, given.layer, given.neuron, given.tokens)
+    neuron = look(weights, names, given.layer, given.neuron, 8)
     pictures.neuron(neuron, os.path.join(
         folder, f'neuron_{neuron.layer}_{neuron.number}.png'))
     print(describe(neuron))
