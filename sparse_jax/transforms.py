@@ -89,7 +89,7 @@ def sparsify(optimizer: optax.GradientTransformation,
 
   Raises:
     ValueError: if `optimizer` or `method` is none, or `update` is called
-      without `params`.
+      without `params` or with gradients of other shapes.
 
   Example:
     >>> import sparse_jax
@@ -119,6 +119,8 @@ def sparsify(optimizer: optax.GradientTransformation,
   def update_fn(grads, state, params=None, **extra_args):
     if params is None:
       raise ValueError('`params` (=None) must be given to update().')
+    if state.sparse.plan.leaves:
+      trees.map_leaves(_check_shape, grads, params)
     update = functools.partial(one_update, **extra_args)
     if method.grows:
       update = sinking.conditions_first(
@@ -296,6 +298,14 @@ def _like(params, updates):
       lambda leaf, update: update.replace(growth=leaf.growth)
       if packing.is_packed(leaf) else update, params, updates,
       is_leaf=packing.is_packed)
+
+
+def _check_shape(path, grad, weight):
+  if weight is not None and jnp.shape(grad) != jnp.shape(weight):
+    raise ValueError(
+        f'`grads` has shape {jnp.shape(grad)} at {path!r}, and must have '
+        f'{jnp.shape(weight)}: what averages gradients of single examples goes '
+        'before, optax.chain(it, sparsify(...)).')
 
 
 def _no_state(params):

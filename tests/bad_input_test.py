@@ -286,6 +286,17 @@ class PartTest(parameterized.TestCase):
         part.update(PARAMS, part.init(PARAMS),
                     **{name: PARAMS for name in masks})
 
+  @parameterized.product(method=[
+      sparse_jax.rigl(.5, update_every=1),
+      sparse_jax.top_kast(.5, backward_sparsity=.5),
+      sparse_jax.packed(sparse_jax.rigl(.5, structure=Block((2, 2))))])
+  def test_gradients_of_single_examples_are_named(self, method):
+    tx = sparse_jax.sparsify(optax.adam(.1), method)
+    params, state = sparse_jax.start(tx, method, PARAMS)
+    grads = jax.tree.map(lambda leaf: jnp.ones((8, *leaf.shape)), params)
+    with self.assertRaisesRegex(ValueError, r'`grads` has shape \(8, .*\'w'):
+      jax.jit(tx.update)(grads, state, params)
+
   @parameterized.parameters('yes', None, 2)
   def test_a_penalty_that_is_no_bool_is_named(self, value):
     with self.assertRaisesRegex(ValueError, '`penalty` '):
