@@ -178,9 +178,28 @@ class _Computed:
       return out, nnx.state((module, nodes), nnx.Not(_is_weight))
 
     computed = loop.with_method(call, method, opt_state, **self._options)
+    before = _arrays_by_path(rest)
     out, rest = computed(params, rest, given)
-    nnx.update((model, nodes), rest)
+    nnx.update((model, nodes), _changed(before, rest))
     return out
+
+
+def _arrays_by_path(state):
+  return {path: jax.tree.leaves(variable)
+          for path, variable in nnx.to_flat_state(state)}
+
+
+def _changed(before, state):
+  """The variables that hold other arrays than before.
+
+  NNX lets a variable of an outer trace be read, not written, whatever is
+  written to it.
+  """
+  now = _arrays_by_path(state)
+  return nnx.from_flat_state([
+      (path, variable) for path, variable in nnx.to_flat_state(state)
+      if len(now[path]) != len(before.get(path, ())) or any(
+          map(operator.is_not, now[path], before[path]))])
 
 
 def _follow(model, path):

@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 import jax
+from jax import sharding
 import numpy as np
 
 from sparse_jax import checks
@@ -100,16 +101,19 @@ def first_params(tx: Any, method: state_lib.SparseMethod,
 
 
 def _together(params, opt_state, state):
-  """All on the device to which the reservoir is committed."""
+  """All where the reservoir is committed: its device, or its whole mesh."""
   held = [place.reservoir for place in state.packed.values()
           if place.reservoir is not None]
   if not held or isinstance(held[0], jax.core.Tracer):
     return params, opt_state
+  where = held[0].sharding
+  whole = (sharding.NamedSharding(where.mesh, sharding.PartitionSpec())
+           if isinstance(where, sharding.NamedSharding)
+           else where.with_memory_kind('device'))
 
   def commit(leaf):
     free = isinstance(leaf, jax.Array) and not leaf.committed
-    return jax.device_put(leaf, held[0].sharding.device_set.copy().pop()
-                          ) if free else leaf
+    return jax.device_put(leaf, whole) if free else leaf
 
   return jax.tree.map(commit, (params, opt_state))
 

@@ -326,6 +326,18 @@ class PartTest(parameterized.TestCase):
     for params, grads in ((PARAMS, half), (half, PARAMS)):
       jax.eval_shape(tx.update, grads, tx.init(params), params)
 
+  @parameterized.product(method=[
+      sparse_jax.rigl(.5, update_every=1),
+      sparse_jax.top_kast(.5, backward_sparsity=.5),
+      sparse_jax.packed(sparse_jax.rigl(.5, structure=Block((2, 2))))])
+  def test_gradients_of_single_examples_are_named(self, method):
+    tx = sparse_jax.sparsify(optax.adam(.1), method)
+    params, state = sparse_jax.start(tx, method, PARAMS)
+    grads = jax.tree.map(lambda leaf: jnp.ones((8, *leaf.shape)), params)
+    with self.assertRaisesRegex(
+        ValueError, '`grads` has an array of shape .8, .* before sparsify'):
+      jax.jit(tx.update)(grads, state, params)
+
   @parameterized.parameters('yes', None, 2)
   def test_a_penalty_that_is_no_bool_is_named(self, value):
     with self.assertRaisesRegex(ValueError, '`penalty` '):

@@ -16,6 +16,7 @@ import optax
 import sparse_jax
 
 LAYERS = ('first', 'second')
+BLOCK = sparse_jax.Block((4, 2))
 
 
 class LinenModel(nn.Module):
@@ -242,6 +243,33 @@ class NnxGetterTest(parameterized.TestCase):
     for outputs in (first, second):  # As of the model itself.
       np.testing.assert_array_equal(outputs == 0, model(x, True, same) == 0)
     self.assertEqual(rngs.default.count[...], 2)
+
+  @parameterized.product(method=[
+      sparse_jax.static(.75), sparse_jax.swat(.75),
+      sparse_jax.packed(sparse_jax.static(.75, structure=BLOCK))])
+  def test_streams_of_an_outer_trace_may_lie_unused(self, method):
+    """As of a loss that jax.grad takes by the parameters alone."""
+    class Model(nnx.Module):
+
+      def __init__(self):
+        self.dense = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+        self.drop = nnx.Dropout(.5, rngs=nnx.Rngs(1))
+
+      def __call__(self, x):
+        return self.drop(self.dense(x), deterministic=True)
+
+    tx = sparse_jax.sparsify(optax.sgd(.1), method)
+    model, optimizer = sparse_jax.nnx_start(Model(), tx, method)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss_fn(params):
+      model = nnx.merge(graph, params, rest)
+      return jnp.sum(sparse_jax.nnx_getter(method, optimizer)(model)(
+          jnp.ones((2, 8))))
+
+    grads = jax.jit(jax.grad(loss_fn))(params)
+    self.assertTrue(np.any(grads['dense']['kernel'][...]))
+    self.assertEqual(rest['drop']['rngs']['count'][...], 0)
 
 
 PARAMS = {'a': jnp.ones((2, 4)), 'b': jnp.ones(3)}

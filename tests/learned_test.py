@@ -76,7 +76,7 @@ class StrTest(parameterized.TestCase):
 
   def test_weights_without_thresholds_are_an_error(self):
     method = sparse_jax.str_()
-    with self.assertRaisesRegex(ValueError, 'parametrize'):
+    with self.assertRaisesRegex(ValueError, r'start\(tx, method'):
       method.init({'w': jnp.ones((2, 3))})
 
   def test_twice_parametrized_is_an_error(self):

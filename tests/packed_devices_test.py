@@ -145,6 +145,17 @@ class DevicesTest(parameterized.TestCase):
     self.check(METHODS[name], kind, 'auto' if mesh == 'bare' else mesh,
                mesh != 'bare')
 
+  def test_what_start_gives_lies_on_the_mesh_of_the_parameters(self):
+    """The step's count too, which belongs to no leaf."""
+    mesh = mesh_of('data')
+    method = sparse_jax.packed(METHODS['top_kast'])
+    tx = sparse_jax.sparsify(optax.adam(.1), method)
+    params, _ = problem()
+    state = sparse_jax.start(tx, method, jax.device_put(
+        params, jax.sharding.NamedSharding(mesh, P())))
+    for leaf in jax.tree.leaves(state):
+      self.assertLen(leaf.sharding.device_set, 8)
+
   @parameterized.parameters('bare', 'auto', 'explicit')
   def test_columns_over_devices(self, mesh):
     self.check(COLUMNS, 'columns', 'auto' if mesh == 'bare' else mesh,

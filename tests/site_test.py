@@ -8,6 +8,7 @@ import types
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax.numpy as jnp
+import optax
 
 import sparse_jax
 
@@ -17,6 +18,7 @@ SPACES = tuple(name for name in sparse_jax.__all__ if isinstance(
     getattr(sparse_jax, name), types.ModuleType))
 WEIGHTS = {'kernel': jnp.ones((4, 4))}
 STATE = sparse_jax.rigl(.5).init(WEIGHTS)
+SGD = sparse_jax.sparsify(optax.sgd(.1), sparse_jax.rigl(.5))
 PAGES = sorted(path.relative_to(DOCS).as_posix()
                for path in DOCS.rglob('*.md'))
 
@@ -132,7 +134,13 @@ class SiteTest(parameterized.TestCase):
        '`params` must be the tree that the state was made for',
        lambda: sparse_jax.rigl(.5).read({'kernel': jnp.ones((2, 2))}, STATE)),
       ('no_thresholds', "`params` (a dict) must have the key 'thresholds'",
-       lambda: sparse_jax.str_().init(WEIGHTS)))
+       lambda: sparse_jax.str_().init(WEIGHTS)),
+      ('single_examples',
+       "`grads` has an array of shape (8, 4, 6) at 'kernel', where the "
+       'parameter is of shape (4, 6)',
+       lambda: SGD.update({'kernel': jnp.ones((8, 4, 6))},
+                          SGD.init({'kernel': jnp.ones((4, 6))}),
+                          {'kernel': jnp.ones((4, 6))})))
   def test_errors_of_the_faq_are_raised_as_they_stand_there(self, said, call):
     self.assertIn(said, (DOCS / 'faq.md').read_text())
     with self.assertRaisesRegex(ValueError, re.escape(said)):

@@ -233,6 +233,25 @@ class PackedIsMaskedTest(parameterized.TestCase):
     self.assertFalse(np.array_equal(kernels[0] != 0, kernels[1] != 0))
 
 
+class CastTest(parameterized.TestCase):
+
+  def test_parameters_may_be_cast_to_bfloat16_as_one_tree(self):
+    """Growth scores with them, before a scan over parts of the batch, say."""
+    method = sparse_jax.packed(sparse_jax.rigl(.5, **EVERY))
+    tx = sparse_jax.sparsify(optax.sgd(.1), method)
+    params, state = sparse_jax.start(tx, method, mlp_params())
+    inputs, _ = batch(0)
+
+    def loss_fn(params):
+      apply = sparse_jax.with_method(Mlp().apply, method, state)
+      return jnp.sum(apply({'params': params}, inputs))
+
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    grads = jax.jit(jax.grad(loss_fn))(half)
+    self.assertEqual({leaf.dtype for leaf in jax.tree.leaves(grads)},
+                     {jnp.dtype(jnp.bfloat16)})
+
+
 class MemoryTest(parameterized.TestCase):
 
   @parameterized.parameters('static', 'rigl', 'top_kast')

@@ -160,7 +160,8 @@ def split(params: trees.PyTree, name: str) -> tuple[trees.PyTree, trees.PyTree]:
   """
   if not isinstance(params, Mapping) or name not in params:
     raise ValueError(f'`params` (a {type(params).__name__}) must have the key '
-                     f'{name!r}: use params = method.parametrize(params).')
+                     f'{name!r}: use params, opt_state = start(tx, method, '
+                     'params).')
   own = _entries(params)
   learnt = own.pop(name)
   return type(params)(own), learnt  # type: ignore[call-arg]

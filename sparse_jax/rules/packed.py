@@ -218,12 +218,14 @@ def _read(rule, leaf, stored, marks, place, due) -> packing.PackedBlocks:
   if not packing.is_packed(stored):
     raise ValueError(f'`params` has an array at {leaf.path!r}, where the state '
                      'has blocks: use start(tx, method, params).')
-  columns = stored.grid[1]
-  due = None if stored.growth is None else jnp.asarray(due)
+  columns, growth = stored.grid[1], stored.growth
+  if growth is not None:  # A loop may have cast all parameters to bfloat16.
+    growth = growth.astype(jnp.float32)
+  due = None if growth is None else jnp.asarray(due)
   if rule.gradient == 'all' and due is not None and place.ids.ndim > 1:
     due = jnp.broadcast_to(due, place.ids.shape[:-1])
   return stored.replace(rows=place.ids // columns, columns=place.ids % columns,
-                        forward=place.forward, due=due)
+                        forward=place.forward, growth=growth, due=due)
 
 
 class _PackedNow(now_lib.Now):

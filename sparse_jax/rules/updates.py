@@ -67,7 +67,9 @@ def check_grads(grads: trees.PyTree, params: trees.PyTree) -> None:
     grad, shape = given.pop(path), tuple(np.shape(param))
     if np.shape(grad) != shape:
       raise ValueError(f'`grads` has an array of shape {np.shape(grad)} at '
-                       f'{path!r}, where the parameter is of shape {shape}.')
+                       f'{path!r}, where the parameter is of shape {shape}; '
+                       'gradients of single examples are averaged before '
+                       'sparsify, optax.chain(average, sparsify(...)).')
     kind, own = (jax.dtypes.result_type(leaf) for leaf in (grad, param))
     inexact = jnp.issubdtype(own, jnp.inexact)
     allowed = jnp.floating if jnp.issubdtype(own, jnp.floating) else jnp.inexact

@@ -35,7 +35,9 @@ class TrainStateTest(laws.LoopTest):
   title = 'Flax TrainState: BatchNorm, dropout, MultiSteps'
   recipe = """
   `MultiSteps` goes outside of `sparsify`, clipping inside; collections that are
-  no parameters pass through `with_method` as they are.
+  no parameters pass through `with_method` as they are. `TrainState.create`
+  calls `tx.init` itself, so it cannot stand here where `start` changes the
+  parameters: packed methods, `powerprop`, and `str_`, `dst`, `cs`.
 
   ```python
   tx = optax.MultiSteps(sparse_jax.sparsify(
