@@ -226,7 +226,8 @@ class FilesTest(FaultTestCase):
             'resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)); '
             'runpy.run_module("experiments.image.train", run_name="__main__")')
     process = _python('-c', code, '--train_steps=20', '--checkpoint_every=5',
-                      f'--workdir={self.folder / "run"}')
+                      f'--workdir={self.folder / "run"}',
+                      JAX_ENABLE_COMPILATION_CACHE='false')
     text = process.communicate(timeout=120)[0]
     self.assertEqual(process.returncode, 2, text)
     lines = [line for line in text.splitlines()

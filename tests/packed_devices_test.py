@@ -156,6 +156,25 @@ class DevicesTest(parameterized.TestCase):
     for leaf in jax.tree.leaves(state):
       self.assertLen(leaf.sharding.device_set, 8)
 
+  @parameterized.parameters([('data', 'model')], [('model',)], [(None, 'data')])
+  def test_start_packs_weights_that_lie_in_pieces(self, spec):
+    """By their types; stacked layers too. Every device gets all blocks."""
+    mesh = mesh_of('columns', 'explicit')
+    params = problem()[0]
+    params['stack'] = jnp.stack([params['b'], -2 * params['b']])
+    sites = dict(structure=BLOCK, batch_axes={'stack': (0,)})
+    for method in sparse_jax.rigl(.5, **sites), sparse_jax.top_kast(
+        .75, backward_sparsity=.5, **sites):
+      method = sparse_jax.packed(method)
+      tx = sparse_jax.sparsify(optax.adam(.1), method)
+      lie = lambda leaf: jax.sharding.NamedSharding(
+          mesh, P(*[None] * (leaf.ndim - 2), *spec))
+      with jax.set_mesh(mesh):
+        got = sparse_jax.start(tx, method, jax.device_put(
+            params, jax.tree.map(lie, params)))
+      jax.tree.map(np.testing.assert_array_equal, got,
+                   sparse_jax.start(tx, method, params))
+
   @parameterized.parameters('bare', 'auto', 'explicit')
   def test_columns_over_devices(self, mesh):
     self.check(COLUMNS, 'columns', 'auto' if mesh == 'bare' else mesh,

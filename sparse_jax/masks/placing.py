@@ -42,6 +42,14 @@ def automatic(fn: Callable[..., trees.PyTree], like: trees.PyTree, *args: Any
   return jax.jit(jax.sharding.auto_axes(fn, out_sharding=places))(*args)
 
 
+def whole(fn: Callable[..., trees.PyTree], *arrays: jax.Array) -> trees.PyTree:
+  """fn(*arrays), as `automatic`, with each result whole on every device."""
+  if not is_explicit(arrays):
+    return fn(*arrays)
+  place = jax.sharding.NamedSharding(mesh_of(*arrays), PartitionSpec())
+  return jax.jit(jax.sharding.auto_axes(fn, out_sharding=place))(*arrays)
+
+
 def explicit(fn: Callable[[trees.PyTree], trees.PyTree], like: trees.PyTree
              ) -> Callable[[trees.PyTree], trees.PyTree]:
   """fn for use inside `automatic`: it sees its argument laid like `like`."""

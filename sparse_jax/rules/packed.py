@@ -19,6 +19,7 @@ from sparse_jax import trees
 from sparse_jax.blocks import growth as growth_lib
 from sparse_jax.blocks import packing
 from sparse_jax.masks import marks as marks_lib
+from sparse_jax.masks import placing
 from sparse_jax.masks import structures
 from sparse_jax.rules import now as now_lib
 from sparse_jax.rules import reservoir as reservoir_lib
@@ -147,7 +148,7 @@ def _place(rule, leaf, weight, marks) -> Place:
   ids, forward = _per_slice(leaf, find)(levels)
   if not _hides(rule, leaf):
     return Place(ids, forward, None, None)
-  tiles = _tiles(leaf, weight)
+  tiles = placing.whole(functools.partial(_tiles, leaf), weight)
   scores = packing.tile_scores(jnp.asarray(tiles), leaf.layout.structure.reduce)
   flat = tiles.reshape(-1, *tiles.shape[-2:])
   return Place(ids, forward, jax.device_put(flat, reservoir_lib.HOST), scores)
@@ -175,11 +176,13 @@ def _forward(levels, ids, inner: int):
 
 def _pack(rule, leaf, weight, place) -> packing.PackedBlocks:
   """The stored blocks of a dense weight, with no more than floating arrays."""
-  layout = leaf.layout
-  tiles = _tiles(leaf, weight)
-  xp = np if isinstance(tiles, np.ndarray) else jnp
-  ids = np.asarray(place.ids) if xp is np else place.ids
-  blocks = xp.take_along_axis(tiles, ids[..., None, None], -3)
+  layout, ids = leaf.layout, place.ids
+  pick = lambda xp, weight, ids: xp.take_along_axis(
+      _tiles(leaf, weight), ids[..., None, None], -3)
+  if isinstance(weight, np.ndarray):
+    blocks = pick(np, weight, np.asarray(ids))
+  else:
+    blocks = placing.whole(functools.partial(pick, jnp), weight, ids)
   stack, growth = ids.shape[:-1], None
   shape = layout.view_shape[len(stack):]
   if rule.gradient == 'all':
