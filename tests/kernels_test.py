@@ -176,7 +176,7 @@ class ChoiceTest(parameterized.TestCase):
                                       implementation=way,
                                       weights_first=way == name))
             for way in ('loop', name)]
-    close = functools.partial(np.testing.assert_allclose, atol=1e-4)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), packed)
     pairs = lambda a: a.reshape(2, 3, -1)
     scanned = lambda way: lambda *args: jax.lax.scan(
