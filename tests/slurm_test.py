@@ -118,7 +118,10 @@ class SlurmTest(absltest.TestCase):
       host, lost = os.uname().nodename.partition('.')[0], self.steps('long')[-1]
       self.command('scontrol', 'update', f'nodename={host}', 'state=down',
                    'reason=test')
-      self.command('scontrol', 'update', f'nodename={host}', 'state=resume')
+      # Refused as long as the node's jobs are being requeued.
+      self.wait(lambda: not subprocess.run(
+          ('scontrol', 'update', f'nodename={host}', 'state=resume'),
+          capture_output=True).returncode)
       self.wait(lambda: self.logs().count('continues ') == 2)
       self.wait(lambda: self.goes_on('long', lost))
     with self.subTest('a second runner leaves a cell that runs alone'):
