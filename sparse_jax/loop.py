@@ -56,7 +56,7 @@ def start(tx: Any, method: state_lib.SparseMethod, params: trees.PyTree
   params, state = first_params(tx, method, params)
   if state is None:
     opt_state = tx.init(params)
-    if method.name != 'dense':  # Which needs no state.
+    if not method.stateless:
       _check_held(opt_state, method)
     return params, opt_state
   with state_lib.making_states_by(lambda own, key: state):
@@ -189,7 +189,7 @@ def with_method(fn: Callable[..., Any], method: state_lib.SparseMethod,
   _check_packs(method, implementation=implementation, column_axes=column_axes,
                weights_first=weights_first)
   read = trust_zeros and method.read_stored or method.read
-  if method.name == 'dense' and method.operators is None:
+  if method.stateless and method.operators is None:
     return fn
 
   @functools.wraps(fn, updated=())
@@ -225,7 +225,7 @@ def _check_packs(method, **options) -> None:
 
   One loop may give them to dense(), which is nobody's packed run.
   """
-  if method.pack is not None or method.name == 'dense':
+  if method.pack is not None or method.stateless:
     return
   for name, value in options.items():
     if value not in (None, False, (), []):

@@ -32,7 +32,7 @@ def dense() -> SparseMethod:
   """
   return assemble('dense', lambda params: {}, lambda *_: {},
                   read=lambda params, state: params,
-                  work=lambda params, steps: {})
+                  work=lambda params, steps: {})._replace(stateless=True)
 
 
 def static(sparsity: float, *, allocation=uniform, structure=Unstructured(),

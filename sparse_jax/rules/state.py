@@ -173,6 +173,8 @@ class SparseMethod(NamedTuple):
   rule: Any = None
   # Whether an entry may enter the backward set after the start.
   grows: bool = True
+  # Whether nothing of its state is ever read: that of `dense` alone.
+  stateless: bool = False
   # Whether its penalty is ever more than 0.
   penalises: bool = True
   # As `read`, of params that are 0 outside the forward set already, as the
